@@ -1,0 +1,1 @@
+"""The attack: labels, the batched objective, the latent search."""

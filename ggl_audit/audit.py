@@ -1,0 +1,86 @@
+"""The audit: from what was declared to what can be said, in the order of a method section."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from ggl_audit.evidence.identification import draw_trials
+from ggl_audit.experiments import (
+    Measurements,
+    match_candidates,
+    planned_evaluations,
+    reconstruct,
+    reconstruct_undefended,
+)
+from ggl_audit.report.assembly import assemble
+from ggl_audit.report.model import Report
+from ggl_audit.setting import prepare
+from ggl_audit.spec import Spec
+
+
+class Progress(Protocol):
+    """Shown how far an audit is, in evaluated candidates."""
+
+    def start(self, evaluations: int) -> None:
+        """The audit begins; it will evaluate this many candidates."""
+        ...
+
+    def stage(self, name: str) -> None:
+        """A part of the audit begins."""
+        ...
+
+    def advance(self, evaluations: int) -> None:
+        """This many candidates were evaluated."""
+        ...
+
+
+def run_audit(spec: Spec, progress: Progress) -> Report:
+    """Audits a captured gradient.
+
+    An interrupt (Ctrl-C) ends the audit early, with a report of what was measured until then, which
+    says so and is graded inconclusive.
+
+    Args:
+        spec: what was declared.
+        progress: shown how far it is.
+
+    Raises:
+        AuditError: something that the spec names is missing, broken, or does not fit the rest.
+    """
+    started = time.perf_counter()
+    setting = prepare(spec)
+    measured = Measurements()
+
+    def begin(stage: str) -> None:
+        measured.stage = stage
+        progress.stage(stage)
+
+    def advance(evaluations: int) -> None:
+        measured.evaluations += evaluations
+        progress.advance(evaluations)
+
+    try:
+        progress.start(planned_evaluations(setting))
+        trials = draw_trials(
+            setting.reference,
+            max(spec.evidence.matching_trials, spec.evidence.reconstruction_trials),
+            spec.evidence.candidates,
+            setting.random("trials"),
+        )
+        canaries = trials.first(spec.evidence.reconstruction_trials)
+
+        begin("candidate matching")
+        match_candidates(setting, trials.first(spec.evidence.matching_trials), measured, advance)
+
+        begin("reconstruction and the null control")
+        reconstruct(setting, canaries, measured, advance)
+
+        begin("the undefended control")
+        reconstruct_undefended(
+            setting, canaries.first(spec.evidence.control_trials), measured, advance
+        )
+        measured.stage = None
+    except KeyboardInterrupt:
+        pass  # measured.stage says what was cut short
+    return assemble(setting, measured, time.perf_counter() - started)

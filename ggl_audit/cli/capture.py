@@ -1,0 +1,34 @@
+"""``ggl-audit capture``: write what a client of the declared model would send."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ggl_audit.cli import options
+
+
+def capture(
+    spec: Annotated[Path, typer.Argument(help="The spec that declares model and defense.")],
+    image: Annotated[Path, typer.Option("--image", help="The private image, a picture file.")],
+    label: Annotated[int, typer.Option("--label", help="Its class index.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Default: capture.gradient of the spec."),
+    ] = None,
+    defense: options.Defense = None,
+    seed: options.Seed = None,
+    settings: options.Set = None,
+) -> None:
+    """Write the gradient of one image under the declared model and defense, as safetensors."""
+    from ggl_audit.client import capture_gradient
+    from ggl_audit.inputs.capture import write_capture
+
+    declared = options.load_spec(spec, defense=defense, seed=seed, settings=settings)
+    with options.located(declared):
+        gradient = capture_gradient(declared, image, label)
+        path = output or declared.resolve(declared.capture.gradient)
+        write_capture(path, gradient)
+    typer.echo(f"wrote {path}", err=True)

@@ -1,0 +1,56 @@
+"""``ggl-audit list``: what can be declared, each with its source."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Kind(str, Enum):
+    """What can be listed."""
+
+    DEFENSES = "defenses"
+    OPTIMIZERS = "optimizers"
+    PRIORS = "priors"
+
+
+def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+    """List defenses, optimizers or priors, with their parameters and sources."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for header, rows in ((("name", "parameters", "source"), _rows(kind)),):
+        for column in header:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def _rows(kind: Kind) -> list[tuple[str, str, str]]:
+    if kind is Kind.DEFENSES:
+        from ggl_audit.defenses import REGISTRY
+
+        return [
+            (
+                name,
+                ", ".join(
+                    f"{key}: {field.description}" for key, field in defense.model_fields.items()
+                ),
+                defense.source,
+            )
+            for name, defense in sorted(REGISTRY.items())
+        ]
+    if kind is Kind.OPTIMIZERS:
+        from ggl_audit.optimizers import FAMILIES
+
+        return [(name, "population, sigma, evaluations", what) for name, what in FAMILIES.items()]
+    from ggl_audit.priors.card import read_card
+    from ggl_audit.priors.loading import bundled_folder, bundled_names
+
+    cards = [(name, read_card(bundled_folder() / name)) for name in bundled_names()]
+    return [(name, f"latent {card.architecture.latent}", card.data) for name, card in cards]

@@ -1,0 +1,148 @@
+"""Options that several commands share, and how they change a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ggl_audit.errors import SpecError
+
+if TYPE_CHECKING:
+    from ggl_audit.inputs.images import ImageSet, Part
+    from ggl_audit.spec import Spec
+
+SpecFile = Annotated[
+    Path | None, typer.Argument(help="The audit's YAML file; flags override it.", metavar="[SPEC]")
+]
+ModelFactory = Annotated[
+    str | None, typer.Option("--model", help="file.py:callable, package:callable, torchvision:name")
+]
+Weights = Annotated[Path | None, typer.Option("--weights", help="The model's weights.")]
+Shape = Annotated[
+    str | None, typer.Option("--shape", help="The model's images: channels,height,width.")
+]
+GradientFile = Annotated[Path | None, typer.Option("--gradient", help="The captured gradient.")]
+Defense = Annotated[
+    str | None,
+    typer.Option("--defense", help="For example clip:bound=1+noise:std=0.1, or none."),
+]
+PriorName = Annotated[
+    str | None, typer.Option("--prior", help="A bundled prior, or a folder of `prior train`.")
+]
+Reference = Annotated[
+    str | None, typer.Option("--reference", help="A bundled set, an .npz, or a folder.")
+]
+Truth = Annotated[Path | None, typer.Option("--truth", help="The private image, if it is held.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", envvar="GGL_AUDIT_DEVICE", help="auto, cpu, cuda or cuda:N."),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", envvar="GGL_AUDIT_SEED", help="Decides all randomness.")
+]
+FailOn = Annotated[
+    str | None,
+    typer.Option("--fail-on", envvar="GGL_AUDIT_FAIL_ON", help="Exit 1 at this grade or worse."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any key of the spec: --set attack.evaluations=500."),
+]
+
+
+def load_spec(
+    path: Path | None,
+    *,
+    model: str | None = None,
+    weights: Path | None = None,
+    shape: str | None = None,
+    gradient: Path | None = None,
+    defense: str | None = None,
+    prior: str | None = None,
+    reference: str | None = None,
+    truth: Path | None = None,
+    device: str | None = None,
+    seed: int | None = None,
+    fail_on: str | None = None,
+    settings: list[str] | None = None,
+) -> Spec:
+    """Reads a spec and applies the flags; paths given as flags start at the current folder.
+
+    Raises:
+        AuditError: the spec or a flag cannot be used.
+    """
+    from ggl_audit.inputs.spec_file import parse_defense, parse_override, read_spec
+
+    overrides: list[tuple[str, Any]] = []
+
+    def override(key: str, value: Any) -> None:
+        if value is not None:
+            overrides.append((key, value))
+
+    override("model.factory", None if model is None else _absolute_factory(model))
+    override("model.weights", _absolute(weights))
+    override("model.input.shape", None if shape is None else _numbers(shape))
+    override("capture.gradient", _absolute(gradient))
+    override("defense", None if defense is None else parse_defense(defense))
+    override("prior", None if prior is None else _prior(prior))
+    override("evidence.reference", None if reference is None else _image_source(reference))
+    override("evidence.truth", _absolute(truth))
+    override("device", device)
+    override("seed", seed)
+    override("gate.fail_on", fail_on)
+    overrides += [parse_override(text) for text in settings or []]
+    return read_spec(path, overrides)
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _absolute_factory(factory: str) -> str:
+    source, _, name = factory.rpartition(":")
+    return f"{Path(source).absolute()}:{name}" if source.endswith(".py") else factory
+
+
+def _numbers(text: str) -> list[int | str]:
+    return [int(part) if part.strip().isdigit() else part for part in text.split(",")]
+
+
+def _prior(text: str) -> dict[str, str]:
+    folder = Path(text)
+    return {"trained": str(folder.absolute())} if folder.is_dir() else {"bundled": text}
+
+
+def image_set(text: str, part: Part) -> ImageSet:
+    """Reads the image set that an option names.
+
+    Raises:
+        AuditError: there is no such set, or it is broken.
+    """
+    from ggl_audit.inputs.images import read_image_set
+    from ggl_audit.spec import ImageSetSpec
+
+    declared = ImageSetSpec.model_validate(_image_source(text))
+    return read_image_set(declared, Path(), ("data",), part)
+
+
+def _image_source(text: str) -> dict[str, str]:
+    path = Path(text)
+    if path.is_dir():
+        return {"folder": str(path.absolute())}
+    if path.suffix == ".npz":
+        return {"npz": str(path.absolute())}
+    return {"bundled": text}
+
+
+@contextmanager
+def located(spec: Spec) -> Iterator[None]:
+    """Adds the file and line to errors about keys of the spec."""
+    try:
+        yield
+    except SpecError as error:
+        error.location = error.location or spec.locate(error.key)
+        raise

@@ -1,0 +1,38 @@
+"""``ggl-audit report``: render, convert and compare reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    first: Annotated[Path, typer.Argument(help="A report.json.", metavar="REPORT")],
+    second: Annotated[
+        Path | None, typer.Argument(help="Another, to compare with.", metavar="[OTHER]")
+    ] = None,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", help="Convert to .html or .json. Repeatable."),
+    ] = None,
+) -> None:
+    """Show a saved report, convert it, or compare two."""
+    from rich.console import Console
+
+    from ggl_audit.report.compare import render_comparison
+    from ggl_audit.report.console import render_console
+    from ggl_audit.report.formats import check_outputs, read_report, write_report
+
+    outputs = output or []
+    check_outputs(outputs)
+    shown = read_report(first)
+    if second is not None:
+        render_comparison(shown, read_report(second), Console())
+        return
+    for path in outputs:
+        write_report(shown, path)
+        typer.echo(f"wrote {path}", err=True)
+    if not outputs:
+        render_console(shown, Console())

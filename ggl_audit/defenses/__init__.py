@@ -1,0 +1,69 @@
+"""What a client can do to a gradient before it leaves, one defense a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from ggl_audit.defenses.base import Check, Context, Defense
+from ggl_audit.defenses.clip import Clip
+from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.pipeline import GaussianMechanism, Pipeline
+from ggl_audit.defenses.quantize import Quantize
+from ggl_audit.defenses.sign import Sign
+from ggl_audit.defenses.sparsify import Sparsify
+from ggl_audit.errors import SpecError, nearest
+from ggl_audit.spec import DefenseSpec
+
+REGISTRY: dict[str, type[Defense]] = {
+    defense.name: defense for defense in (Clip, Noise, Quantize, Sign, Sparsify)
+}
+
+__all__ = [
+    "REGISTRY",
+    "Check",
+    "Clip",
+    "Context",
+    "Defense",
+    "GaussianMechanism",
+    "Noise",
+    "Pipeline",
+    "Quantize",
+    "Sign",
+    "Sparsify",
+    "build_pipeline",
+]
+
+
+def build_pipeline(declared: Sequence[DefenseSpec]) -> Pipeline:
+    """Builds the declared steps.
+
+    Raises:
+        SpecError: a name is unknown, or a parameter is unknown, missing or out of range.
+    """
+    steps = []
+    for index, step in enumerate(declared):
+        kind = REGISTRY.get(step.name)
+        if kind is None:
+            raise SpecError(
+                ("defense", index, "name"),
+                f"there is no defense {step.name!r}",
+                nearest(step.name, REGISTRY),
+            )
+        try:
+            steps.append(kind.model_validate(step.model_extra or {}))
+        except ValidationError as error:
+            raise _first_problem(index, kind, error) from None
+    return Pipeline(steps)
+
+
+def _first_problem(index: int, kind: type[Defense], error: ValidationError) -> SpecError:
+    problem = error.errors()[0]
+    key = ("defense", index, *problem["loc"])
+    takes = f"{kind.name} takes {', '.join(kind.model_fields) or 'no parameters'}."
+    if problem["type"] == "missing":
+        return SpecError(key, "missing", takes)
+    if problem["type"] == "extra_forbidden":
+        return SpecError(key, "unknown parameter", takes)
+    return SpecError(key, f"{problem['msg']}, found {problem['input']!r}", takes)

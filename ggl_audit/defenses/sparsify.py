@@ -1,0 +1,74 @@
+"""Top-k sparsification."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from ggl_audit.defenses.base import Context, Defense, Trace
+from ggl_audit.gradient import Gradient, each, flat
+
+
+class Sparsify(Defense):
+    """Sets the values of smallest magnitude to zero.
+
+    Usual settings: 90 to 99 % removed, for each tensor (Aji and Heafield, EMNLP 2017; Lin et al.,
+    Deep Gradient Compression, ICLR 2018; Li et al., CVPR 2022, section 4.1) or over all of them.
+    """
+
+    name: ClassVar[str] = "sparsify"
+    source: ClassVar[str] = "Lin et al., ICLR 2018"
+    trace: ClassVar[Trace] = "zeros"
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"norm", "zeros"})
+
+    fraction: float = Field(gt=0, lt=1, description="share of the values that is removed")
+    scope: Literal["layer", "global"] = Field(
+        default="layer", description="for each tensor, or over the whole gradient"
+    )
+
+    def apply(self, gradient: Gradient, context: Context) -> Gradient:
+        """Keeps the largest values."""
+        return self._largest(gradient)
+
+    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """Keeps what the client kept, read off the capture; if hidden, the candidate's largest."""
+        if observed is None:
+            return self._largest(gradient)
+        return {name: tensor * (observed[name] != 0) for name, tensor in gradient.items()}
+
+    def contradiction(self, observed: Gradient) -> tuple[bool, str]:
+        """Finds fewer zeros than were declared."""
+        parts = observed if self.scope == "layer" else {"the gradient": flat(observed)}
+        lacking = {
+            name: removed - zeros
+            for name, tensor in parts.items()
+            if (removed := self._removed(tensor)) > (zeros := int((tensor == 0).sum()))
+        }
+        if lacking:
+            name = max(lacking, key=lambda n: lacking[n] / parts[n].numel())
+            share = float((parts[name] == 0).double().mean())
+            return True, f"{share:.1%} of {name} is zero; {self.fraction:.1%} was declared"
+        share = float((flat(observed) == 0).double().mean())
+        return False, f"{share:.1%} of the values are zero; {self.fraction:.1%} was declared"
+
+    def norm_bound(self, before: float | None) -> float | None:
+        """Removing values does not raise the norm."""
+        return before
+
+    def _removed(self, tensor: torch.Tensor) -> int:
+        # The small term undoes binary rounding: 0.9 of 10 is 9, not 8.
+        return int(self.fraction * tensor.numel() + 1e-9)
+
+    def _largest(self, gradient: Gradient) -> Gradient:
+        def threshold(tensor: torch.Tensor) -> torch.Tensor:
+            removed = self._removed(tensor)
+            if removed == 0:
+                return torch.zeros((), device=tensor.device, dtype=tensor.dtype)
+            return tensor.abs().flatten().kthvalue(removed).values
+
+        if self.scope == "global":
+            common = threshold(flat(gradient))
+            return each(lambda tensor: tensor * (tensor.abs() > common), gradient)
+        return each(lambda tensor: tensor * (tensor.abs() > threshold(tensor)), gradient)

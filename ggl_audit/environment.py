@@ -1,0 +1,55 @@
+"""The machine that an audit runs on: devices, versions, memory."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+
+import numpy
+import torch
+
+from ggl_audit.errors import SpecError
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolves ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        SpecError: the name is unknown, or there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise SpecError(("device",), f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SpecError(
+            ("device",), f"there is no {name} here", "`--device auto` takes a GPU if there is one."
+        )
+    return device
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """What a reader needs to repeat the figures: versions, platform, device, threads."""
+    is_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if is_gpu else "cpu",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory held so far: on the GPU, or of this process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

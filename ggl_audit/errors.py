@@ -1,0 +1,91 @@
+"""The few errors that a user can meet, each of which the user can mend.
+
+They all end the program with exit code 2 and one message: where, what was wrong, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+Key = tuple[str | int, ...]
+
+
+class AuditError(Exception):
+    """Something the user handed in cannot be used.
+
+    Attributes:
+        problem: what was wrong and what was expected, in one sentence without a full stop.
+        remedy: what to do about it, or an empty string.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.remedy = remedy
+
+    @property
+    def where(self) -> str:
+        """The file or the key that the error is about, or an empty string."""
+        return ""
+
+    def __str__(self) -> str:
+        message = f"{self.where}: {self.problem}" if self.where else self.problem
+        return f"{message}. {self.remedy}" if self.remedy else f"{message}."
+
+
+class InputError(AuditError):
+    """A file cannot be read, or what it holds does not fit."""
+
+    def __init__(self, path: Path | str, problem: str, remedy: str = "") -> None:
+        super().__init__(problem, remedy)
+        self.path = Path(path)
+
+    @property
+    def where(self) -> str:
+        """The file."""
+        return str(self.path)
+
+
+class SpecError(AuditError):
+    """A key of the spec has a value that cannot be used.
+
+    Attributes:
+        key: the path to the value, for example ``("defense", 0, "fraction")``.
+        location: the file and line that declared it, filled in by whoever knows them.
+    """
+
+    def __init__(self, key: Key, problem: str, remedy: str = "") -> None:
+        super().__init__(problem, remedy)
+        self.key = key
+        self.location = ""
+
+    @property
+    def where(self) -> str:
+        """File, line and key."""
+        return " ".join(part for part in (self.location, dotted(self.key)) if part)
+
+
+def dotted(key: Key) -> str:
+    """Writes a key the way ``--set`` takes it: ``defense.0.fraction``."""
+    return ".".join(str(part) for part in key)
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """Says which known names are nearest to a wrong one, or lists them when none is near.
+
+    Args:
+        name: what the user wrote.
+        known: what would have been accepted.
+        limit: how many near names to offer at most.
+
+    Returns:
+        A sentence such as ``Did you mean 'clip'?``.
+    """
+    names = sorted(known)
+    lower = {candidate.lower(): candidate for candidate in names}
+    near = difflib.get_close_matches(name.lower(), lower, n=limit, cutoff=0.5)
+    if near:
+        return f"Did you mean {' or '.join(repr(lower[match]) for match in near)}?"
+    return f"Known are: {', '.join(names)}."

@@ -1,0 +1,1 @@
+"""What a grade rests on: identification, fidelity, controls, bounds, and the grade itself."""

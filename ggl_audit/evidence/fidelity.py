@@ -1,0 +1,136 @@
+"""How alike two images are. These figures illustrate; identification decides the grade."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from ggl_audit.errors import InputError
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.tensors import read_tensors
+from ggl_audit.spec import LpipsSpec
+
+SSIM_WINDOW = 7
+LPIPS_SMALLEST = 64
+
+Perceptual = Callable[[torch.Tensor, torch.Tensor], float]
+
+
+class Fidelity(BaseModel):
+    """Metrics between a reconstruction and the truth, images in [0, 1].
+
+    Attributes:
+        mse: mean squared error over pixels.
+        psnr_db: peak signal-to-noise ratio with peak 1, in dB (Li et al. 2022 computed it on
+            [-1, 1] with peak 1: add 6.02 dB to their figures).
+        ssim: structural similarity (Wang et al. 2004), 7x7 windows, in [-1, 1].
+        lpips: learned perceptual distance (Zhang et al. 2018), 0 for identical images.
+        mse_representation: mean squared error between what the model's head takes (MSE-R).
+        not_measured: the reason for each metric that is null.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    mse: float
+    psnr_db: float | None = None
+    ssim: float | None = None
+    lpips: float | None = None
+    mse_representation: float | None = None
+    not_measured: dict[str, str] = {}
+
+
+def compare(
+    image: torch.Tensor, truth: torch.Tensor, model: ClientModel, lpips: Perceptual | None
+) -> Fidelity:
+    """Measures a reconstruction.
+
+    Args:
+        image: (channels, height, width) in [0, 1].
+        truth: the same shape.
+        model: gives the representations.
+        lpips: from :func:`load_lpips`, or None.
+    """
+    reasons: dict[str, str] = {}
+    mse = float((image - truth).square().mean())
+    pixels, true_pixels = (
+        t.detach().cpu().double().permute(1, 2, 0).numpy() for t in (image, truth)
+    )
+    psnr = ssim = representation = None
+    if mse > 0:
+        psnr = float(peak_signal_noise_ratio(true_pixels, pixels, data_range=1))
+    else:
+        reasons["psnr_db"] = "the two images are identical"
+    if min(truth.shape[1:]) >= SSIM_WINDOW:
+        ssim = float(
+            structural_similarity(
+                true_pixels, pixels, data_range=1, channel_axis=2, win_size=SSIM_WINDOW
+            )
+        )
+    else:
+        reasons["ssim"] = f"images smaller than {SSIM_WINDOW} pixels"
+    if lpips is None:
+        reasons["lpips"] = "no backbone weights were given (evidence.lpips.weights)"
+    features = model.representation(torch.stack([image, truth]))
+    if features is not None:
+        representation = float((features[0] - features[1]).square().mean())
+    else:
+        reasons["mse_representation"] = "the model has no linear head"
+    return Fidelity(
+        mse=mse,
+        psnr_db=psnr,
+        ssim=ssim,
+        lpips=None if lpips is None else lpips(image, truth),
+        mse_representation=representation,
+        not_measured=reasons,
+    )
+
+
+def mean_psnr(images: torch.Tensor, truths: torch.Tensor) -> float:
+    """The PSNR in dB of the geometric mean error over n images (n, channels, height, width)."""
+    errors = (images - truths).square().flatten(1).mean(1).clamp(min=1e-12)
+    return float((-10 * errors.log10()).mean())
+
+
+def load_lpips(spec: LpipsSpec, path: Path, device: torch.device) -> Perceptual:
+    """Loads LPIPS v0.1 with the given backbone weights; the heads come with the lpips package.
+
+    Grey images are repeated to three channels, and images below 64 pixels are enlarged to 64 by
+    bilinear interpolation, which the backbones need.
+
+    Args:
+        spec: which backbone.
+        path: torchvision's weights of it, keys ``features.N.*`` (others are ignored).
+        device: where to compute.
+
+    Raises:
+        InputError: the weights are missing or are of another network.
+    """
+    import lpips
+
+    network = lpips.LPIPS(net=spec.net, pnet_rand=True, verbose=False)
+    weights = read_tensors(path)
+    # lpips cuts the backbone's `features` into slices and keeps their indices.
+    backbone = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}
+    missing = [name for name in backbone.values() if name not in weights]
+    if missing:
+        raise InputError(path, f"has no {missing[0]!r}: not torchvision's {spec.net} backbone")
+    try:
+        network.net.load_state_dict({name: weights[key] for name, key in backbone.items()})
+    except RuntimeError:
+        raise InputError(path, f"does not fit torchvision's {spec.net} backbone") from None
+    network.to(device).eval()
+
+    def distance(image: torch.Tensor, truth: torch.Tensor) -> float:
+        pair = torch.stack([image, truth]).float().to(device)
+        pair = pair.expand(-1, 3, -1, -1)
+        if min(pair.shape[2:]) < LPIPS_SMALLEST:
+            pair = F.interpolate(pair, (LPIPS_SMALLEST, LPIPS_SMALLEST), mode="bilinear")
+        with torch.no_grad():
+            return float(network(pair[:1], pair[1:], normalize=True))
+
+    return distance

@@ -1,0 +1,187 @@
+"""Findings: what a reviewer has to act on, each with a stable id and a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ggl_audit.defenses import Check
+from ggl_audit.evidence.bounds import Guarantee, Rate, empirical_mu, trials_needed
+from ggl_audit.evidence.grade import (
+    LITTLE_LEAKAGE,
+    NO_LEAKAGE,
+    PARTLY_RECONSTRUCTED,
+    RECONSTRUCTED,
+)
+
+Severity = Literal["critical", "high", "medium", "low"]
+
+
+class Finding(BaseModel):
+    """One thing that was found.
+
+    Attributes:
+        id: GGL001 to GGL008, stable over versions.
+        severity: critical, high, medium or low.
+        title: what it is.
+        detail: the measured figures.
+        remedy: what to do about it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    severity: Severity
+    title: str
+    detail: str
+    remedy: str
+
+
+def find(
+    floor: Rate | None,
+    ceiling: Rate | None,
+    label: Rate | None,
+    undefended: Rate | None,
+    checks: Sequence[Check],
+    guarantee: Guarantee | None,
+) -> list[Finding]:
+    """Collects the findings, the gravest first.
+
+    Args:
+        floor: canaries reconstructed beyond the null control.
+        ceiling: canaries identified by candidate matching.
+        label: canaries whose label was inferred from their defended gradient.
+        undefended: canaries reconstructed without the defense.
+        checks: the capture against each declared step.
+        guarantee: of the declared defense.
+    """
+    findings = [
+        *_capture(checks),
+        *_promise(ceiling, guarantee),
+        *_floor(floor),
+        *_ceiling(ceiling),
+        *_label(label),
+        *_attack(undefended),
+    ]
+    gravity = {"critical": 0, "high": 1, "medium": 2, "low": 3}
+    return sorted(findings, key=lambda finding: (gravity[finding.severity], finding.id))
+
+
+def _capture(checks: Sequence[Check]) -> list[Finding]:
+    return [
+        Finding(
+            id="GGL005",
+            severity="critical",
+            title="The capture contradicts the declared defense",
+            detail=f"{check.step}: {check.detail}.",
+            remedy="Find out which of the two is wrong: the client's implementation, or the "
+            "declaration (defense, capture.stage). Until then nothing here speaks of the client.",
+        )
+        for check in checks
+        if check.outcome == "contradicts"
+    ]
+
+
+def _promise(ceiling: Rate | None, guarantee: Guarantee | None) -> list[Finding]:
+    if ceiling is None or guarantee is None or empirical_mu(ceiling) <= guarantee.mu:
+        return []
+    return [
+        Finding(
+            id="GGL006",
+            severity="critical",
+            title="The promise of differential privacy is contradicted",
+            detail=f"Candidate matching identifies so often that mu is at least "
+            f"{empirical_mu(ceiling):.2f}; the declared defense promises {guarantee.mu:.2f}.",
+            remedy="The implementation is broken: look at the order of clip and noise, at the "
+            "unit that is clipped, and at the scale of the noise.",
+        )
+    ]
+
+
+def _floor(floor: Rate | None) -> list[Finding]:
+    if floor is None or floor.advantage_lower <= PARTLY_RECONSTRUCTED:
+        return []
+    return [
+        Finding(
+            id="GGL001",
+            severity="critical" if floor.advantage_lower > RECONSTRUCTED else "high",
+            title="Private images are reconstructed",
+            detail=f"{floor.successes} of {floor.trials} reconstructions are nearer to their "
+            f"canary than to {round(1 / floor.chance) - 1} other images of its class, where the "
+            f"null control's are not (95 % interval {floor.lower:.0%} to {floor.upper:.0%}, "
+            f"chance {floor.chance:.0%}).",
+            remedy="Do not send this gradient. Clip each sample and add Gaussian noise in "
+            "proportion to the clip (DP-SGD), or aggregate securely over many images first.",
+        )
+    ]
+
+
+def _ceiling(ceiling: Rate | None) -> list[Finding]:
+    if ceiling is None:
+        return []
+    if ceiling.advantage_lower > NO_LEAKAGE:
+        return [
+            Finding(
+                id="GGL002",
+                severity="high",
+                title="Images are identifiable by matching",
+                detail=f"{ceiling.successes} of {ceiling.trials} canaries are identified among "
+                f"{round(1 / ceiling.chance)} images of their class by the gradient alone (95 % "
+                f"interval {ceiling.lower:.0%} to {ceiling.upper:.0%}, chance "
+                f"{ceiling.chance:.0%}); mu is at least {empirical_mu(ceiling):.2f}.",
+                remedy="Whoever holds a list of suspects can tell which image was used, whatever "
+                "the reconstructions look like. Only more noise or more images to a gradient help.",
+            )
+        ]
+    if ceiling.advantage_lower <= 0 and ceiling.advantage_upper > LITTLE_LEAKAGE:
+        needed = trials_needed(LITTLE_LEAKAGE, ceiling.chance)
+    elif ceiling.advantage_lower <= 0 and ceiling.advantage_upper > NO_LEAKAGE:
+        needed = trials_needed(NO_LEAKAGE, ceiling.chance)
+    else:
+        return []
+    return [
+        Finding(
+            id="GGL008",
+            severity="low",
+            title="Not enough trials",
+            detail=f"With {ceiling.trials} matching trials the advantage is only known to be below "
+            f"{ceiling.advantage_upper:.2f}, although nothing above chance was seen.",
+            remedy=f"A better grade takes about {needed} trials, if there is nothing to find: "
+            f"--set evidence.matching_trials={needed}.",
+        )
+    ]
+
+
+def _label(label: Rate | None) -> list[Finding]:
+    if label is None or label.advantage_lower <= NO_LEAKAGE:
+        return []
+    return [
+        Finding(
+            id="GGL003",
+            severity="medium",
+            title="The label is recovered",
+            detail=f"The label is read off the last layer's gradient for {label.successes} of "
+            f"{label.trials} canaries (95 % interval {label.lower:.0%} to {label.upper:.0%}, "
+            f"chance {label.chance:.0%}).",
+            remedy="If the label is itself sensitive (a diagnosis, say), treat it as disclosed.",
+        )
+    ]
+
+
+def _attack(undefended: Rate | None) -> list[Finding]:
+    if undefended is None or undefended.advantage_lower > PARTLY_RECONSTRUCTED:
+        return []
+    return [
+        Finding(
+            id="GGL007",
+            severity="medium",
+            title="The attack is too weak to judge reconstructions",
+            detail=f"Even without a defense its pictures identify only {undefended.successes} of "
+            f"{undefended.trials} canaries (95 % interval {undefended.lower:.0%} to "
+            f"{undefended.upper:.0%}, chance {undefended.chance:.0%}).",
+            remedy="A low floor says nothing here; only the ceiling counts. Give a prior of the "
+            "data's own domain, more attack.evaluations, or more evidence.control_trials.",
+        )
+    ]

@@ -1,0 +1,127 @@
+"""The grade: what the floor, the ceiling and the checks of the capture add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ggl_audit.defenses import Check
+from ggl_audit.evidence.bounds import Rate, trials_needed
+
+Grade = Literal["A", "B", "C", "D", "F", "inconclusive"]
+
+NO_LEAKAGE = 0.05
+LITTLE_LEAKAGE = 0.25
+PARTLY_RECONSTRUCTED = 0.05
+RECONSTRUCTED = 0.5
+
+ORDER: tuple[Grade, ...] = ("A", "B", "C", "D", "F")
+
+IN_WORDS: dict[Grade, str] = {
+    "A": "no measurable leakage",
+    "B": "little leakage, bounded",
+    "C": "the information is there; this attack did not extract it",
+    "D": "private images are partly reconstructed",
+    "F": "private images are reconstructed",
+    "inconclusive": "nothing can be said",
+}
+
+
+class Verdict(BaseModel):
+    """The grade, why, and what the program exits with.
+
+    Attributes:
+        grade: A to F, or inconclusive.
+        reason: one sentence with the figures that decided.
+        exit_code: 0 passed the gate, 1 did not, 3 inconclusive or cut short.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    grade: Grade
+    reason: str
+    exit_code: Literal[0, 1, 3]
+
+
+def decide(
+    floor: Rate | None,
+    ceiling: Rate | None,
+    checks: Sequence[Check],
+    interrupted_in: str | None,
+    fail_on: Grade,
+) -> Verdict:
+    """Grades an audit.
+
+    Args:
+        floor: canaries that were reconstructed, beyond the null control; None if not measured.
+        ceiling: canaries that candidate matching identified; None if not measured.
+        checks: the capture against each declared step.
+        interrupted_in: what was running when the audit was cut short, or None.
+        fail_on: the best grade that fails the gate.
+    """
+    grade, reason = _grade(floor, ceiling, checks, interrupted_in)
+    if grade == "inconclusive":
+        return Verdict(grade=grade, reason=reason, exit_code=3)
+    failed = ORDER.index(grade) >= ORDER.index(fail_on)
+    return Verdict(grade=grade, reason=reason, exit_code=1 if failed else 0)
+
+
+def _grade(
+    floor: Rate | None,
+    ceiling: Rate | None,
+    checks: Sequence[Check],
+    interrupted_in: str | None,
+) -> tuple[Grade, str]:
+    contradicted = [check for check in checks if check.outcome == "contradicts"]
+    if interrupted_in is not None:
+        return "inconclusive", f"The audit was cut short during {interrupted_in}."
+    if contradicted:
+        check = contradicted[0]
+        return (
+            "inconclusive",
+            f"The capture contradicts the declared {check.step}: {check.detail}.",
+        )
+    if floor is not None and floor.advantage_lower > RECONSTRUCTED:
+        return "F", f"Private images are reconstructed: {_floor(floor)}."
+    if floor is not None and floor.advantage_lower > PARTLY_RECONSTRUCTED:
+        return "D", f"Private images are partly reconstructed: {_floor(floor)}."
+    if ceiling is None:
+        return "inconclusive", "No matching trials were run, so nothing bounds the leakage."
+    if ceiling.advantage_upper <= NO_LEAKAGE:
+        return "A", f"No measurable leakage: {_ceiling(ceiling)}, about as often as by guessing."
+    if ceiling.advantage_upper <= LITTLE_LEAKAGE:
+        return "B", f"Little leakage, bounded: {_ceiling(ceiling)}."
+    if ceiling.advantage_lower <= 0:
+        return (
+            "inconclusive",
+            f"Too few trials: {_ceiling(ceiling)}, which fits both no leakage and much of it; "
+            f"a B takes about {trials_needed(LITTLE_LEAKAGE, ceiling.chance)} matching trials, an "
+            f"A about {trials_needed(NO_LEAKAGE, ceiling.chance)}.",
+        )
+    if floor is None:
+        return (
+            "inconclusive",
+            f"{_ceiling(ceiling).capitalize()}, but no reconstruction trials were run.",
+        )
+    return (
+        "C",
+        f"The information is there ({_ceiling(ceiling)}), but this attack did not extract it "
+        f"({_floor(floor)}).",
+    )
+
+
+def _floor(floor: Rate) -> str:
+    return (
+        f"the attack's pictures identify {floor.successes} of {floor.trials} canaries, beyond the "
+        f"null control, among {round(1 / floor.chance)} same-class candidates "
+        f"(95 % interval {floor.lower:.0%} to {floor.upper:.0%})"
+    )
+
+
+def _ceiling(ceiling: Rate) -> str:
+    return (
+        f"candidate matching identifies {ceiling.successes} of {ceiling.trials} canaries "
+        f"(95 % interval {ceiling.lower:.1%} to {ceiling.upper:.1%}, chance {ceiling.chance:.1%})"
+    )

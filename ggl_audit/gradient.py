@@ -1,0 +1,39 @@
+"""A gradient: tensors by parameter name, in the order of ``named_parameters()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+Gradient = dict[str, torch.Tensor]
+
+
+def norm(gradient: Gradient) -> torch.Tensor:
+    """The l2 norm of the whole gradient, a scalar."""
+    return torch.stack([tensor.square().sum() for tensor in gradient.values()]).sum().sqrt()
+
+
+def each(function: Callable[[torch.Tensor], torch.Tensor], gradient: Gradient) -> Gradient:
+    """Applies a function to each tensor."""
+    return {name: function(tensor) for name, tensor in gradient.items()}
+
+
+def flat(gradient: Gradient) -> torch.Tensor:
+    """All values in one row, (size,)."""
+    return torch.cat([tensor.reshape(-1) for tensor in gradient.values()])
+
+
+def stack(gradients: Sequence[Gradient]) -> Gradient:
+    """Stacks n gradients into one whose tensors have a leading dimension n."""
+    return {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
+
+
+def concatenate(stacks: Sequence[Gradient]) -> Gradient:
+    """Joins stacks along their leading dimension."""
+    return {name: torch.cat([gradients[name] for gradients in stacks]) for name in stacks[0]}
+
+
+def take(gradients: Gradient, index: int) -> Gradient:
+    """One gradient of a stack."""
+    return {name: tensor[index] for name, tensor in gradients.items()}

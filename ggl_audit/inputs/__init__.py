@@ -1,0 +1,1 @@
+"""Everything that comes from outside is read, checked and named here, and nowhere else."""

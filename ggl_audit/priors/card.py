@@ -1,0 +1,82 @@
+"""The card of a trained prior: what it was made of, how, and how good it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ggl_audit.errors import InputError
+from ggl_audit.priors.generator import Architecture
+
+CARD_NAME = "card.yaml"
+WEIGHTS_NAME = "generator.safetensors"
+SHEET_NAME = "samples.png"
+
+
+class Inversion(BaseModel):
+    """How well the generator can represent images that it has not seen, at best.
+
+    Attributes:
+        images: how many were inverted, by Adam on the latent against the pixels.
+        psnr_db: mean over the images, peak 1.
+        psnr_db_tenth: the 10th percentile.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: int
+    psnr_db: float
+    psnr_db_tenth: float
+
+
+class Card(BaseModel):
+    """What a user has to know about a prior before trusting an audit with it.
+
+    Attributes:
+        data: what it was trained on, with the number of images.
+        command: how it was trained.
+        seed: of the training.
+        steps: of the training.
+        licence: of the weights, with the data's.
+        inversion: on held-out images; None when there were none.
+        architecture: of the generator.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    command: str
+    seed: int
+    steps: int
+    licence: str
+    inversion: Inversion | None
+    architecture: Architecture
+
+
+def read_card(folder: Path) -> Card:
+    """Reads the card of a prior.
+
+    Raises:
+        InputError: the folder or the card is missing, or the card is broken.
+    """
+    path = folder / CARD_NAME
+    if not path.is_file():
+        raise InputError(
+            folder, f"no {CARD_NAME} in it", "Give a folder that `ggl-audit prior train` wrote."
+        )
+    try:
+        return Card.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise InputError(path, "not valid YAML") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(path, f"not a prior's card ({where}: {problem['msg']})") from None
+
+
+def render_card(card: Card) -> str:
+    """The card as YAML."""
+    text: str = yaml.safe_dump(card.model_dump(), sort_keys=False, width=100, allow_unicode=True)
+    return text

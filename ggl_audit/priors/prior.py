@@ -1,0 +1,68 @@
+"""A prior: a generator, what it takes, and images in [0, 1] out of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ggl_audit.inputs.images import Shape
+from ggl_audit.spec import LatentSpec
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A generator whose latent space can be searched.
+
+    The search runs in standard normal coordinates of dimension ``size`` whatever the generator's
+    own latent distribution is; :meth:`decode` maps them.
+
+    Attributes:
+        generator: the module, in eval mode, on its device.
+        latent: shape and distribution of what the generator takes.
+        classes: the number of labels it knows, or None when it takes no label.
+        output_range: the generator's values for black and white.
+        source: what it is, for the report.
+    """
+
+    generator: nn.Module
+    latent: LatentSpec
+    classes: int | None
+    output_range: tuple[float, float]
+    source: str
+
+    @property
+    def size(self) -> int:
+        """The number of latent coordinates."""
+        return math.prod(self.latent.shape)
+
+    def decode(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Maps latents to images.
+
+        Args:
+            latents: (n, size), standard normal coordinates.
+            labels: (n,), class indices; not used by an unconditional generator.
+
+        Returns:
+            (n, channels, height, width) in [0, 1].
+        """
+        if self.latent.distribution == "uniform":
+            latents = torch.erf(latents / math.sqrt(2))  # 2 Phi(z) - 1
+        latents = latents.reshape(-1, *self.latent.shape)
+        inputs = (latents,) if self.classes is None else (latents, labels)
+        black, white = self.output_range
+        images: torch.Tensor = (self.generator(*inputs) - black) / (white - black)
+        return images.clamp(0, 1)
+
+    def shape(self) -> Shape:
+        """The (channels, height, width) of what it draws, found by drawing one."""
+        device = next((p.device for p in self.generator.parameters()), torch.device("cpu"))
+        with torch.no_grad():
+            image = self.decode(
+                torch.zeros(1, self.size, device=device),
+                torch.zeros(1, dtype=torch.long, device=device),
+            )
+        _, channels, height, width = image.shape
+        return channels, height, width

@@ -1,0 +1,158 @@
+"""Puts what was measured into a report, and says what it rests on."""
+
+from __future__ import annotations
+
+from ggl_audit import __version__
+from ggl_audit.environment import describe, peak_memory_bytes
+from ggl_audit.evidence.bounds import account, empirical_mu
+from ggl_audit.evidence.fidelity import compare
+from ggl_audit.evidence.findings import find
+from ggl_audit.evidence.grade import decide
+from ggl_audit.experiments import Measurements, Reconstructed, ReconstructionTrials
+from ggl_audit.files import sha256
+from ggl_audit.gradient import norm
+from ggl_audit.report.assumptions import assumptions
+from ggl_audit.report.model import (
+    Captured,
+    CheckedStep,
+    Controls,
+    Cost,
+    EvidenceReport,
+    InputFile,
+    Reconstruction,
+    ReconstructionRate,
+    Report,
+    Tool,
+    png_uri,
+)
+from ggl_audit.setting import Setting
+
+LONGEST_CURVE = 200
+
+
+def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report:
+    """Grades what was measured and writes it down.
+
+    Args:
+        setting: what was handed in.
+        measured: all of it, or what there was when the audit was interrupted.
+        seconds: since the start.
+    """
+    spec = setting.spec
+    floor = measured.floor.rate if measured.floor else None
+    undefended = measured.undefended.rate if measured.undefended else None
+    mechanism = setting.defense.guarantee()
+    chance = 1 / spec.evidence.candidates
+    guarantee = account(mechanism, spec.evidence.delta, chance) if mechanism else None
+    return Report(
+        tool=Tool(version=__version__),
+        verdict=decide(floor, measured.ceiling, setting.checks, measured.stage, spec.gate.fail_on),
+        captured=_captured(setting, measured),
+        evidence=EvidenceReport(
+            floor=_rate(measured.floor),
+            ceiling=measured.ceiling,
+            label=measured.label,
+            controls=Controls(null=_rate(measured.null), undefended=_rate(measured.undefended)),
+            guarantee=guarantee,
+            empirical_mu=empirical_mu(measured.ceiling) if measured.ceiling else None,
+            checks=[
+                CheckedStep(step=check.step, outcome=check.outcome, detail=check.detail)
+                for check in setting.checks
+            ],
+            not_measured=_not_measured(setting, measured),
+        ),
+        findings=find(
+            floor, measured.ceiling, measured.label, undefended, setting.checks, guarantee
+        ),
+        assumptions=assumptions(setting),
+        cost=Cost(
+            evaluations=measured.evaluations,
+            seconds=round(seconds, 3),
+            evaluations_per_second=round(measured.evaluations / seconds, 1),
+            peak_memory_bytes=peak_memory_bytes(setting.model.device),
+        ),
+        inputs=[
+            InputFile(path=str(path), sha256=sha256(spec.resolve(path))) for path in setting.files()
+        ],
+        environment=describe(setting.model.device),
+        spec=spec.model_dump(mode="json"),
+    )
+
+
+def _captured(setting: Setting, measured: Measurements) -> Captured:
+    reasons = {}
+    if setting.truth is None:
+        reasons["truth"] = "the auditor does not hold the private image (evidence.truth)"
+    if measured.captured is None:
+        reasons["reconstructions"] = f"the audit was cut short during {measured.stage}"
+    inferred = setting.spec.capture.labels == "infer"
+    return Captured(
+        labels=[setting.label],
+        label_method="inferred from the last layer's gradient" if inferred else "declared",
+        norm=float(norm(setting.observed)),
+        truth=None if setting.truth is None else png_uri(setting.truth),
+        reconstructions=[
+            _reconstruction(measured.captured, setting).model_copy(
+                update={
+                    "rank": measured.rank,
+                    "matching_rank": measured.matching_rank,
+                    "candidates": measured.candidates,
+                }
+            )
+        ]
+        if measured.captured
+        else [],
+        null=_reconstruction(measured.captured_null, setting) if measured.captured_null else None,
+        not_measured=reasons,
+    )
+
+
+def _reconstruction(found: Reconstructed, setting: Setting) -> Reconstruction:
+    every = -(-len(found.curve) // LONGEST_CURVE)
+    curve = found.curve[::every]
+    if curve[-1] != found.curve[-1]:
+        curve.append(found.curve[-1])
+    metrics = None
+    if setting.truth is not None:
+        metrics = compare(found.image, setting.truth, setting.model, setting.lpips)
+    return Reconstruction(
+        image=png_uri(found.image), matching_loss=found.loss, curve=curve, metrics=metrics
+    )
+
+
+def _rate(trials: ReconstructionTrials | None) -> ReconstructionRate | None:
+    if trials is None:
+        return None
+    return ReconstructionRate(
+        **trials.rate.model_dump(exclude={"advantage_lower", "advantage_upper"}),
+        psnr_db=trials.psnr_db,
+    )
+
+
+def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
+    evidence = setting.spec.evidence
+    reasons = {}
+    cut = None
+    if measured.stage is not None:
+        cut = f"the audit was cut short during {measured.stage}"
+    if measured.ceiling is None:
+        reasons["ceiling"] = cut or "evidence.matching_trials is 0"
+    if measured.floor is None:
+        reasons["floor"] = cut or "evidence.reconstruction_trials is 0"
+        reasons["controls.null"] = reasons["floor"]
+    if measured.undefended is None:
+        none_asked = min(evidence.control_trials, evidence.reconstruction_trials) == 0
+        reasons["controls.undefended"] = (
+            "evidence.control_trials or reconstruction_trials is 0" if none_asked else cut or ""
+        )
+    if measured.label is None:
+        no_head = setting.model.head is None
+        reasons["label"] = "the model has no linear head" if no_head else reasons["ceiling"]
+    if setting.defense.guarantee() is None:
+        reasons["guarantee"] = (
+            "the declared defense gives no differential privacy: that takes a clip of the whole "
+            "gradient and Gaussian noise after it"
+        )
+    if setting.spec.capture.stage == "raw" and setting.defense.steps:
+        reasons["checks"] = "the tool applied the defense itself (capture.stage is raw)"
+    return reasons

@@ -1,0 +1,136 @@
+"""Renders a report for the terminal, with the pictures drawn in it."""
+
+from __future__ import annotations
+
+from PIL import Image
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from rich_pixels import HalfcellRenderer, Pixels
+
+from ggl_audit.evidence.grade import IN_WORDS
+from ggl_audit.report import wording
+from ggl_audit.report.model import Report, picture
+
+GRADE_STYLE = {
+    "A": "bold white on green4",
+    "B": "bold white on dark_green",
+    "C": "bold black on yellow3",
+    "D": "bold white on dark_orange3",
+    "F": "bold white on red3",
+    "inconclusive": "bold white on grey42",
+}
+SEVERITY_STYLE = {"critical": "bold red", "high": "red", "medium": "yellow", "low": "cyan"}
+SHADES = " .:-=+*#%@"
+WIDEST_PICTURE = 32
+BAR_WIDTH = 24
+
+
+def render_console(report: Report, console: Console) -> None:
+    """Prints a report.
+
+    Pictures are drawn in half-height coloured cells where there are colours, and in shades of
+    characters where there are none (``NO_COLOR``, a file, a CI log).
+    """
+    grade = report.verdict.grade
+    badge = Text(f" {grade} ", style=GRADE_STYLE[grade])
+    console.print()
+    console.print(Text.assemble(badge, f"  {IN_WORDS[grade]}"))
+    console.print(Text(report.verdict.reason))
+    console.print()
+    _print_pictures(report, console)
+    console.print(_rates(report))
+    said = wording.identification(report)
+    if said:
+        console.print(Text(said))
+    console.print(Text(wording.privacy(report)))
+    console.print()
+    for finding in report.findings:
+        style = SEVERITY_STYLE[finding.severity]
+        head = f"[{style}]{finding.id} {finding.severity}[/]  [bold]{escape(finding.title)}[/]"
+        console.print(head)
+        console.print(f"  {escape(finding.detail)}")
+        console.print(f"  [dim]Remedy:[/] {escape(finding.remedy)}")
+    if report.findings:
+        console.print()
+    console.print("[bold]Taken for granted[/]")
+    for sentence in report.assumptions:
+        console.print(f"- {escape(sentence)}")
+    console.print()
+    console.print(f"[dim]{escape(wording.cost(report))}[/]")
+
+
+def _print_pictures(report: Report, console: Console) -> None:
+    captured = report.captured
+    label = ", ".join(map(str, captured.labels))
+    shown: list[tuple[str, str]] = []
+    if captured.truth:
+        shown.append(("the private image", captured.truth))
+    for found in captured.reconstructions:
+        shown.append((f"out of the gradient (label {label})", found.image))
+    if captured.null:
+        shown.append(("out of noise (null control)", captured.null.image))
+    if not shown:
+        return
+    width = max(8, min(WIDEST_PICTURE, (console.width - 2 * len(shown)) // len(shown)))
+    grid = Table.grid(padding=(0, 2))
+    for _ in shown:
+        grid.add_column(width=width)
+    grid.add_row(*(_draw(picture(uri), width, console) for _, uri in shown))
+    grid.add_row(*(Text(title, style="dim") for title, _ in shown))
+    console.print(grid)
+    console.print()
+
+
+def _draw(image: Image.Image, width: int, console: Console) -> RenderableType:
+    times = max(1, width // image.width)
+    size = (
+        (image.width * times, image.height * times)
+        if image.width <= width
+        else (width, round(image.height * width / image.width))
+    )
+    if console.color_system is not None and not console.no_color:
+        resized = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+        drawn: RenderableType = Pixels.from_image(resized, renderer=HalfcellRenderer())
+        return drawn
+    grey = image.convert("L").resize((size[0], size[1] // 2), Image.Resampling.BOX)
+    values = list(grey.tobytes())
+    rows = [values[i : i + grey.width] for i in range(0, len(values), grey.width)]
+    lines = ["".join(SHADES[value * len(SHADES) // 256] for value in row) for row in rows]
+    return Text("\n".join(lines), no_wrap=True)
+
+
+def _rates(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    table.add_column("rate", justify="right")
+    table.add_column("0 %" + " " * (BAR_WIDTH - 7) + "100 %", no_wrap=True)
+    table.add_column("95 % interval", justify="right")
+    table.add_column("what succeeds")
+    for row in wording.rate_rows(report):
+        if row.rate is None:
+            table.add_row(row.name, "-", "", "", Text(f"not measured: {row.not_measured}"))
+            continue
+        rate = row.rate
+        psnr = "" if row.psnr_db is None else f", {row.psnr_db:.1f} dB"
+        table.add_row(
+            row.name,
+            f"{rate.successes}/{rate.trials}",
+            _bar(rate.lower, rate.rate, rate.upper, rate.chance),
+            f"{rate.lower:.1%} - {rate.upper:.1%}",
+            Text(f"{row.meaning}{psnr}"),
+        )
+    return table
+
+
+def _bar(lower: float, rate: float, upper: float, chance: float) -> Text:
+    def cell(share: float) -> int:
+        return min(BAR_WIDTH - 1, int(share * BAR_WIDTH))
+
+    bar = ["·"] * BAR_WIDTH
+    for index in range(cell(lower), cell(upper) + 1):
+        bar[index] = "━"
+    bar[cell(chance)] = "|"
+    bar[cell(rate)] = "●"
+    return Text("".join(bar))

@@ -1,0 +1,63 @@
+"""Writes a report to a file, in the format of its ending, and reads one back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ggl_audit.errors import AuditError, InputError
+from ggl_audit.files import write_whole
+from ggl_audit.report.html import render_html
+from ggl_audit.report.model import Report
+
+
+def render_json(report: Report) -> str:
+    """The report as JSON; NaN and infinity do not occur in it."""
+    return report.model_dump_json(indent=2) + "\n"
+
+
+RENDERERS: dict[str, Callable[[Report], str]] = {".html": render_html, ".json": render_json}
+
+
+def check_outputs(paths: list[Path]) -> None:
+    """Finds out before an audit whether its report can be written.
+
+    Raises:
+        AuditError: an ending is unknown, or a folder is missing.
+    """
+    for path in paths:
+        if path.suffix not in RENDERERS:
+            raise AuditError(
+                f"-o {path}: unknown format {path.suffix!r}; expected {' or '.join(RENDERERS)}"
+            )
+        if not path.parent.is_dir():
+            raise AuditError(f"-o {path}: there is no folder {path.parent}")
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Writes a report, whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_whole(path, RENDERERS[path.suffix](report).encode())
+
+
+def read_report(path: Path) -> Report:
+    """Reads a ``report.json``.
+
+    Raises:
+        InputError: missing, or not a report of this schema version.
+    """
+    if not path.is_file():
+        raise InputError(path, "no such file")
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(
+            path, f"not a report of schema version 1 ({where or 'content'}: {problem['msg']})"
+        ) from None

@@ -1,0 +1,171 @@
+"""The report: the one source that every format is rendered from (``schema_version`` 1)."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from ggl_audit.evidence.bounds import Guarantee, Rate
+from ggl_audit.evidence.fidelity import Fidelity
+from ggl_audit.evidence.findings import Finding
+from ggl_audit.evidence.grade import Verdict
+from ggl_audit.inputs.images import to_picture
+
+PNG_URI = "data:image/png;base64,"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tool(_Part):
+    """Which program wrote the report."""
+
+    name: Literal["ggl-audit"] = "ggl-audit"
+    version: str
+
+
+class Reconstruction(_Part):
+    """What the attack made of the captured gradient.
+
+    Attributes:
+        image: PNG as a data URI.
+        matching_loss: distance of its gradient to the capture, relative, with the regularizer.
+        curve: the best loss so far, by candidates evaluated.
+        metrics: against the truth; None where the truth is not held.
+        rank: of the truth among the candidates by pixel distance to the image; 1 is identified.
+        matching_rank: of the truth among the candidates by matching distance, without any image.
+        candidates: N.
+    """
+
+    image: str
+    matching_loss: float
+    curve: list[tuple[int, float]]
+    metrics: Fidelity | None = None
+    rank: int | None = None
+    matching_rank: int | None = None
+    candidates: int | None = None
+
+
+class Captured(_Part):
+    """The captured gradient, and what came out of it.
+
+    Attributes:
+        labels: as inferred or declared.
+        label_method: how they were found.
+        norm: l2 norm of the defended gradient.
+        truth: the private image as a PNG data URI, where it is held.
+        reconstructions: one for each image of the batch.
+        null: what the same attack makes of a random gradient of the same norm.
+        not_measured: the reason for what is null or missing.
+    """
+
+    labels: list[int]
+    label_method: str
+    norm: float
+    truth: str | None = None
+    reconstructions: list[Reconstruction] = []
+    null: Reconstruction | None = None
+    not_measured: dict[str, str] = {}
+
+
+class ReconstructionRate(Rate):
+    """A rate of reconstructions, with the mean PSNR of their pictures in dB."""
+
+    psnr_db: float
+
+
+class Controls(_Part):
+    """The same attack with nothing to find, and with nothing in its way."""
+
+    null: ReconstructionRate | None = None
+    undefended: ReconstructionRate | None = None
+
+
+class CheckedStep(_Part):
+    """One step of the declared defense against the capture."""
+
+    step: str
+    outcome: Literal["agrees", "contradicts", "hidden"]
+    detail: str
+
+
+class EvidenceReport(_Part):
+    """What the grade rests on; what was not measured is null, with the reason.
+
+    Attributes:
+        floor: canaries reconstructed beyond the null control.
+        ceiling: canaries identified by candidate matching.
+        label: canaries whose label was inferred.
+        controls: null and undefended.
+        guarantee: of the declared defense, or None.
+        empirical_mu: the least Gaussian-DP parameter that the ceiling's rate allows.
+        checks: the capture against each declared step.
+        not_measured: the reason for each part that is null.
+    """
+
+    floor: ReconstructionRate | None = None
+    ceiling: Rate | None = None
+    label: Rate | None = None
+    controls: Controls = Controls()
+    guarantee: Guarantee | None = None
+    empirical_mu: float | None = None
+    checks: list[CheckedStep] = []
+    not_measured: dict[str, str] = {}
+
+
+class Cost(_Part):
+    """What the audit took."""
+
+    evaluations: int = Field(description="gradients of candidates")
+    seconds: float
+    evaluations_per_second: float | None
+    peak_memory_bytes: int | None
+
+
+class InputFile(_Part):
+    """A file that the audit read, as it was named, and what it was."""
+
+    path: str
+    sha256: str
+
+
+class Report(_Part):
+    """The result of one audit."""
+
+    schema_version: Literal[1] = 1
+    tool: Tool
+    verdict: Verdict
+    captured: Captured
+    evidence: EvidenceReport
+    findings: list[Finding]
+    assumptions: list[str]
+    cost: Cost
+    inputs: list[InputFile]
+    environment: dict[str, str]
+    spec: dict[str, Any]
+
+
+def png_uri(image: torch.Tensor) -> str:
+    """Encodes (channels, height, width) in [0, 1] as an 8-bit PNG in a data URI."""
+    buffer = io.BytesIO()
+    to_picture(image).save(buffer, format="PNG")
+    return PNG_URI + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def picture(uri: str) -> Image.Image:
+    """Decodes what :func:`png_uri` encoded.
+
+    Raises:
+        ValueError: it is not such a URI.
+    """
+    if not uri.startswith(PNG_URI):
+        raise ValueError("not a PNG data URI")
+    with Image.open(io.BytesIO(base64.b64decode(uri[len(PNG_URI) :], validate=True))) as image:
+        image.load()
+        return image

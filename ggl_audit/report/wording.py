@@ -1,0 +1,109 @@
+"""The words that every rendering of a report shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ggl_audit.evidence.bounds import Rate
+from ggl_audit.report.model import Report
+
+
+@dataclass(frozen=True)
+class RateRow:
+    """A rate with its name and meaning, or the reason why there is none."""
+
+    name: str
+    meaning: str
+    rate: Rate | None
+    not_measured: str
+    psnr_db: float | None = None
+
+
+def rate_rows(report: Report) -> list[RateRow]:
+    """The rates of a report in the order in which they are read."""
+    evidence = report.evidence
+    controls = evidence.controls
+    reasons = evidence.not_measured
+
+    def row(key: str, name: str, meaning: str, rate: Rate | None) -> RateRow:
+        psnr = getattr(rate, "psnr_db", None)
+        return RateRow(name, meaning, rate, reasons.get(key, "not measured"), psnr)
+
+    return [
+        row("ceiling", "ceiling", "identified by candidate matching", evidence.ceiling),
+        row("floor", "floor", "identified by reconstructions, beyond null", evidence.floor),
+        row("controls.null", "null control", "identified from a random gradient", controls.null),
+        row(
+            "controls.undefended",
+            "undefended control",
+            "identified by reconstructions, no defense",
+            controls.undefended,
+        ),
+        row("label", "label", "label read off the last layer", evidence.label),
+    ]
+
+
+def identification(report: Report) -> str | None:
+    """What became of the captured image itself, where the truth is held."""
+    if not report.captured.reconstructions:
+        return None
+    found = report.captured.reconstructions[0]
+    if found.rank is None and found.matching_rank is None:
+        return None
+    parts = []
+    if found.matching_rank is not None:
+        parts.append(f"by matching it ranks {found.matching_rank}")
+    if found.rank is not None:
+        parts.append(f"by the reconstruction {found.rank}")
+    return f"The true image among {found.candidates} of its class: {', '.join(parts)}."
+
+
+def privacy(report: Report) -> str:
+    """The declared guarantee beside what was measured, or why there is none."""
+    guarantee = report.evidence.guarantee
+    if guarantee is None:
+        reason = report.evidence.not_measured.get("guarantee", "not measured")
+        return f"No guarantee: {reason}."
+    text = (
+        f"Declared: epsilon {guarantee.epsilon:.3g} at delta {guarantee.delta:g}, "
+        f"mu {guarantee.mu:.3g}; no attack identifies more often than "
+        f"{guarantee.reconstruction_bound:.1%}."
+    )
+    if report.evidence.empirical_mu is not None:
+        text += f" Measured: mu is at least {report.evidence.empirical_mu:.2f}."
+    return text
+
+
+def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:
+    """Metrics of the reconstruction and of the null control's picture: name, value, value."""
+    captured = report.captured
+    if not captured.reconstructions or captured.reconstructions[0].metrics is None:
+        return []
+    found = captured.reconstructions[0].metrics
+    null = captured.null.metrics if captured.null else None
+    rows = []
+    for key, name in (
+        ("mse", "MSE"),
+        ("psnr_db", "PSNR, dB"),
+        ("ssim", "SSIM"),
+        ("lpips", "LPIPS"),
+        ("mse_representation", "MSE-R"),
+    ):
+        values = []
+        for metrics in (found, null):
+            value = getattr(metrics, key, None)
+            reason = metrics.not_measured.get(key, "not measured") if metrics else "not measured"
+            values.append(reason if value is None else f"{value:.4g}")
+        rows.append((name, values[0], values[1]))
+    return rows
+
+
+def cost(report: Report) -> str:
+    """What the audit took."""
+    spent = report.cost
+    text = f"{spent.evaluations:,} candidates in {spent.seconds:.1f} s"
+    if spent.evaluations_per_second is not None:
+        text += f" ({spent.evaluations_per_second:,.0f} a second)"
+    if spent.peak_memory_bytes is not None:
+        text += f", {spent.peak_memory_bytes / 2**30:.1f} GiB at most"
+    return f"{text}, on {report.environment.get('device', 'an unnamed device')}."

@@ -1,0 +1,255 @@
+"""What was declared: the audit's YAML file as pydantic models.
+
+Every key, its type, its range and its default stand here and nowhere else; ``ggl-audit schema
+spec`` prints them as JSON Schema. Paths are kept as they were written; :meth:`Spec.resolve` makes
+them absolute, relative to the folder of the spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from ggl_audit.errors import Key
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageFormat(_Section):
+    """How the model wants its images: ``(image - mean) / std`` with the image in [0, 1]."""
+
+    shape: tuple[
+        Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]
+    ] = Field(description="channels, height, width")
+    mean: list[float] = Field(default=[0.0], description="one value, or one a channel")
+    std: list[Annotated[float, Field(gt=0)]] = Field(
+        default=[1.0], description="one value, or one a channel"
+    )
+
+    @model_validator(mode="after")
+    def _one_value_or_one_a_channel(self) -> ImageFormat:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.shape[0]):
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values; "
+                    f"expected 1 or {self.shape[0]} (the channels of shape)"
+                )
+        return self
+
+
+class LossSpec(_Section):
+    """The client's training loss; ``scale`` multiplies it, as a loss weight would."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+    scale: float = Field(default=1.0, gt=0)
+
+
+class ModelSpec(_Section):
+    """The client's model at the round of the capture."""
+
+    factory: str = Field(
+        description="file.py:callable beside the spec, package.module:callable, or torchvision:name"
+    )
+    kwargs: dict[str, Any] = {}
+    weights: Path | None = Field(
+        default=None, description=".safetensors, .pt (weights only) or .npz"
+    )
+    input: ImageFormat
+    loss: LossSpec = LossSpec()
+    mode: Literal["eval", "train"] = Field(
+        default="eval", description="train: batch norm uses the statistics of the batch"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _loss_by_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("loss"), str):
+            data = {**data, "loss": {"name": data["loss"]}}
+        return data
+
+
+class CaptureSpec(_Section):
+    """The gradient that was captured and what is known of it."""
+
+    gradient: Path = Field(description=".safetensors, .pt (weights only) or .npz")
+    kind: Literal["gradient"] = "gradient"
+    stage: Literal["defended", "raw"] = Field(
+        default="defended", description="raw: the tool applies the declared defense first"
+    )
+    batch_size: Literal[1] = 1
+    labels: Literal["infer"] | list[Annotated[int, Field(ge=0)]] = "infer"
+
+    @model_validator(mode="after")
+    def _one_label_an_image(self) -> CaptureSpec:
+        if self.labels != "infer" and len(self.labels) != self.batch_size:
+            raise ValueError(
+                f"labels has {len(self.labels)} entries; expected {self.batch_size} "
+                "(capture.batch_size) or 'infer'"
+            )
+        return self
+
+
+class DefenseSpec(BaseModel):
+    """One step of the declared defense: its name, and the parameters that the name asks for."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+
+class LatentSpec(_Section):
+    """The shape and the distribution of what a generator takes."""
+
+    shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    distribution: Literal["normal", "uniform"] = Field(
+        default="normal", description="normal: N(0, 1); uniform: U[-1, 1]"
+    )
+
+
+class PriorSpec(_Section):
+    """The generator whose latent space is searched: bundled, trained by this tool, or one's own."""
+
+    bundled: str | None = None
+    trained: Path | None = Field(default=None, description="a folder that `prior train` wrote")
+    factory: str | None = Field(
+        default=None, description="file.py:callable or package.module:callable"
+    )
+    kwargs: dict[str, Any] = {}
+    weights: Path | None = None
+    latent: LatentSpec | None = None
+    conditional: bool = Field(
+        default=False, description="the generator is called with (latents, labels)"
+    )
+    output_range: tuple[float, float] = Field(
+        default=(-1.0, 1.0), description="what black and white are in the generator's output"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PriorSpec:
+        if sum(source is not None for source in (self.bundled, self.trained, self.factory)) != 1:
+            raise ValueError("give exactly one of bundled, trained and factory")
+        if self.factory is not None and self.latent is None:
+            raise ValueError("a prior from a factory needs latent: {shape: [...]}")
+        if self.factory is None and self.model_fields_set - {"bundled", "trained"}:
+            extra = ", ".join(sorted(self.model_fields_set - {"bundled", "trained"}))
+            raise ValueError(f"{extra}: only for a prior from a factory")
+        if self.output_range[0] >= self.output_range[1]:
+            raise ValueError("output_range must go from black to white, low to high")
+        return self
+
+
+class RegularizerSpec(_Section):
+    """A penalty on latents that the prior would not draw (Li et al. 2022, section 3.3)."""
+
+    name: Literal["none", "kl", "norm"] = "none"
+    weight: float = Field(default=0.1, ge=0)
+
+
+class AttackSpec(_Section):
+    """Generative Gradient Leakage, and how hard it tries for each image."""
+
+    optimizer: str = Field(default="cma", description="cma, or nevergrad:NAME")
+    evaluations: int = Field(
+        default=3000, ge=1, description="candidates tried for an image, all restarts together"
+    )
+    restarts: int = Field(default=1, ge=1, description="independent searches for each image")
+    population: int = Field(default=18, ge=2, description="candidates of a search at a time")
+    sigma: float = Field(default=0.3, gt=0, description="first step size, in prior deviations")
+    distance: Literal["l2", "cosine"] = "l2"
+    regularizer: RegularizerSpec = RegularizerSpec()
+
+    @model_validator(mode="after")
+    def _budget_is_possible(self) -> AttackSpec:
+        least = self.restarts * (self.population + 1)  # and the point that each recommends
+        if self.evaluations < least:
+            raise ValueError(
+                f"evaluations is {self.evaluations}, but {self.restarts} restarts with a "
+                f"population of {self.population} take at least {least}"
+            )
+        return self
+
+
+class ImageSetSpec(_Section):
+    """A set of labelled images: a bundled one, an ``.npz`` or a folder with one folder a class."""
+
+    bundled: str | None = None
+    npz: Path | None = Field(default=None, description="arrays images (n, h, w[, c]) and labels")
+    folder: Path | None = Field(default=None, description="CLASS_INDEX/*.png")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ImageSetSpec:
+        if sum(source is not None for source in (self.bundled, self.npz, self.folder)) != 1:
+            raise ValueError("give exactly one of bundled, npz and folder")
+        return self
+
+
+class LpipsSpec(_Section):
+    """Where the weights of the LPIPS backbone are; the package carries only the linear heads."""
+
+    net: Literal["alex", "squeeze", "vgg"] = "alex"
+    weights: Path = Field(description="torchvision's ImageNet weights of the backbone")
+
+
+class EvidenceSpec(_Section):
+    """What the grade rests on."""
+
+    reference: ImageSetSpec
+    candidates: int = Field(default=32, ge=2, description="N: the truth and N - 1 of its class")
+    matching_trials: int = Field(default=200, ge=0, description="trials of the ceiling")
+    reconstruction_trials: int = Field(
+        default=20, ge=0, description="trials of the floor, and of the null control"
+    )
+    control_trials: int = Field(default=10, ge=0, description="trials of the undefended control")
+    truth: Path | None = Field(default=None, description="the private image, where it is held")
+    lpips: LpipsSpec | None = None
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="for a declared DP guarantee")
+
+
+class GateSpec(_Section):
+    """When an audit fails."""
+
+    fail_on: Literal["A", "B", "C", "D", "F"] = Field(
+        default="C", description="exit 1 at this grade or a worse one"
+    )
+
+
+class Spec(_Section):
+    """One audit, as declared."""
+
+    version: Literal[1]
+    model: ModelSpec
+    capture: CaptureSpec
+    defense: list[DefenseSpec] = Field(default=[], description="in the client's order")
+    prior: PriorSpec
+    attack: AttackSpec = AttackSpec()
+    evidence: EvidenceSpec
+    gate: GateSpec = GateSpec()
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+
+    _folder: Path = PrivateAttr(default=Path())
+    _locate: Callable[[Key], str] | None = PrivateAttr(default=None)
+
+    def resolve(self, path: Path) -> Path:
+        """Makes a path of the spec usable: relative ones start at the folder of the spec."""
+        return self._folder / path
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths and factories start from."""
+        return self._folder
+
+    def locate(self, key: Key) -> str:
+        """Names the file and line that declared a key, as far as they are known."""
+        return self._locate(key) if self._locate else ""
+
+    def placed(self, folder: Path, locate: Callable[[Key], str]) -> Spec:
+        """Remembers where the spec came from, for paths and for messages."""
+        self._folder = folder
+        self._locate = locate
+        return self

@@ -11,7 +11,9 @@ Gradient = dict[str, torch.Tensor]
 
 def norm(gradient: Gradient) -> torch.Tensor:
     """The l2 norm of the whole gradient, a scalar."""
-    return torch.stack([tensor.square().sum() for tensor in gradient.values()]).sum().sqrt()
+    # vector_norm makes no squared copy, which the batched objective would spend its time on.
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in gradient.values()])
+    return torch.linalg.vector_norm(norms)
 
 
 def each(function: Callable[[torch.Tensor], torch.Tensor], gradient: Gradient) -> Gradient:

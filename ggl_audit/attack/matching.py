@@ -22,7 +22,7 @@ from ggl_audit.spec import RegularizerSpec
 
 Distance = Literal["l2", "cosine"]
 
-BATCH_BYTES = 256 * 2**20
+BATCH_BYTES = 64 * 2**20
 """Gradients held at a time; a larger batch is taken in chunks."""
 
 COPIES_OF_A_GRADIENT = 4

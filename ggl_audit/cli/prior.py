@@ -22,7 +22,7 @@ def train(
         typer.Option("--held-out", help="Images it may not see, for the card's inversion PSNR."),
     ] = None,
     latent: Annotated[int, typer.Option("--latent", min=1, help="Dimension of the latent.")] = 48,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of each network.")] = 6000,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of each network.")] = 4000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Decides all randomness.")] = 0,
     licence: Annotated[
         str, typer.Option("--licence", help="Of the weights, for the card.")

@@ -154,7 +154,10 @@ def _line(node: yaml.Node | None, key: Key) -> int:
 
 
 def _first_problem(error: ValidationError, locate: Any) -> SpecError:
-    problem = error.errors()[0]
+    problems = error.errors()
+    # A misspelt key is also a missing one; the misspelling is the better thing to say.
+    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    problem = (unknown or problems)[0]
     key = tuple(problem["loc"])
     kind, remedy = problem["type"], ""
     if kind == "extra_forbidden":

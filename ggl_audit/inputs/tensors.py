@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ggl_audit.errors import InputError
 
 Tensors = dict[str, torch.Tensor]
-
-SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -34,39 +33,40 @@ def read_tensors(path: Path) -> Tensors:
         raise InputError(path, "no such file")
     if not path.is_file():
         raise InputError(path, "not a file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".pt", ".pth"):
-        return _read_torch(path)
-    if path.suffix == ".npz":
-        return _read_numpy(path)
-    raise InputError(path, f"unknown format {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
-
-
-def _read_safetensors(path: Path) -> Tensors:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    read = READERS.get(path.suffix)
+    if read is None:
         raise InputError(
-            path, f"not a whole safetensors file ({error})", "It may be truncated: copy it again."
-        ) from None
-
-
-def _read_torch(path: Path) -> Tensors:
+            path, f"unknown format {path.suffix!r}; expected one of {', '.join(READERS)}"
+        )
     try:
-        data = torch.load(path, weights_only=True, map_location="cpu")
+        return read(path)
+    except InputError:
+        raise
     except pickle.UnpicklingError:
         raise InputError(
             path,
-            "the pickle in it holds more than tensors and could run code, so it was not opened",
+            "not a plain file of tensors: the pickle in it could run code, so it was not opened",
             "Save the state dict alone, best as .safetensors.",
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no content"
+    except Exception as error:
+        # A broken file can lead the library that reads it into any error.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            path, f"not a whole PyTorch file ({first_line})", "It may be truncated: copy it again."
+            path,
+            f"not a whole {path.suffix} file of tensors ({reason})",
+            "It may be truncated (copy it again) or hold more than tensors.",
         ) from None
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _read_torch(path: Path) -> Tensors:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about old formats, which fail or are fine
+        data = torch.load(path, weights_only=True, map_location="cpu")
     if isinstance(data, dict) and set(data) == {"state_dict"}:
         data = data["state_dict"]
     if not isinstance(data, dict) or not all(isinstance(t, torch.Tensor) for t in data.values()):
@@ -77,15 +77,8 @@ def _read_torch(path: Path) -> Tensors:
 
 
 def _read_numpy(path: Path) -> Tensors:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(file[name]) for name in file.files}
-    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(
-            path,
-            f"not an .npz of plain numeric arrays ({error})",
-            "Save named arrays with numpy.savez, without objects.",
-        ) from None
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
 def _what_is(data: object) -> str:
@@ -95,3 +88,11 @@ def _what_is(data: object) -> str:
     if isinstance(data, (list, tuple)):
         return f"a {type(data).__name__} of {len(data)}, which does not say what belongs where"
     return f"a {type(data).__name__}"
+
+
+READERS: dict[str, Callable[[Path], Tensors]] = {
+    ".safetensors": _read_safetensors,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".npz": _read_numpy,
+}

@@ -43,12 +43,12 @@ class Schedule:
         shrinkage: share of the common covariance in that of each class' codes.
     """
 
-    steps: int = 6000
+    steps: int = 4000
     seed: int = 0
     batch: int = 64
     generator_rate: float = 2e-3
     discriminator_rate: float = 1.5e-3
-    reconstruction: float = 0.01
+    reconstruction: float = 0.03
     pixel_variance: float = 0.002
     averaging: float = 0.998
     shrinkage: float = 0.1

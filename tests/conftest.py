@@ -1,0 +1,66 @@
+"""What many tests start from: the sample audits, made small, and a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ggl_audit.gradient import Gradient
+from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.spec_file import read_spec
+from ggl_audit.spec import Spec
+
+SAMPLES = Path(__file__).parent.parent / "sample_specs"
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+SMALL = {
+    "attack.evaluations": 200,
+    "evidence.matching_trials": 20,
+    "evidence.reconstruction_trials": 3,
+    "evidence.control_trials": 2,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def samples() -> Path:
+    return SAMPLES
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the public data and checkpoints for experiments are not on this machine")
+    return SHARED
+
+
+@pytest.fixture
+def sample() -> Callable[..., Spec]:
+    """Reads a sample spec with a small budget; further keys as keyword arguments by dotted name."""
+
+    def read(name: str, **overrides: Any) -> Spec:
+        changes = {**SMALL, **{key.replace("__", "."): v for key, v in overrides.items()}}
+        return read_spec(SAMPLES / f"digits_{name}.yaml", changes.items())
+
+    return read
+
+
+@pytest.fixture
+def model(sample: Callable[..., Spec]) -> ClientModel:
+    return load_model(sample("undefended"), torch.device("cpu"))
+
+
+def plain_gradient(model: ClientModel, image: torch.Tensor, label: int) -> Gradient:
+    """The gradient of one image by a plain backward pass, independent of torch.func."""
+    module = model.module
+    module.zero_grad()
+    logits = module((image[None] - model.mean) / model.std)
+    (nn.CrossEntropyLoss()(logits, torch.tensor([label])) * model.loss_scale).backward()
+    gradient = {name: p.grad.clone() for name, p in module.named_parameters()}  # type: ignore[union-attr]
+    module.zero_grad()
+    return gradient

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ggl_audit.cli.init import TEMPLATE
+from ggl_audit.errors import AuditError, InputError, SpecError
+from ggl_audit.inputs.spec_file import parse_defense, parse_override, read_spec
+
+GOOD = """\
+version: 1
+model:
+  factory: models.py:net
+  input: {shape: [1, 8, 8]}
+capture: {gradient: g.safetensors}
+defense:
+  - {name: sparsify, fraction: 0.9}
+  - {name: noise, std: 0.1}
+prior: {bundled: digits}
+evidence:
+  reference: {bundled: digits}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "audit.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_paths_start_at_the_folder_of_the_spec(tmp_path: Path) -> None:
+    spec = read_spec(written(tmp_path, GOOD))
+    assert spec.resolve(spec.capture.gradient) == tmp_path / "g.safetensors"
+
+
+def test_every_field_can_be_overridden(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD)
+    spec = read_spec(path, [("defense.1.std", 0.5), ("seed", 7), ("attack.evaluations", 99)])
+    assert spec.defense[1].model_extra == {"std": 0.5}
+    assert (spec.seed, spec.attack.evaluations) == (7, 99)
+
+
+def test_without_a_file_the_flags_are_enough() -> None:
+    overrides = [
+        ("model.factory", "m:f"),
+        ("model.input.shape", [1, 8, 8]),
+        ("capture.gradient", "g.pt"),
+        ("prior", {"bundled": "digits"}),
+        ("evidence.reference", {"bundled": "digits"}),
+    ]
+    assert read_spec(None, overrides).model.factory == "m:f"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line", "words"),
+    [
+        ("  factory:", "  factroy:", 3, ["model.factroy", "unknown key", "'factory'"]),
+        ("prior: {bundled", "prior: {bundeld", 9, ["prior.bundeld", "'bundled'"]),
+        ("capture: {gradient", "capture: {kind: update, gradient", 5, ["capture.kind", "update"]),
+        ("shape: [1, 8, 8]", "shape: [1, 8]", 4, ["model.input.shape", "missing"]),
+        ("shape: [1, 8, 8]", "shape: [1, 8, 8], std: [0]", 4, ["std", "greater than 0"]),
+        ("version: 1", "version: 2", 1, ["version", "1"]),
+        ("evidence:", "attack: {evaluations: 5}\nevidence:", 10, ["attack", "at least 19"]),
+        ("evidence:", "evidnce: {}\nevidence:", 10, ["unknown key", "'evidence'"]),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_line(
+    tmp_path: Path, before: str, after: str, line: int, words: list[str]
+) -> None:
+    path = written(tmp_path, GOOD.replace(before, after, 1))
+    with pytest.raises(SpecError) as error:
+        read_spec(path)
+    message = str(error.value)
+    assert f"audit.yaml:{line}:" in message
+    for word in words:
+        assert word in message
+
+
+def test_an_override_is_blamed_on_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="command line: seed"):
+        read_spec(written(tmp_path, GOOD), [("seed", -1)])
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("defense.5.std", "the list has 2"), ("seed.x", "is a value")]
+)
+def test_an_override_of_nothing_is_an_error(tmp_path: Path, key: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        read_spec(written(tmp_path, GOOD + "seed: 3\n"), [(key, 1)])
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "a: &x [*x", "\x00", "a: !!python/object:os {}"])
+def test_what_is_not_a_spec_is_one_message(tmp_path: Path, text: str) -> None:
+    with pytest.raises(AuditError):
+        read_spec(written(tmp_path, text))
+
+
+def test_a_missing_spec_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_spec(tmp_path / "none.yaml")
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_a_spec_or_an_audit_error(text: str) -> None:
+    folder = Path("/nonexistent")
+    from ggl_audit.inputs import spec_file
+
+    try:
+        data, _ = spec_file._parse(text, folder / "x.yaml")
+    except AuditError:
+        return
+    assert isinstance(data, dict)
+
+
+def test_the_init_template_is_a_valid_spec(tmp_path: Path) -> None:
+    spec = read_spec(written(tmp_path, TEMPLATE))
+    assert [step.name for step in spec.defense] == ["clip", "noise"]
+
+
+def test_the_defense_flag() -> None:
+    assert parse_defense("clip:bound=1+noise:std=0.1") == [
+        {"name": "clip", "bound": 1},
+        {"name": "noise", "std": 0.1},
+    ]
+    assert parse_defense("sparsify:fraction=0.9,scope=global") == [
+        {"name": "sparsify", "fraction": 0.9, "scope": "global"}
+    ]
+    assert parse_defense("sign") == [{"name": "sign"}]
+    assert parse_defense("none") == []
+    with pytest.raises(AuditError, match="has no value"):
+        parse_defense("clip:bound")
+
+
+def test_the_set_flag_reads_yaml() -> None:
+    assert parse_override("model.input.mean=[0.1, 0.2]") == ("model.input.mean", [0.1, 0.2])
+    with pytest.raises(AuditError, match="path=value"):
+        parse_override("seed")
+
+
+def test_the_sample_specs_are_what_yaml_says(samples: Path) -> None:
+    for path in samples.glob("*.yaml"):
+        spec = read_spec(path)
+        assert spec.model.factory == yaml.safe_load(path.read_text())["model"]["factory"]

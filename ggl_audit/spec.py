@@ -158,7 +158,7 @@ class AttackSpec(_Section):
         default=3000, ge=1, description="candidates tried for an image, all restarts together"
     )
     restarts: int = Field(default=1, ge=1, description="independent searches for each image")
-    population: int = Field(default=18, ge=2, description="candidates of a search at a time")
+    population: int = Field(default=12, ge=2, description="candidates of a search at a time")
     sigma: float = Field(default=0.3, gt=0, description="first step size, in prior deviations")
     distance: Literal["l2", "cosine"] = "l2"
     regularizer: RegularizerSpec = RegularizerSpec()

@@ -36,7 +36,7 @@ class Sparsify(Defense):
         """Keeps what the client kept, read off the capture; if hidden, the candidate's largest."""
         if observed is None:
             return self._largest(gradient)
-        return {name: tensor * (observed[name] != 0) for name, tensor in gradient.items()}
+        return {n: tensor * (observed[n] != 0).to(tensor.dtype) for n, tensor in gradient.items()}
 
     def contradiction(self, observed: Gradient) -> tuple[bool, str]:
         """Finds fewer zeros than were declared."""

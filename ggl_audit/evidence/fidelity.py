@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,9 +111,11 @@ def load_lpips(spec: LpipsSpec, path: Path, device: torch.device) -> Perceptual:
     Raises:
         InputError: the weights are missing or are of another network.
     """
-    import lpips
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about arguments that lpips passes to torchvision
+        import lpips
 
-    network = lpips.LPIPS(net=spec.net, pnet_rand=True, verbose=False)
+        network = lpips.LPIPS(net=spec.net, pnet_rand=True, verbose=False)
     weights = read_tensors(path)
     # lpips cuts the backbone's `features` into slices and keeps their indices.
     backbone = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import cma
+import warnings
+
 import numpy as np
 
 from ggl_audit.optimizers.base import Array
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about plots that pycma cannot draw without matplotlib
+    import cma
 
 
 class DiagonalCma:

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+
+from ggl_audit.errors import InputError
+from ggl_audit.evidence.fidelity import compare, load_lpips, mean_psnr
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.spec import LpipsSpec
+
+CPU = torch.device("cpu")
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    truth = torch.rand(1, 16, 16, generator=random)
+    return (truth + 0.1 * torch.randn(1, 16, 16, generator=random)).clamp(0, 1), truth
+
+
+def ssim_by_hand(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Wang et al. 2004, equation 13, uniform 7x7 windows, sample covariances."""
+    a, b = (
+        sliding_window_view(t[0].double().numpy(), (7, 7)).reshape(-1, 49) for t in (one, other)
+    )
+    c1, c2 = 0.01**2, 0.03**2
+    covariance = ((a - a.mean(1, keepdims=True)) * (b - b.mean(1, keepdims=True))).sum(1) / 48
+    luminance = (2 * a.mean(1) * b.mean(1) + c1) / (a.mean(1) ** 2 + b.mean(1) ** 2 + c1)
+    structure = (2 * covariance + c2) / (a.var(1, ddof=1) + b.var(1, ddof=1) + c2)
+    return float(np.mean(luminance * structure))
+
+
+def test_the_metrics_are_those_calculated_by_hand(model: ClientModel) -> None:
+    image, truth = images()
+    found = compare(image, truth, model, None)
+    mse = float(((image - truth) ** 2).mean())
+    assert found.mse == pytest.approx(mse)
+    assert found.psnr_db == pytest.approx(-10 * math.log10(mse), rel=1e-5)
+    assert found.ssim == pytest.approx(ssim_by_hand(image, truth), abs=1e-6)
+    with torch.no_grad():
+        features = model.module[:-1]((torch.stack([image, truth]) - 0.5) / 0.5)  # type: ignore[index]
+    expected = float((features[0] - features[1]).square().mean())
+    assert found.mse_representation == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_not_measured_is_null_with_a_reason(model: ClientModel) -> None:
+    _, truth = images()
+    same = compare(truth, truth, model, None)
+    assert same.psnr_db is None
+    assert same.lpips is None
+    assert set(same.not_measured) == {"psnr_db", "lpips"}
+    assert "evidence.lpips.weights" in same.not_measured["lpips"]
+
+
+def test_the_mean_psnr_is_the_mean_of_the_psnrs(model: ClientModel) -> None:
+    image, truth = images()
+    other = (truth + 0.3).clamp(0, 1)
+    both = [compare(x, truth, model, None).psnr_db for x in (image, other)]
+    mean = mean_psnr(torch.stack([image, other]), torch.stack([truth, truth]))
+    assert mean == pytest.approx(sum(both) / 2, rel=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("net", "file", "far", "near"),
+    [
+        ("squeeze", "squeezenet1_1_features.pth", 0.71105, 0.14790),
+        ("alex", "alexnet_features.pth", 0.72188, 0.13757),
+    ],
+)
+def test_lpips_gives_the_published_figures(
+    shared: Path, net: str, file: str, far: float, near: float
+) -> None:
+    folder = shared / "lpips"
+    distance = load_lpips(LpipsSpec(net=net, weights=folder / file), folder / file, CPU)  # type: ignore[arg-type]
+
+    def read(name: str) -> torch.Tensor:
+        pixels = np.asarray(Image.open(folder / name).convert("RGB"), dtype=np.float32) / 255
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    assert distance(read("ex_p0.png"), read("ex_ref.png")) == pytest.approx(far, abs=2e-5)
+    assert distance(read("ex_p1.png"), read("ex_ref.png")) == pytest.approx(near, abs=2e-5)
+
+
+def test_lpips_takes_small_grey_images(shared: Path) -> None:
+    path = shared / "lpips" / "alexnet_features.pth"
+    distance = load_lpips(LpipsSpec(net="alex", weights=path), path, CPU)
+    image, truth = images()
+    assert distance(truth, truth) == pytest.approx(0, abs=1e-6)
+    assert distance(image, truth) > 0.01
+
+
+def test_lpips_weights_of_another_network_are_refused(shared: Path, tmp_path: Path) -> None:
+    path = shared / "lpips" / "alexnet_features.pth"
+    with pytest.raises(InputError, match="not torchvision's squeeze backbone|does not fit"):
+        load_lpips(LpipsSpec(net="squeeze", weights=path), path, CPU)
+    with pytest.raises(InputError, match="no such file"):
+        missing = tmp_path / "none.pth"
+        load_lpips(LpipsSpec(net="alex", weights=missing), missing, CPU)

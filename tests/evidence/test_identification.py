@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import binomtest
+from scipy.stats import norm as normal
+
+from ggl_audit.attack.matching import Matching
+from ggl_audit.defenses import Context, Noise, Pipeline, Sign
+from ggl_audit.errors import SpecError
+from ggl_audit.evidence.controls import null_gradient
+from ggl_audit.evidence.identification import (
+    captured_trial,
+    defended_gradients,
+    draw_trials,
+    match,
+    rank_of_truth,
+    reconstruction_ranks,
+)
+from ggl_audit.gradient import flat, norm
+from ggl_audit.inputs.images import ImageSet, digits
+from ggl_audit.inputs.model import ClientModel
+
+
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_candidates_are_others_of_the_class_and_the_canary_comes_first() -> None:
+    reference = digits("reference")
+    trials = draw_trials(reference, 200, 32, random())
+    assert trials.candidates.shape == (200, 32)
+    for row, label in zip(trials.candidates, trials.labels, strict=True):
+        assert len(set(row.tolist())) == 32
+        assert bool((reference.labels[row] == label).all())
+    canaries = trials.candidates[:, 0].tolist()
+    assert len(set(canaries)) == 200
+
+
+def test_more_trials_than_images_use_each_about_as_often() -> None:
+    trials = draw_trials(digits("reference"), 1200, 32, random())
+    counts = torch.bincount(trials.candidates[:, 0], minlength=500)
+    assert int(counts.max()) - int(counts.min()) <= 1
+
+
+def test_too_few_images_of_a_class_are_an_error() -> None:
+    with pytest.raises(SpecError, match="no class .* has more than 50 images"):
+        draw_trials(digits("reference"), 10, 51, random())
+
+
+def test_the_rank_counts_the_nearer_and_breaks_ties_by_lot() -> None:
+    distances = torch.tensor([[0.5, 0.1, 0.9, 0.2], [0.1, 0.5, 0.6, 0.7]])
+    assert rank_of_truth(distances, random()) == [3, 1]
+    level = torch.ones(8000, 4)
+    counts = np.bincount(rank_of_truth(level, random()), minlength=5)[1:]
+    assert counts.min() > 1800
+    broken = torch.tensor([[float("nan"), 1.0, 2.0]])
+    assert rank_of_truth(broken, random()) == [3]
+
+
+def test_a_reconstruction_is_identified_by_its_pixels() -> None:
+    trials = draw_trials(digits("reference"), 50, 32, random())
+    exact = reconstruction_ranks(trials.canaries, trials, random())
+    assert exact == [1] * 50
+    blurred = torch.nn.functional.avg_pool2d(trials.canaries, 3, 1, 1)
+    assert reconstruction_ranks(blurred, trials, random()).count(1) >= 45
+
+
+def test_a_prior_that_draws_a_typical_image_earns_nothing() -> None:
+    """A fixed picture of each class is first among N exactly as often as by guessing."""
+    reference = digits("reference")
+    means = torch.stack([reference.images[reference.labels == k].mean(0) for k in range(10)])
+    trials = draw_trials(reference, 4000, 32, random())
+    hits = reconstruction_ranks(means[trials.labels], trials, random()).count(1)
+    assert binomtest(hits, 4000, 1 / 32).pvalue > 0.001
+
+
+def test_matching_reaches_the_bayes_optimal_rate_under_gaussian_noise(model: ClientModel) -> None:
+    """Gradients of equally spaced candidates: the optimal rate has a closed form.
+
+    With orthogonal signals of one norm s in noise of deviation 1, the optimal rate is the
+    probability that the truth's score exceeds the largest of N - 1 standard normal ones.
+    """
+    candidates, signal = 16, 2.5
+    expected = quad(
+        lambda x: normal.pdf(x - signal) * normal.cdf(x) ** (candidates - 1), -8, 12
+    )[0]
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    trials = 2000
+    dimension = model.size
+    basis = torch.linalg.qr(torch.randn(dimension, candidates, generator=generator))[0].T
+    signals = signal * basis
+    for _ in range(trials):
+        observed = signals[0] + torch.randn(dimension, generator=generator)
+        distances = (signals - observed).square().sum(1) / observed.square().sum()
+        hits += rank_of_truth(distances[None], random()) == [1]
+    assert hits / trials == pytest.approx(expected, abs=4 * (0.25 / trials) ** 0.5)
+
+
+@pytest.mark.parametrize("std", [0.0005, 100.0])
+def test_matching_finds_all_without_noise_and_guesses_in_strong_noise(
+    model: ClientModel, std: float
+) -> None:
+    defense = Pipeline([Noise(std=std)])
+    trials = draw_trials(digits("reference"), 150, 32, random())
+    matching = Matching(model, defense)
+    context = Context(torch.Generator().manual_seed(0))
+    observed = defended_gradients(matching, trials, defense, context)
+    hits = match(matching, trials, observed, random()).count(1)
+    if std < 1:
+        assert hits == 150
+    else:
+        assert binomtest(hits, 150, 1 / 32).pvalue > 0.001
+
+
+def test_the_captured_image_stands_among_its_class() -> None:
+    reference = digits("reference")
+    truth = digits("private").images[0]
+    trial = captured_trial(truth, 4, reference, 32, random())
+    assert trial.images.shape == (1, 32, 1, 16, 16)
+    assert torch.equal(trial.canaries[0], truth)
+    few = ImageSet(reference.images[:60], reference.labels[:60], "few")
+    assert captured_trial(truth, 4, few, 32, random()).images.shape[1] < 32
+
+
+@pytest.mark.parametrize("steps", [[], [Noise(std=0.1)], [Sign()]], ids=str)
+def test_the_null_gradient_has_the_norm_and_nothing_else(
+    model: ClientModel, steps: list[object]
+) -> None:
+    context = Context(torch.Generator().manual_seed(1))
+    image = digits("private").images[:1]
+    defense = Pipeline(steps)  # type: ignore[arg-type]
+    gradients = Matching(model, defense).gradients(image, torch.tensor([0]))
+    observed = defense.apply({n: g[0] for n, g in gradients.items()}, context)
+    null = null_gradient(observed, defense, context)
+    assert float(norm(null)) == pytest.approx(float(norm(observed)), rel=1e-5)
+    a, b = flat(null), flat(observed)
+    assert abs(float(a @ b / (a.norm() * b.norm()))) < 5 / len(a) ** 0.5

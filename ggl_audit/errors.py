@@ -89,3 +89,8 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     if near:
         return f"Did you mean {' or '.join(repr(lower[match]) for match in near)}?"
     return f"Known are: {', '.join(names)}."
+
+
+def printable(text: str) -> str:
+    """Makes control characters visible, so that a name in a file cannot steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -13,7 +13,8 @@ def norm(gradient: Gradient) -> torch.Tensor:
     """The l2 norm of the whole gradient, a scalar."""
     # vector_norm makes no squared copy, which the batched objective would spend its time on.
     norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in gradient.values()])
-    return torch.linalg.vector_norm(norms)
+    whole: torch.Tensor = torch.linalg.vector_norm(norms)
+    return whole
 
 
 def each(function: Callable[[torch.Tensor], torch.Tensor], gradient: Gradient) -> Gradient:

@@ -45,7 +45,9 @@ def main() -> None:
 
 def save(model: torch.nn.Module, name: str) -> None:
     """Writes the weights in single precision."""
-    save_file({key: value.float() for key, value in model.state_dict().items()}, HERE / "weights" / name)
+    save_file(
+        {key: value.float() for key, value in model.state_dict().items()}, HERE / "weights" / name
+    )
 
 
 if __name__ == "__main__":

@@ -64,3 +64,23 @@ def plain_gradient(model: ClientModel, image: torch.Tensor, label: int) -> Gradi
     gradient = {name: p.grad.clone() for name, p in module.named_parameters()}  # type: ignore[union-attr]
     module.zero_grad()
     return gradient
+
+
+class Counter:
+    """A progress that counts."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        self.planned = self.done = 0
+        self.stages: list[str] = []
+        self.interrupt_at = interrupt_at
+
+    def start(self, evaluations: int) -> None:
+        self.planned = evaluations
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def advance(self, evaluations: int) -> None:
+        self.done += evaluations
+        if self.interrupt_at is not None and self.done >= self.interrupt_at:
+            raise KeyboardInterrupt

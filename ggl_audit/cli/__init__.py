@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from ggl_audit import __version__
 from ggl_audit.cli import capture, check, init, listing, prior, report, run, schema
-from ggl_audit.errors import AuditError
+from ggl_audit.errors import AuditError, printable
 
 
 class Commands(TyperGroup):
@@ -26,11 +26,6 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("ggl-audit: interrupted before anything was measured", err=True)
             raise typer.Exit(3) from None
-
-
-def printable(text: str) -> str:
-    """Makes control characters visible, so that a name in a file cannot steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 app = typer.Typer(

@@ -42,6 +42,7 @@ def run(
 
     from ggl_audit.audit import run_audit
     from ggl_audit.cli.progress import AuditProgress
+    from ggl_audit.evidence.grade import IN_WORDS
     from ggl_audit.report.console import render_console
     from ggl_audit.report.formats import check_outputs, write_report
 
@@ -69,7 +70,8 @@ def run(
     for path in outputs:
         write_report(report, path)
     if quiet:
-        typer.echo(f"{report.verdict.grade}: {report.verdict.reason}")
+        grade = report.verdict.grade
+        typer.echo(f"{grade}: {IN_WORDS[grade]}. {report.verdict.reason}")
     else:
         render_console(report, Console())
     for path in outputs:

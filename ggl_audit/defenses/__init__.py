@@ -15,6 +15,7 @@ from ggl_audit.defenses.sign import Sign
 from ggl_audit.defenses.sparsify import Sparsify
 from ggl_audit.errors import SpecError, nearest
 from ggl_audit.spec import DefenseSpec
+from ggl_audit.validation import first_problem
 
 REGISTRY: dict[str, type[Defense]] = {
     defense.name: defense for defense in (Clip, Noise, Quantize, Sign, Sparsify)
@@ -54,16 +55,11 @@ def build_pipeline(declared: Sequence[DefenseSpec]) -> Pipeline:
         try:
             steps.append(kind.model_validate(step.model_extra or {}))
         except ValidationError as error:
-            raise _first_problem(index, kind, error) from None
+            raise _wrong_parameter(index, kind, error) from None
     return Pipeline(steps)
 
 
-def _first_problem(index: int, kind: type[Defense], error: ValidationError) -> SpecError:
-    problem = error.errors()[0]
-    key = ("defense", index, *problem["loc"])
+def _wrong_parameter(index: int, kind: type[Defense], error: ValidationError) -> SpecError:
+    key, problem, remedy = first_problem(error, lambda _: kind.model_fields)
     takes = f"{kind.name} takes {', '.join(kind.model_fields) or 'no parameters'}."
-    if problem["type"] == "missing":
-        return SpecError(key, "missing", takes)
-    if problem["type"] == "extra_forbidden":
-        return SpecError(key, "unknown parameter", takes)
-    return SpecError(key, f"{problem['msg']}, found {problem['input']!r}", takes)
+    return SpecError(("defense", index, *key), problem, remedy or takes)

@@ -34,7 +34,7 @@ class Verdict(BaseModel):
 
     Attributes:
         grade: A to F, or inconclusive.
-        reason: one sentence with the figures that decided.
+        reason: the figures that decided, in a sentence or two.
         exit_code: 0 passed the gate, 1 did not, 3 inconclusive or cut short.
     """
 
@@ -84,37 +84,36 @@ def _grade(
             f"The capture contradicts the declared {check.step}: {check.detail}.",
         )
     if floor is not None and floor.advantage_lower > RECONSTRUCTED:
-        return "F", f"Private images are reconstructed: {_floor(floor)}."
+        return "F", f"{_floor(floor)}."
     if floor is not None and floor.advantage_lower > PARTLY_RECONSTRUCTED:
-        return "D", f"Private images are partly reconstructed: {_floor(floor)}."
+        return "D", f"{_floor(floor)}."
     if ceiling is None:
         return "inconclusive", "No matching trials were run, so nothing bounds the leakage."
     if ceiling.advantage_upper <= NO_LEAKAGE:
-        return "A", f"No measurable leakage: {_ceiling(ceiling)}, about as often as by guessing."
+        return "A", f"{_ceiling(ceiling)}, about as often as by guessing."
     if ceiling.advantage_upper <= LITTLE_LEAKAGE:
-        return "B", f"Little leakage, bounded: {_ceiling(ceiling)}."
+        return "B", f"{_ceiling(ceiling)}."
     if ceiling.advantage_lower <= 0:
         return (
             "inconclusive",
-            f"Too few trials: {_ceiling(ceiling)}, which fits both no leakage and much of it; "
+            f"Too few trials. {_ceiling(ceiling)}, which fits both no leakage and much of it; "
             f"a B takes about {trials_needed(LITTLE_LEAKAGE, ceiling.chance)} matching trials, an "
             f"A about {trials_needed(NO_LEAKAGE, ceiling.chance)}.",
         )
     if floor is None:
         return (
             "inconclusive",
-            f"{_ceiling(ceiling).capitalize()}, but no reconstruction trials were run.",
+            f"{_ceiling(ceiling)}, but no reconstruction trials were run.",
         )
     return (
         "C",
-        f"The information is there ({_ceiling(ceiling)}), but this attack did not extract it "
-        f"({_floor(floor)}).",
+        f"{_ceiling(ceiling)}. {_floor(floor)}.",
     )
 
 
 def _floor(floor: Rate) -> str:
     return (
-        f"the attack's pictures identify {floor.successes} of {floor.trials} canaries, beyond the "
+        f"The attack's pictures identify {floor.successes} of {floor.trials} canaries, beyond the "
         f"null control, among {round(1 / floor.chance)} same-class candidates "
         f"(95 % interval {floor.lower:.0%} to {floor.upper:.0%})"
     )
@@ -122,6 +121,6 @@ def _floor(floor: Rate) -> str:
 
 def _ceiling(ceiling: Rate) -> str:
     return (
-        f"candidate matching identifies {ceiling.successes} of {ceiling.trials} canaries "
+        f"Candidate matching identifies {ceiling.successes} of {ceiling.trials} canaries "
         f"(95 % interval {ceiling.lower:.1%} to {ceiling.upper:.1%}, chance {ceiling.chance:.1%})"
     )

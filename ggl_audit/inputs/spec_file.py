@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ggl_audit.errors import AuditError, InputError, Key, SpecError, dotted, nearest
+from ggl_audit.errors import AuditError, InputError, Key, SpecError, dotted
 from ggl_audit.spec import Spec
+from ggl_audit.validation import first_problem
 
 LARGEST_SPEC_BYTES = 1_000_000
 
@@ -47,7 +48,9 @@ def read_spec(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> S
     try:
         return Spec.model_validate(data).placed(folder, locate)
     except ValidationError as error:
-        raise _first_problem(error, locate) from None
+        wrong = SpecError(*first_problem(error, _keys_at))
+        wrong.location = locate(wrong.key)
+        raise wrong from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -151,27 +154,6 @@ def _line(node: yaml.Node | None, key: Key) -> int:
             break
         node = child
     return line
-
-
-def _first_problem(error: ValidationError, locate: Any) -> SpecError:
-    problems = error.errors()
-    # A misspelt key is also a missing one; the misspelling is the better thing to say.
-    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
-    problem = (unknown or problems)[0]
-    key = tuple(problem["loc"])
-    kind, remedy = problem["type"], ""
-    if kind == "extra_forbidden":
-        text = "unknown key"
-        remedy = nearest(str(key[-1]), _keys_at(key[:-1]))
-    elif kind == "missing":
-        text = "missing"
-    elif kind == "value_error":
-        text = str(problem["ctx"]["error"])
-    else:
-        text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, found {problem['input']!r}"
-    wrong = SpecError(key, text, remedy)
-    wrong.location = locate(key)
-    return wrong
 
 
 def _keys_at(key: Key) -> list[str]:

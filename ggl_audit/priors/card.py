@@ -7,8 +7,9 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ggl_audit.errors import InputError
+from ggl_audit.errors import InputError, dotted
 from ggl_audit.priors.generator import Architecture
+from ggl_audit.validation import first_problem
 
 CARD_NAME = "card.yaml"
 WEIGHTS_NAME = "generator.safetensors"
@@ -71,9 +72,8 @@ def read_card(folder: Path) -> Card:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise InputError(path, "not valid YAML") from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise InputError(path, f"not a prior's card ({where}: {problem['msg']})") from None
+        key, problem, _ = first_problem(error, lambda _: Card.model_fields)
+        raise InputError(path, f"not a prior's card ({dotted(key)}: {problem})") from None
 
 
 def render_card(card: Card) -> str:

@@ -92,7 +92,7 @@ def load_trained(folder: Path) -> Prior:
     except RuntimeError:
         raise InputError(path, f"does not fit the architecture in {CARD_NAME}") from None
     return Prior(
-        generator=generator.eval(),
+        generator=generator.eval().requires_grad_(requires_grad=False),
         latent=LatentSpec(shape=[card.architecture.latent]),
         classes=card.architecture.classes,
         output_range=(-1.0, 1.0),

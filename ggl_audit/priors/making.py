@@ -17,6 +17,7 @@ from ggl_audit.inputs.images import ImageSet, to_picture
 from ggl_audit.priors.card import CARD_NAME, SHEET_NAME, WEIGHTS_NAME, Card, render_card
 from ggl_audit.priors.generator import Architecture, Generator
 from ggl_audit.priors.training import Schedule, invert, train_generator
+from ggl_audit.validation import first_problem
 
 INVERTED_IMAGES = 64
 SAMPLES_A_CLASS = 10
@@ -94,9 +95,8 @@ def _architecture(seen: ImageSet, latent: int) -> Architecture:
     try:
         return Architecture(channels=channels, size=height, classes=seen.classes, latent=latent)
     except ValidationError as error:
-        problem = error.errors()[0]
-        text = str(problem.get("ctx", {}).get("error", problem["msg"]))
-        raise AuditError(f"{seen.source}: {text}") from None
+        _, problem, _ = first_problem(error, lambda _: Architecture.model_fields)
+        raise AuditError(f"{seen.source}: {problem}") from None
 
 
 def _balanced(data: ImageSet, count: int) -> ImageSet:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from PIL import Image
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -9,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from rich_pixels import HalfcellRenderer, Pixels
 
+from ggl_audit.errors import printable
 from ggl_audit.evidence.grade import IN_WORDS
 from ggl_audit.report import wording
 from ggl_audit.report.model import Report, picture
@@ -33,6 +36,7 @@ def render_console(report: Report, console: Console) -> None:
     Pictures are drawn in half-height coloured cells where there are colours, and in shades of
     characters where there are none (``NO_COLOR``, a file, a CI log).
     """
+    report = Report.model_validate(_visible(report.model_dump()))
     grade = report.verdict.grade
     badge = Text(f" {grade} ", style=GRADE_STYLE[grade])
     console.print()
@@ -59,6 +63,15 @@ def render_console(report: Report, console: Console) -> None:
         console.print(f"- {escape(sentence)}")
     console.print()
     console.print(f"[dim]{escape(wording.cost(report))}[/]")
+
+
+def _visible(value: Any) -> Any:
+    """Makes control characters visible in every text of a report."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(key): _visible(part) for key, part in value.items()}
+    return [_visible(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _print_pictures(report: Report, console: Console) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ggl_audit.errors import AuditError, InputError
+from ggl_audit.errors import AuditError, InputError, dotted
 from ggl_audit.files import write_whole
 from ggl_audit.report.html import render_html
 from ggl_audit.report.model import Report
+from ggl_audit.validation import first_problem
 
 
 def render_json(report: Report) -> str:
@@ -56,8 +57,7 @@ def read_report(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
+        key, problem, _ = first_problem(error, lambda _: Report.model_fields)
         raise InputError(
-            path, f"not a report of schema version 1 ({where or 'content'}: {problem['msg']})"
+            path, f"not a report of schema version 1 ({dotted(key) or 'content'}: {problem})"
         ) from None

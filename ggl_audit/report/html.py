@@ -12,6 +12,7 @@ from ggl_audit.report import wording
 from ggl_audit.report.model import Report
 
 PLOT_WIDTH, PLOT_HEIGHT = 560, 240
+SHORTEST_AXIS = 0.01  # decades
 
 
 def render_html(report: Report) -> str:
@@ -47,7 +48,7 @@ def _plot(report: Report) -> dict[str, object] | None:
         return None
     most = max(evaluations for evaluations, _ in points)
     top = math.log10(max(loss for _, loss in points))
-    bottom = min(math.log10(min(loss for _, loss in points)), top - 0.1)
+    bottom = min(math.log10(min(loss for _, loss in points)), top - SHORTEST_AXIS)
 
     def place(evaluations: int, loss: float) -> str:
         x = PLOT_WIDTH * evaluations / most
@@ -58,7 +59,7 @@ def _plot(report: Report) -> dict[str, object] | None:
         "width": PLOT_WIDTH,
         "height": PLOT_HEIGHT,
         "most": most,
-        "top": f"{10**top:.2g}",
-        "bottom": f"{10**bottom:.2g}",
+        "top": f"{10**top:.3g}",
+        "bottom": f"{10**bottom:.3g}",
         "lines": [(name, " ".join(place(*point) for point in curve)) for name, curve in curves],
     }

@@ -55,7 +55,10 @@ def identification(report: Report) -> str | None:
         parts.append(f"by matching it ranks {found.matching_rank}")
     if found.rank is not None:
         parts.append(f"by the reconstruction {found.rank}")
-    return f"The true image among {found.candidates} of its class: {', '.join(parts)}."
+    labels = ", ".join(map(str, report.captured.labels))
+    return (
+        f"The true image among {found.candidates} candidates of class {labels}: {', '.join(parts)}."
+    )
 
 
 def privacy(report: Report) -> str:

@@ -224,7 +224,7 @@ def test_only_a_bounded_norm_with_noise_after_it_is_private(
         ({"name": "sparsifi"}, ("defense", 0, "name"), "Did you mean 'sparsify'"),
         ({"name": "noise"}, ("defense", 0, "std"), "missing"),
         ({"name": "noise", "std": -1}, ("defense", 0, "std"), "greater than 0"),
-        ({"name": "clip", "bound": 1, "norm": 2}, ("defense", 0, "norm"), "clip takes bound"),
+        ({"name": "clip", "bound": 1, "norm": 2}, ("defense", 0, "norm"), "Known are: bound, scope"),
         ({"name": "quantize", "bits": 99}, ("defense", 0, "bits"), "16"),
         ({"name": "sparsify", "fraction": 0.5, "scope": "all"}, ("defense", 0, "scope"), "layer"),
     ],

@@ -40,9 +40,7 @@ def test_enough_trials_are_enough_and_fewer_are_not() -> None:
     assert trials_needed(0.05, 1 / 32) <= 200
 
 
-@pytest.mark.parametrize(
-    ("multiplier", "bound"), [(0.5, 0.372), (1.0, 0.092), (2.0, 0.034)]
-)
+@pytest.mark.parametrize(("multiplier", "bound"), [(0.5, 0.372), (1.0, 0.092), (2.0, 0.034)])
 def test_the_reconstruction_bound_at_one_percent(multiplier: float, bound: float) -> None:
     guarantee = account(GaussianMechanism(bound=1.0, std=multiplier), 1e-5, 0.01)
     assert guarantee.reconstruction_bound == pytest.approx(bound, abs=5e-4)

@@ -46,7 +46,7 @@ def test_more_trials_than_images_use_each_about_as_often() -> None:
 
 
 def test_too_few_images_of_a_class_are_an_error() -> None:
-    with pytest.raises(SpecError, match="no class .* has more than 50 images"):
+    with pytest.raises(SpecError, match=r"no class .* has more than 50 images"):
         draw_trials(digits("reference"), 10, 51, random())
 
 
@@ -84,9 +84,7 @@ def test_matching_reaches_the_bayes_optimal_rate_under_gaussian_noise(model: Cli
     probability that the truth's score exceeds the largest of N - 1 standard normal ones.
     """
     candidates, signal = 16, 2.5
-    expected = quad(
-        lambda x: normal.pdf(x - signal) * normal.cdf(x) ** (candidates - 1), -8, 12
-    )[0]
+    expected = quad(lambda x: normal.pdf(x - signal) * normal.cdf(x) ** (candidates - 1), -8, 12)[0]
     generator = torch.Generator().manual_seed(0)
     hits = 0
     trials = 2000
@@ -136,6 +134,6 @@ def test_the_null_gradient_has_the_norm_and_nothing_else(
     gradients = Matching(model, defense).gradients(image, torch.tensor([0]))
     observed = defense.apply({n: g[0] for n, g in gradients.items()}, context)
     null = null_gradient(observed, defense, context)
-    assert float(norm(null)) == pytest.approx(float(norm(observed)), rel=1e-5)
+    assert float(norm(null)) == pytest.approx(float(norm(observed)), rel=1e-4)
     a, b = flat(null), flat(observed)
     assert abs(float(a @ b / (a.norm() * b.norm()))) < 5 / len(a) ** 0.5

@@ -110,7 +110,7 @@ def test_train_mode_uses_batch_statistics_and_leaves_buffers_alone(
     image = torch.rand(1, 1, 16, 16)
     train = load_model(user("normed", model__mode="train"), CPU)
     module = train.module
-    expected = torch.nn.Sequential(*module)(((image - 0.5) / 0.5))
+    expected = torch.nn.Sequential(*module)((image - 0.5) / 0.5)
     got = train.logits(train.parameters, image)
     torch.testing.assert_close(got, expected)
     evaluated = load_model(user("normed"), CPU)
@@ -151,9 +151,7 @@ def test_a_factory_that_gives_no_classifier_is_named(
         ("torchvision:resnet81", "Did you mean 'resnet"),
     ],
 )
-def test_a_factory_that_is_not_there(
-    sample: Callable[..., Spec], factory: str, words: str
-) -> None:
+def test_a_factory_that_is_not_there(sample: Callable[..., Spec], factory: str, words: str) -> None:
     with pytest.raises(SpecError, match=words):
         load_model(sample("undefended", model__factory=factory, model__weights=None), CPU)
 

@@ -64,7 +64,7 @@ def test_without_a_file_the_flags_are_enough() -> None:
         ("shape: [1, 8, 8]", "shape: [1, 8]", 4, ["model.input.shape", "missing"]),
         ("shape: [1, 8, 8]", "shape: [1, 8, 8], std: [0]", 4, ["std", "greater than 0"]),
         ("version: 1", "version: 2", 1, ["version", "1"]),
-        ("evidence:", "attack: {evaluations: 5}\nevidence:", 10, ["attack", "at least 19"]),
+        ("evidence:", "attack: {evaluations: 5}\nevidence:", 10, ["attack", "at least 13"]),
         ("evidence:", "evidnce: {}\nevidence:", 10, ["unknown key", "'evidence'"]),
     ],
 )
@@ -93,7 +93,9 @@ def test_an_override_of_nothing_is_an_error(tmp_path: Path, key: str, words: str
         read_spec(written(tmp_path, GOOD + "seed: 3\n"), [(key, 1)])
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "a: &x [*x", "\x00", "a: !!python/object:os {}"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "- 1\n- 2", "a: &x [*x", "\x00", "a: !!python/object:os {}"]
+)
 def test_what_is_not_a_spec_is_one_message(tmp_path: Path, text: str) -> None:
     with pytest.raises(AuditError):
         read_spec(written(tmp_path, text))

@@ -15,9 +15,9 @@ def minimized(name: str, seed: int, evaluations: int = 2000) -> tuple[float, lis
     optimizer = make(seed)
     target = np.linspace(-1, 1, 8)
     best, trace = np.inf, []
-    for _ in range(evaluations // 18):
+    for _ in range(evaluations // 12):
         candidates = optimizer.ask()
-        assert candidates.shape == (18, 8)
+        assert candidates.shape == (12, 8)
         losses = ((candidates - target) ** 2).sum(axis=1)
         trace.append(float(candidates.sum()))
         best = min(best, float(losses.min()))

@@ -219,7 +219,10 @@ def _reconstructed(
 ) -> Reconstructed:
     attack = setting.spec.attack
     step = attack.restarts * attack.population
-    curve = [(step * (i + 1), float(loss)) for i, loss in enumerate(result.curves[index])]
+    spent = result.evaluations // len(images)
+    curve = [
+        (min(step * (i + 1), spent), float(loss)) for i, loss in enumerate(result.curves[index])
+    ]
     return Reconstructed(images[index], float(result.losses[index]), curve)
 
 
@@ -248,8 +251,6 @@ def predict_seconds(setting: Setting) -> float:
     timed = []
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
-        evaluations = _search(setting, setting.defense, observed, labels, short, lambda _: None)[
-            0
-        ].evaluations
-        timed.append((time.perf_counter() - started) / evaluations)
+        result, _ = _search(setting, setting.defense, observed, labels, short, lambda _: None)
+        timed.append((time.perf_counter() - started) / result.evaluations)
     return timed[-1] * planned_evaluations(setting)

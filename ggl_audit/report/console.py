@@ -118,22 +118,26 @@ def _rates(report: Report) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     table.add_column("rate", justify="right")
-    table.add_column("0 %" + " " * (BAR_WIDTH - 7) + "100 %", no_wrap=True)
+    table.add_column("0 %" + " " * (BAR_WIDTH - 8) + "100 %", no_wrap=True)
     table.add_column("95 % interval", justify="right")
-    table.add_column("what succeeds")
+    table.add_column("PSNR", justify="right")
+    reasons = []
     for row in wording.rate_rows(report):
         if row.rate is None:
-            table.add_row(row.name, "-", "", "", Text(f"not measured: {row.not_measured}"))
+            table.add_row(row.name, "-", "", "not measured", "")
+            reasons.append(f"{row.name}: {row.not_measured}")
             continue
         rate = row.rate
-        psnr = "" if row.psnr_db is None else f", {row.psnr_db:.1f} dB"
         table.add_row(
             row.name,
             f"{rate.successes}/{rate.trials}",
             _bar(rate.lower, rate.rate, rate.upper, rate.chance),
             f"{rate.lower:.1%} - {rate.upper:.1%}",
-            Text(f"{row.meaning}{psnr}"),
+            "" if row.psnr_db is None else f"{row.psnr_db:.1f} dB",
         )
+    if reasons:
+        table.caption = Text(f"Not measured: {'; '.join(reasons)}.")
+        table.caption_justify = "left"
     return table
 
 

@@ -30,8 +30,13 @@ def rate_rows(report: Report) -> list[RateRow]:
         return RateRow(name, meaning, rate, reasons.get(key, "not measured"), psnr)
 
     return [
-        row("ceiling", "ceiling", "identified by candidate matching", evidence.ceiling),
-        row("floor", "floor", "identified by reconstructions, beyond null", evidence.floor),
+        row("ceiling", "ceiling (matching)", "identified by candidate matching", evidence.ceiling),
+        row(
+            "floor",
+            "floor (pictures)",
+            "identified by reconstructions, beyond null",
+            evidence.floor,
+        ),
         row("controls.null", "null control", "identified from a random gradient", controls.null),
         row(
             "controls.undefended",
@@ -39,7 +44,7 @@ def rate_rows(report: Report) -> list[RateRow]:
             "identified by reconstructions, no defense",
             controls.undefended,
         ),
-        row("label", "label", "label read off the last layer", evidence.label),
+        row("label", "label inference", "label read off the last layer", evidence.label),
     ]
 
 

@@ -224,7 +224,11 @@ def test_only_a_bounded_norm_with_noise_after_it_is_private(
         ({"name": "sparsifi"}, ("defense", 0, "name"), "Did you mean 'sparsify'"),
         ({"name": "noise"}, ("defense", 0, "std"), "missing"),
         ({"name": "noise", "std": -1}, ("defense", 0, "std"), "greater than 0"),
-        ({"name": "clip", "bound": 1, "norm": 2}, ("defense", 0, "norm"), "Known are: bound, scope"),
+        (
+            {"name": "clip", "bound": 1, "norm": 2},
+            ("defense", 0, "norm"),
+            "Known are: bound, scope",
+        ),
         ({"name": "quantize", "bits": 99}, ("defense", 0, "bits"), "16"),
         ({"name": "sparsify", "fraction": 0.5, "scope": "all"}, ("defense", 0, "scope"), "layer"),
     ],
@@ -235,3 +239,13 @@ def test_a_wrong_declaration_is_named(
     with pytest.raises(SpecError, match=words) as error:
         build_pipeline([DefenseSpec.model_validate(step)])
     assert error.value.key == key
+
+
+def test_noise_left_out_of_one_layer_is_found_and_named() -> None:
+    random = torch.Generator().manual_seed(0)
+    quiet = {"a": torch.randn(200, 100, generator=random), "b": torch.zeros(300)}
+    sent = Noise(std=1.0).apply({"a": quiet["a"], "b": quiet["b"]}, context())
+    sent["b"] = quiet["b"] + 0.01
+    accused, detail = Noise(std=1.0).contradiction(sent)
+    assert accused
+    assert "values of b are within 0.01" in detail

@@ -13,7 +13,7 @@ from ggl_audit.attack.labels import infer_labels
 from ggl_audit.attack.matching import LatentObjective, Matching
 from ggl_audit.attack.search import SearchResult, search
 from ggl_audit.defenses import Pipeline
-from ggl_audit.evidence.bounds import Rate, measure_rate
+from ggl_audit.evidence.bounds import Rate, ReconstructionRate, measure_rate, paired_p_value
 from ggl_audit.evidence.controls import null_gradient
 from ggl_audit.evidence.fidelity import mean_psnr
 from ggl_audit.evidence.identification import (
@@ -46,19 +46,6 @@ class Reconstructed:
     curve: list[tuple[int, float]]
 
 
-@dataclass(frozen=True)
-class ReconstructionTrials:
-    """A rate of identified canaries, and how good the pictures are.
-
-    Attributes:
-        rate: canaries whose picture is nearest to them among the candidates.
-        psnr_db: mean over the pictures.
-    """
-
-    rate: Rate
-    psnr_db: float
-
-
 @dataclass
 class Measurements:
     """What has been measured so far; None is not measured.
@@ -87,9 +74,9 @@ class Measurements:
     rank: int | None = None
     matching_rank: int | None = None
     candidates: int | None = None
-    floor: ReconstructionTrials | None = None
-    null: ReconstructionTrials | None = None
-    undefended: ReconstructionTrials | None = None
+    floor: ReconstructionRate | None = None
+    null: ReconstructionRate | None = None
+    undefended: ReconstructionRate | None = None
 
 
 def planned_evaluations(setting: Setting) -> int:
@@ -168,7 +155,9 @@ def reconstruct(
         hits = _identified(pictures, canaries, random)
         null_hits = _identified(null_pictures, canaries, random)
         beyond = [hit and not null_hit for hit, null_hit in zip(hits, null_hits, strict=True)]
-        measured.floor = _rate(beyond, pictures, canaries)
+        only_null = sum(null_hits) - (sum(hits) - sum(beyond))
+        p_value = paired_p_value(sum(beyond), only_null)
+        measured.floor = _rate(beyond, pictures, canaries, p_value)
         measured.null = _rate(null_hits, null_pictures, canaries)
         if not setting.defense.steps:
             controls = setting.spec.evidence.control_trials
@@ -233,12 +222,16 @@ def _identified(
 
 
 def _rate(
-    hits: list[bool], pictures: torch.Tensor, canaries: Trials
-) -> ReconstructionTrials | None:
+    hits: list[bool],
+    pictures: torch.Tensor,
+    canaries: Trials,
+    null_p_value: float | None = None,
+) -> ReconstructionRate | None:
     if not hits:
         return None
     rate = measure_rate(sum(hits), len(hits), 1 / canaries.candidates.shape[1])
-    return ReconstructionTrials(rate, mean_psnr(pictures, canaries.canaries))
+    psnr = mean_psnr(pictures, canaries.canaries)
+    return ReconstructionRate(**dict(rate), psnr_db=psnr, null_p_value=null_p_value)
 
 
 def predict_seconds(setting: Setting) -> float:

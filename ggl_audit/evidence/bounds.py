@@ -41,6 +41,18 @@ class Rate(BaseModel):
         return (self.upper - self.chance) / (1 - self.chance)
 
 
+class ReconstructionRate(Rate):
+    """A rate of canaries that reconstructions identify.
+
+    Attributes:
+        psnr_db: mean over the pictures, in dB.
+        null_p_value: of the exact paired test against the null control; for the floor only.
+    """
+
+    psnr_db: float
+    null_p_value: float | None = None
+
+
 def measure_rate(successes: int, trials: int, chance: float) -> Rate:
     """Estimates a success probability.
 
@@ -58,6 +70,25 @@ def measure_rate(successes: int, trials: int, chance: float) -> Rate:
         upper=float(interval.high),
         chance=chance,
     )
+
+
+def paired_p_value(only_attack: int, only_null: int) -> float:
+    """The exact one-sided test of whether the attack identifies more than its null control.
+
+    McNemar's test in its exact form: of the canaries that only one of the two identifies, each is
+    equally likely to be either's, if the gradient gives nothing.
+
+    Args:
+        only_attack: canaries that the attack identified and the null control did not.
+        only_null: the reverse.
+
+    Returns:
+        The probability of so many or more for the attack.
+    """
+    different = only_attack + only_null
+    if different == 0:
+        return 1.0
+    return float(binomtest(only_attack, different, 0.5, alternative="greater").pvalue)
 
 
 def trials_needed(advantage: float, chance: float) -> int:

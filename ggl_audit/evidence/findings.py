@@ -8,12 +8,18 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from ggl_audit.defenses import Check
-from ggl_audit.evidence.bounds import Guarantee, Rate, empirical_mu, trials_needed
+from ggl_audit.evidence.bounds import (
+    Guarantee,
+    Rate,
+    ReconstructionRate,
+    empirical_mu,
+    trials_needed,
+)
 from ggl_audit.evidence.grade import (
     LITTLE_LEAKAGE,
     NO_LEAKAGE,
     PARTLY_RECONSTRUCTED,
-    RECONSTRUCTED,
+    reconstructed,
 )
 
 Severity = Literal["critical", "high", "medium", "low"]
@@ -40,7 +46,7 @@ class Finding(BaseModel):
 
 
 def find(
-    floor: Rate | None,
+    floor: ReconstructionRate | None,
     ceiling: Rate | None,
     label: Rate | None,
     undefended: Rate | None,
@@ -100,13 +106,14 @@ def _promise(ceiling: Rate | None, guarantee: Guarantee | None) -> list[Finding]
     ]
 
 
-def _floor(floor: Rate | None) -> list[Finding]:
-    if floor is None or floor.advantage_lower <= PARTLY_RECONSTRUCTED:
+def _floor(floor: ReconstructionRate | None) -> list[Finding]:
+    taken = reconstructed(floor)
+    if floor is None or taken is None:
         return []
     return [
         Finding(
             id="GGL001",
-            severity="critical" if floor.advantage_lower > RECONSTRUCTED else "high",
+            severity="critical" if taken == "F" else "high",
             title="Private images are reconstructed",
             detail=f"{floor.successes} of {floor.trials} reconstructions are nearer to their "
             f"canary than to {round(1 / floor.chance) - 1} other images of its class, where the "

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from ggl_audit.defenses import Check
-from ggl_audit.evidence.bounds import Rate, trials_needed
+from ggl_audit.evidence.bounds import Rate, ReconstructionRate, trials_needed
 
 Grade = Literal["A", "B", "C", "D", "F", "inconclusive"]
 
@@ -16,6 +16,7 @@ NO_LEAKAGE = 0.05
 LITTLE_LEAKAGE = 0.25
 PARTLY_RECONSTRUCTED = 0.05
 RECONSTRUCTED = 0.5
+SIGNIFICANCE = 0.025
 
 ORDER: tuple[Grade, ...] = ("A", "B", "C", "D", "F")
 
@@ -45,8 +46,21 @@ class Verdict(BaseModel):
     exit_code: Literal[0, 1, 3]
 
 
+def reconstructed(floor: ReconstructionRate | None) -> Literal["D", "F"] | None:
+    """Whether private images are partly (D) or mostly (F) reconstructed.
+
+    The rate's lower end must be above the threshold, and the attack must beat its null control in
+    the exact paired test at 2.5 %.
+    """
+    if floor is None or floor.null_p_value is None or floor.null_p_value > SIGNIFICANCE:
+        return None
+    if floor.advantage_lower > RECONSTRUCTED:
+        return "F"
+    return "D" if floor.advantage_lower > PARTLY_RECONSTRUCTED else None
+
+
 def decide(
-    floor: Rate | None,
+    floor: ReconstructionRate | None,
     ceiling: Rate | None,
     checks: Sequence[Check],
     interrupted_in: str | None,
@@ -69,7 +83,7 @@ def decide(
 
 
 def _grade(
-    floor: Rate | None,
+    floor: ReconstructionRate | None,
     ceiling: Rate | None,
     checks: Sequence[Check],
     interrupted_in: str | None,
@@ -83,10 +97,9 @@ def _grade(
             "inconclusive",
             f"The capture contradicts the declared {check.step}: {check.detail}.",
         )
-    if floor is not None and floor.advantage_lower > RECONSTRUCTED:
-        return "F", f"{_floor(floor)}."
-    if floor is not None and floor.advantage_lower > PARTLY_RECONSTRUCTED:
-        return "D", f"{_floor(floor)}."
+    taken = reconstructed(floor)
+    if floor is not None and taken is not None:
+        return taken, f"{_floor(floor)}."
     if ceiling is None:
         return "inconclusive", "No matching trials were run, so nothing bounds the leakage."
     if ceiling.advantage_upper <= NO_LEAKAGE:
@@ -101,14 +114,8 @@ def _grade(
             f"A about {trials_needed(NO_LEAKAGE, ceiling.chance)}.",
         )
     if floor is None:
-        return (
-            "inconclusive",
-            f"{_ceiling(ceiling)}, but no reconstruction trials were run.",
-        )
-    return (
-        "C",
-        f"{_ceiling(ceiling)}. {_floor(floor)}.",
-    )
+        return "inconclusive", f"{_ceiling(ceiling)}, but no reconstruction trials were run."
+    return "C", f"{_ceiling(ceiling)}. {_floor(floor)}."
 
 
 def _floor(floor: Rate) -> str:

@@ -8,7 +8,7 @@ from ggl_audit.evidence.bounds import account, empirical_mu
 from ggl_audit.evidence.fidelity import compare
 from ggl_audit.evidence.findings import find
 from ggl_audit.evidence.grade import decide
-from ggl_audit.experiments import Measurements, Reconstructed, ReconstructionTrials
+from ggl_audit.experiments import Measurements, Reconstructed
 from ggl_audit.files import sha256
 from ggl_audit.gradient import norm
 from ggl_audit.report.assumptions import assumptions
@@ -20,7 +20,6 @@ from ggl_audit.report.model import (
     EvidenceReport,
     InputFile,
     Reconstruction,
-    ReconstructionRate,
     Report,
     Tool,
     png_uri,
@@ -39,20 +38,20 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
         seconds: since the start.
     """
     spec = setting.spec
-    floor = measured.floor.rate if measured.floor else None
-    undefended = measured.undefended.rate if measured.undefended else None
     mechanism = setting.defense.guarantee()
     chance = 1 / spec.evidence.candidates
     guarantee = account(mechanism, spec.evidence.delta, chance) if mechanism else None
     return Report(
         tool=Tool(version=__version__),
-        verdict=decide(floor, measured.ceiling, setting.checks, measured.stage, spec.gate.fail_on),
+        verdict=decide(
+            measured.floor, measured.ceiling, setting.checks, measured.stage, spec.gate.fail_on
+        ),
         captured=_captured(setting, measured),
         evidence=EvidenceReport(
-            floor=_rate(measured.floor),
+            floor=measured.floor,
             ceiling=measured.ceiling,
             label=measured.label,
-            controls=Controls(null=_rate(measured.null), undefended=_rate(measured.undefended)),
+            controls=Controls(null=measured.null, undefended=measured.undefended),
             guarantee=guarantee,
             empirical_mu=empirical_mu(measured.ceiling) if measured.ceiling else None,
             checks=[
@@ -62,7 +61,12 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             not_measured=_not_measured(setting, measured),
         ),
         findings=find(
-            floor, measured.ceiling, measured.label, undefended, setting.checks, guarantee
+            measured.floor,
+            measured.ceiling,
+            measured.label,
+            measured.undefended,
+            setting.checks,
+            guarantee,
         ),
         assumptions=assumptions(setting),
         cost=Cost(
@@ -117,15 +121,6 @@ def _reconstruction(found: Reconstructed, setting: Setting) -> Reconstruction:
         metrics = compare(found.image, setting.truth, setting.model, setting.lpips)
     return Reconstruction(
         image=png_uri(found.image), matching_loss=found.loss, curve=curve, metrics=metrics
-    )
-
-
-def _rate(trials: ReconstructionTrials | None) -> ReconstructionRate | None:
-    if trials is None:
-        return None
-    return ReconstructionRate(
-        **trials.rate.model_dump(exclude={"advantage_lower", "advantage_upper"}),
-        psnr_db=trials.psnr_db,
     )
 
 

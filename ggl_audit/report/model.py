@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from ggl_audit.evidence.bounds import Guarantee, Rate
+from ggl_audit.evidence.bounds import Guarantee, Rate, ReconstructionRate
 from ggl_audit.evidence.fidelity import Fidelity
 from ggl_audit.evidence.findings import Finding
 from ggl_audit.evidence.grade import Verdict
@@ -72,12 +72,6 @@ class Captured(_Part):
     reconstructions: list[Reconstruction] = []
     null: Reconstruction | None = None
     not_measured: dict[str, str] = {}
-
-
-class ReconstructionRate(Rate):
-    """A rate of reconstructions, with the mean PSNR of their pictures in dB."""
-
-    psnr_db: float
 
 
 class Controls(_Part):

@@ -8,7 +8,13 @@ from scipy.stats import beta
 from scipy.stats import norm as normal
 
 from ggl_audit.defenses import GaussianMechanism
-from ggl_audit.evidence.bounds import account, empirical_mu, measure_rate, trials_needed
+from ggl_audit.evidence.bounds import (
+    account,
+    empirical_mu,
+    measure_rate,
+    paired_p_value,
+    trials_needed,
+)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 20), (7, 20), (20, 20), (1, 200), (19, 60)])
@@ -73,3 +79,15 @@ def test_the_empirical_mu_of_the_best_attack_stays_below_the_truth() -> None:
             exceeded += empirical_mu(measure_rate(hits, trials, 1 / candidates)) > mu
         assert exceeded <= 0.025 * 200 + 5
     assert empirical_mu(measure_rate(1, 200, 1 / 32)) == 0.0
+
+
+def test_the_paired_test_is_mcnemars_exact_one() -> None:
+    assert paired_p_value(5, 0) == pytest.approx(1 / 32)
+    assert paired_p_value(6, 1) == pytest.approx(8 / 128)
+    assert paired_p_value(0, 0) == 1.0
+    random = np.random.default_rng(0)
+    attack, null = (random.random((5000, 20)) < 0.1 for _ in range(2))
+    only_attack = (attack & ~null).sum(axis=1)
+    only_null = (null & ~attack).sum(axis=1)
+    p = [paired_p_value(int(a), int(n)) for a, n in zip(only_attack, only_null, strict=True)]
+    assert np.mean(np.array(p) <= 0.025) <= 0.025

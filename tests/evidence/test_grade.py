@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from ggl_audit.defenses import Check
-from ggl_audit.evidence.bounds import Guarantee, Rate, measure_rate
+from ggl_audit.evidence.bounds import (
+    Guarantee,
+    Rate,
+    ReconstructionRate,
+    measure_rate,
+    paired_p_value,
+)
 from ggl_audit.evidence.findings import find
 from ggl_audit.evidence.grade import decide
 
@@ -11,8 +17,11 @@ CHANCE = 1 / 32
 CONTRADICTION = Check("sign()", "contradicts", "magnitudes from 0 to 1")
 
 
-def rate(successes: int, trials: int) -> Rate:
-    return measure_rate(successes, trials, CHANCE)
+def rate(successes: int, trials: int, null: int = 0) -> ReconstructionRate:
+    """A rate, and as a floor one whose null control identified ``null`` other canaries."""
+    p_value = paired_p_value(successes, null)
+    measured = dict(measure_rate(successes, trials, CHANCE))
+    return ReconstructionRate(**measured, psnr_db=20, null_p_value=p_value)
 
 
 @pytest.mark.parametrize(
@@ -30,10 +39,12 @@ def rate(successes: int, trials: int) -> Rate:
         (None, rate(200, 200), "inconclusive", 3),
         (None, None, "inconclusive", 3),
         (rate(9, 20), rate(6, 200), "D", 1),
+        (rate(9, 20, null=8), rate(190, 200), "C", 1),
+        (rate(5, 20), rate(6, 200), "A", 0),
     ],
 )
 def test_the_grades_are_those_of_the_table(
-    floor: Rate | None, ceiling: Rate | None, grade: str, code: int
+    floor: ReconstructionRate | None, ceiling: Rate | None, grade: str, code: int
 ) -> None:
     verdict = decide(floor, ceiling, [], None, "C")
     assert (verdict.grade, verdict.exit_code) == (grade, code)

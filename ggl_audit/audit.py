@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from ggl_audit.evidence.identification import draw_trials
 from ggl_audit.experiments import (
     Measurements,
     match_candidates,
@@ -62,12 +61,7 @@ def run_audit(spec: Spec, progress: Progress) -> Report:
 
     try:
         progress.start(planned_evaluations(setting))
-        trials = draw_trials(
-            setting.reference,
-            max(spec.evidence.matching_trials, spec.evidence.reconstruction_trials),
-            spec.evidence.candidates,
-            setting.random("trials"),
-        )
+        trials = setting.trials()
         canaries = trials.first(spec.evidence.reconstruction_trials)
 
         begin("candidate matching")

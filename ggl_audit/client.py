@@ -8,7 +8,7 @@ import torch
 from torch.func import grad
 
 from ggl_audit.defenses import Pipeline, build_pipeline
-from ggl_audit.errors import SpecError
+from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.images import read_image
 from ggl_audit.inputs.model import load_model
@@ -44,4 +44,6 @@ def capture_gradient(spec: Spec, image: Path, label: int) -> Gradient:
     defense = Pipeline() if spec.capture.stage == "raw" else build_pipeline(spec.defense)
     context = client_context(spec.seed, "captured client", torch.device("cpu"))
     sent = defense.apply({name: gradient[name] for name in model.parameters}, context)
+    if not any(bool(tensor.any()) for tensor in sent.values()):
+        raise AuditError(f"the gradient of {image} is zero everywhere: there is nothing to capture")
     return each(lambda tensor: tensor.float(), sent)

@@ -26,6 +26,7 @@ from ggl_audit.gradient import Gradient, concatenate, stack, take
 from ggl_audit.setting import Setting
 
 CANARIES_TOGETHER = 25
+MATCHING_CONTROL_TRIALS = 50
 STEPS_TO_PREDICT = 3
 
 Advance = Callable[[int], None]
@@ -55,6 +56,7 @@ class Measurements:
         evaluations: gradients of candidates so far.
         ceiling: canaries identified by candidate matching.
         label: canaries whose label was inferred.
+        matching_control: canaries identified by candidate matching without the defense.
         captured: what the attack made of the captured gradient.
         captured_null: what it made of a random gradient of the same norm.
         rank: of the truth, by its distance to the picture.
@@ -69,6 +71,7 @@ class Measurements:
     evaluations: int = 0
     ceiling: Rate | None = None
     label: Rate | None = None
+    matching_control: Rate | None = None
     captured: Reconstructed | None = None
     captured_null: Reconstructed | None = None
     rank: int | None = None
@@ -84,10 +87,15 @@ def planned_evaluations(setting: Setting) -> int:
     attack, evidence = setting.spec.attack, setting.spec.evidence
     rounds = (attack.evaluations // attack.restarts - 1) // attack.population
     each = attack.restarts * (rounds * attack.population + 1)
-    searches = 2 * (1 + evidence.reconstruction_trials)
+    trials = setting.trials()
+    canaries = len(trials.first(evidence.reconstruction_trials))
+    searches = 2 * (1 + canaries)
     if setting.defense.steps:
-        searches += min(evidence.control_trials, evidence.reconstruction_trials)
-    return evidence.matching_trials * (evidence.candidates + 1) + searches * each
+        searches += min(evidence.control_trials, canaries)
+    matched = min(evidence.matching_trials, len(trials))
+    if setting.defense.steps:
+        matched += min(matched, MATCHING_CONTROL_TRIALS)
+    return matched * (evidence.candidates + 1) + searches * each
 
 
 def match_candidates(
@@ -103,6 +111,7 @@ def match_candidates(
 
     client = setting.client("matching clients")
     head = setting.model.head
+    chance = 1 / setting.spec.evidence.candidates
     ranks: list[int] = []
     labels_right = 0
     for part in trials.batches(CANARIES_TOGETHER):
@@ -111,11 +120,21 @@ def match_candidates(
         if head is not None:
             labels_right += int((infer_labels(observed, head) == part.labels).sum())
         advance(part.candidates.numel() + len(part))
-    if ranks:
-        chance = 1 / setting.spec.evidence.candidates
-        measured.ceiling = measure_rate(ranks.count(1), len(ranks), chance)
-        if head is not None:
-            measured.label = measure_rate(labels_right, len(ranks), 1 / setting.model.classes)
+    if not ranks:
+        return
+    if setting.defense.steps:
+        control_ranks: list[int] = []
+        undefended = Matching(setting.model, Pipeline())
+        for part in trials.first(MATCHING_CONTROL_TRIALS).batches(CANARIES_TOGETHER):
+            observed = defended_gradients(undefended, part, Pipeline(), client)
+            control_ranks += match(undefended, part, observed, random)
+            advance(part.candidates.numel() + len(part))
+        measured.matching_control = measure_rate(control_ranks.count(1), len(control_ranks), chance)
+    measured.ceiling = measure_rate(ranks.count(1), len(ranks), chance)
+    if not setting.defense.steps:
+        measured.matching_control = measured.ceiling
+    if head is not None:
+        measured.label = measure_rate(labels_right, len(ranks), 1 / setting.model.classes)
 
 
 def reconstruct(

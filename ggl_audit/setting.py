@@ -15,8 +15,10 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import Check, Context, Pipeline, build_pipeline
 from ggl_audit.environment import choose_device
 from ggl_audit.errors import SpecError
+from ggl_audit.evidence.consistency import check_truth
 from ggl_audit.evidence.fidelity import Perceptual, load_lpips
-from ggl_audit.evidence.identification import Trials, captured_trial
+from ggl_audit.evidence.identification import Trials, captured_trial, draw_trials
+from ggl_audit.files import sha256
 from ggl_audit.gradient import Gradient, stack
 from ggl_audit.inputs.capture import read_capture
 from ggl_audit.inputs.images import ImageSet, read_image, read_image_set
@@ -44,6 +46,7 @@ class Setting:
         truth: (channels, height, width), or None where the auditor does not hold it.
         make_optimizer: from a seed to a fresh optimizer.
         lpips: the perceptual metric, or None.
+        files: the files that were read, as the spec names them, with their SHA-256.
     """
 
     spec: Spec
@@ -57,6 +60,7 @@ class Setting:
     truth: torch.Tensor | None
     make_optimizer: Callable[[int], Optimizer]
     lpips: Perceptual | None
+    files: list[tuple[str, str]]
 
     def random(self, purpose: str) -> np.random.Generator:
         """A stream of randomness for one purpose, decided by the spec's seed alone."""
@@ -66,8 +70,14 @@ class Setting:
         """A client's randomness for one purpose, on the model's device."""
         return client_context(self.spec.seed, purpose, self.model.device)
 
+    def trials(self) -> Trials:
+        """The canaries of the ceiling; the floor's are the first of them."""
+        evidence = self.spec.evidence
+        most = max(evidence.matching_trials, evidence.reconstruction_trials)
+        return draw_trials(self.reference, most, evidence.candidates, self.random("trials"))
+
     def captured_trial(self) -> Trials | None:
-        """The truth among candidates of its class; None where the auditor does not hold it."""
+        """The truth among candidates of its class; None where it or they are lacking."""
         if self.truth is None:
             return None
         wanted = self.spec.evidence.candidates
@@ -85,22 +95,6 @@ class Setting:
             return true_labels
         assert self.model.head is not None
         return infer_labels(observed, self.model.head)
-
-    def files(self) -> list[Path]:
-        """The files that were read, as the spec names them."""
-        declared = self.spec
-        folder = prior_folder(declared.prior, Path())
-        named = [
-            declared.capture.gradient,
-            declared.model.weights,
-            declared.prior.weights,
-            declared.evidence.truth,
-            declared.evidence.lpips.weights if declared.evidence.lpips else None,
-            declared.evidence.reference.npz,
-            *(_factory_file(f) for f in (declared.model.factory, declared.prior.factory)),
-            *((folder / name for name in (WEIGHTS_NAME, CARD_NAME)) if folder else ()),
-        ]
-        return [path for path in named if path is not None]
 
 
 def prepare(spec: Spec) -> Setting:
@@ -132,8 +126,11 @@ def prepare(spec: Spec) -> Setting:
             f"{model.classes} classes, 0 to {model.classes - 1}",
         )
     prior = load_prior(spec, model)
-    truth = spec.evidence.truth
     lpips = spec.evidence.lpips
+    truth = spec.evidence.truth
+    private = None if truth is None else read_image(spec.resolve(truth), model.shape).to(device)
+    if private is not None and defense.noise_is_last():
+        checks.append(check_truth(Matching(model, defense), defense, gradient, private))
     return Setting(
         spec=spec,
         model=model,
@@ -143,9 +140,10 @@ def prepare(spec: Spec) -> Setting:
         observed=gradient,
         checks=checks,
         label=_label(spec, model, gradient),
-        truth=None if truth is None else read_image(spec.resolve(truth), model.shape).to(device),
+        truth=private,
         make_optimizer=optimizer_factory(spec.attack, prior.size),
         lpips=None if lpips is None else load_lpips(lpips, spec.resolve(lpips.weights), device),
+        files=_files(spec, reference),
     )
 
 
@@ -177,6 +175,22 @@ def _label(spec: Spec, model: ClientModel, observed: Gradient) -> int:
             "Declare it: labels: [3].",
         )
     return int(infer_labels(stack([observed]), model.head))
+
+
+def _files(spec: Spec, reference: ImageSet) -> list[tuple[str, str]]:
+    folder = prior_folder(spec.prior, Path())
+    named = [
+        spec.capture.gradient,
+        spec.model.weights,
+        spec.prior.weights,
+        spec.evidence.truth,
+        spec.evidence.lpips.weights if spec.evidence.lpips else None,
+        *(_factory_file(factory) for factory in (spec.model.factory, spec.prior.factory)),
+        *((folder / name for name in (WEIGHTS_NAME, CARD_NAME)) if folder else ()),
+    ]
+    hashed = [(str(path), sha256([spec.resolve(path)])) for path in named if path is not None]
+    source = spec.evidence.reference.npz or spec.evidence.reference.folder
+    return hashed if source is None else [*hashed, (str(source), sha256(reference.files))]
 
 
 def _factory_file(factory: str | None) -> Path | None:

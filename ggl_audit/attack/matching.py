@@ -32,7 +32,7 @@ COPIES_OF_A_GRADIENT = 4
 def l2(replica: Gradient, observed: Gradient) -> torch.Tensor:
     """Squared l2 distance over the squared norm of the observed gradient, a scalar."""
     difference = {name: replica[name] - observed[name] for name in observed}
-    return norm(difference).square() / norm(observed).square()
+    return norm(difference).square() / norm(observed).square().clamp(min=1e-30)
 
 
 def cosine(replica: Gradient, observed: Gradient) -> torch.Tensor:
@@ -121,11 +121,12 @@ class Matching:
         labels = torch.zeros(2, dtype=torch.long, device=self.model.device)
         try:
             self.gradients(image, labels)
-        except RuntimeError as error:
+        except (Exception, SystemExit) as error:
+            # The forward pass is the user's own code.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SpecError(
                 ("model", "factory"),
-                "the model cannot be evaluated for many candidates at a time "
-                f"({str(error).strip().splitlines()[0]})",
+                f"the model cannot be evaluated for many candidates at a time ({reason})",
                 "torch.func.vmap needs a forward pass without data-dependent branches, random "
                 "draws, or buffers that it changes.",
             ) from None

@@ -24,8 +24,6 @@ class SearchResult:
         latents: (t, d), the best of all restarts.
         losses: (t,), the loss of each.
         curves: (t, steps), the best loss so far after each step.
-        restart_latents: (t, restarts, d), the best of each restart.
-        restart_losses: (t, restarts).
         evaluations: candidates evaluated, all searches together.
         complete: False when the search was interrupted.
     """
@@ -33,8 +31,6 @@ class SearchResult:
     latents: torch.Tensor
     losses: torch.Tensor
     curves: Array
-    restart_latents: torch.Tensor
-    restart_losses: torch.Tensor
     evaluations: int
     complete: bool
 
@@ -116,8 +112,6 @@ def search(
         latents=tensor(best_latents[rows, winner]),
         losses=tensor(best_losses[rows, winner]),
         curves=np.stack(curve, axis=1),
-        restart_latents=tensor(best_latents),
-        restart_losses=tensor(best_losses),
         evaluations=evaluated,
         complete=complete,
     )

@@ -26,6 +26,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("ggl-audit: interrupted before anything was measured", err=True)
             raise typer.Exit(3) from None
+        except SystemExit:
+            typer.echo("ggl-audit: the model or the prior ended the program", err=True)
+            raise typer.Exit(3) from None
 
 
 app = typer.Typer(

@@ -23,11 +23,10 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
     from rich.text import Text
 
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for header, rows in ((("name", "parameters", "source"), _rows(kind)),):
-        for column in header:
-            table.add_column(column)
-        for row in rows:
-            table.add_row(*map(Text, row))
+    for column in ("name", "parameters", "source"):
+        table.add_column(column)
+    for row in _rows(kind):
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

@@ -108,7 +108,7 @@ def _absolute_factory(factory: str) -> str:
 
 
 def _numbers(text: str) -> list[int | str]:
-    return [int(part) if part.strip().isdigit() else part for part in text.split(",")]
+    return [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
 
 
 def _prior(text: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ def report(
     """Show a saved report, convert it, or compare two."""
     from rich.console import Console
 
+    from ggl_audit.errors import AuditError
     from ggl_audit.report.compare import render_comparison
     from ggl_audit.report.console import render_console
     from ggl_audit.report.formats import check_outputs, read_report, write_report
@@ -28,6 +29,8 @@ def report(
     outputs = output or []
     check_outputs(outputs)
     shown = read_report(first)
+    if second is not None and outputs:
+        raise AuditError("-o converts one report; two are only compared on the terminal")
     if second is not None:
         render_comparison(shown, read_report(second), Console())
         return

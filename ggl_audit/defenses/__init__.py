@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from ggl_audit.defenses.base import Check, Context, Defense
+from ggl_audit.defenses.base import FALSE_ACCUSATION, Check, Context, Defense
 from ggl_audit.defenses.clip import Clip
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.pipeline import GaussianMechanism, Pipeline
@@ -22,6 +22,7 @@ REGISTRY: dict[str, type[Defense]] = {
 }
 
 __all__ = [
+    "FALSE_ACCUSATION",
     "REGISTRY",
     "Check",
     "Clip",

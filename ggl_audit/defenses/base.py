@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 from ggl_audit.gradient import Gradient
 
+FALSE_ACCUSATION = 1e-6
+"""The largest probability with which a correct capture is said to contradict its declaration."""
+
 Trace = Literal["norm", "zeros", "levels", "noise"]
 """What a defense leaves in a gradient that can be read off it."""
 
@@ -48,7 +51,7 @@ class Defense(BaseModel, ABC):
     dimension; whoever has many maps over them (``torch.func.vmap``).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ClassVar[str]
     source: ClassVar[str]
@@ -69,10 +72,15 @@ class Defense(BaseModel, ABC):
         """
 
     @abstractmethod
-    def contradiction(self, observed: Gradient) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
         """Whether the capture cannot have come out of this step, and the measured figure.
 
         A capture that did come out of it is accused with a probability of 1e-6 at most.
+
+        Args:
+            observed: the capture.
+            later_noise: the standard deviation of the noise that later steps add. Only a step whose
+                trace survives noise is asked about a capture with any.
         """
 
     def norm_bound(self, before: float | None) -> float | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from scipy.stats import chi2
 
-from ggl_audit.defenses.base import Context, Defense, Trace
-from ggl_audit.gradient import Gradient, each, norm
+from ggl_audit.defenses.base import FALSE_ACCUSATION, Context, Defense, Trace
+from ggl_audit.gradient import Gradient, each, flat, norm
 
 ROUNDING = 1e-4
 
@@ -38,15 +40,21 @@ class Clip(Defense):
         """The same, with the declared bound."""
         return self._clipped(gradient)
 
-    def contradiction(self, observed: Gradient) -> tuple[bool, str]:
-        """Finds a norm above the bound."""
-        if self.scope == "global":
-            largest, where = float(norm(observed)), "the gradient"
-        else:
-            name = max(observed, key=lambda n: float(observed[n].norm()))
-            largest, where = float(observed[name].norm()), name
+    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
+        """Finds a norm above the bound, or above what bound and later noise can reach together."""
+        parts = {"the gradient": flat(observed)} if self.scope == "global" else observed
+        confidence = 1 - FALSE_ACCUSATION / len(parts)
+
+        def most(tensor: torch.Tensor) -> float:
+            noise = later_noise * math.sqrt(chi2.ppf(confidence, tensor.numel()))
+            return self.bound * (1 + ROUNDING) + noise
+
+        where = max(parts, key=lambda name: float(parts[name].norm()) / most(parts[name]))
+        largest, allowed = float(parts[where].norm()), most(parts[where])
         detail = f"the norm of {where} is {largest:.4g}; the bound is {self.bound:g}"
-        return largest > self.bound * (1 + ROUNDING), detail
+        if later_noise:
+            detail += f", with the noise after it at most {allowed:.4g}"
+        return largest > allowed, detail
 
     def norm_bound(self, before: float | None) -> float | None:
         """The bound, when it is over the whole gradient."""

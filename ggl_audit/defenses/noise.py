@@ -9,10 +9,9 @@ import torch
 from pydantic import Field
 from scipy.stats import norm as normal
 
-from ggl_audit.defenses.base import Context, Defense, Trace
+from ggl_audit.defenses.base import FALSE_ACCUSATION, Context, Defense, Trace
 from ggl_audit.gradient import Gradient, each, flat
 
-FALSE_ACCUSATION = 1e-6
 MEDIAN = 0.6745  # of the magnitude of standard normal noise
 THRESHOLDS = (0.01, 0.1, 0.3, MEDIAN, 1.0)  # in standard deviations
 
@@ -28,7 +27,7 @@ class Noise(Defense):
     name: ClassVar[str] = "noise"
     source: ClassVar[str] = "Abadi et al., CCS 2016; Li et al., CVPR 2022, section 4.1"
     trace: ClassVar[Trace] = "noise"
-    preserves: ClassVar[frozenset[Trace]] = frozenset()
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"norm"})  # its own norm is known
 
     std: float = Field(gt=0, description="standard deviation, in the gradient's own units")
 
@@ -50,7 +49,7 @@ class Noise(Defense):
         """Nothing: fresh noise on a candidate would only blur the comparison."""
         return gradient
 
-    def contradiction(self, observed: Gradient) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
         """Finds too many values near zero, in the whole gradient or in one tensor.
 
         Gaussian noise around any value puts at most P(|noise| <= t) of them within t of zero

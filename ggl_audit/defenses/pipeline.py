@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class Pipeline:
         checks = []
         for index, step in enumerate(self.steps):
             if self._is_visible(index):
-                contradicts, detail = step.contradiction(observed)
+                contradicts, detail = step.contradiction(observed, self._noise_after(index))
                 checks.append(Check(str(step), "contradicts" if contradicts else "agrees", detail))
             else:
                 hiding = next(s for s in self.steps[index + 1 :] if step.trace not in s.preserves)
@@ -69,6 +70,18 @@ class Pipeline:
                 return GaussianMechanism(bound, step.noise_std())
             bound = step.norm_bound(bound)
         return None
+
+    def noise_is_last(self) -> bool:
+        """Whether nothing but noise follows noise, so that the l2 distance is its likelihood."""
+        noisy = [step.noise_std() > 0 for step in self.steps]
+        return all(noisy[noisy.index(True) :]) if any(noisy) else True
+
+    def total_noise(self) -> float:
+        """The standard deviation of all noise that the steps add."""
+        return self._noise_after(-1)
+
+    def _noise_after(self, index: int) -> float:
+        return math.hypot(*(step.noise_std() for step in self.steps[index + 1 :]))
 
     def _is_visible(self, index: int) -> bool:
         trace = self.steps[index].trace

@@ -33,7 +33,7 @@ class Quantize(Defense):
         """The same, on the candidate's own grid."""
         return self._rounded(gradient)
 
-    def contradiction(self, observed: Gradient) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
         """Finds more levels than bits allow."""
         values = flat(observed).double()
         span = float(values.max() - values.min())

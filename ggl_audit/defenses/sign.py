@@ -13,7 +13,7 @@ ROUNDING = 1e-5
 
 
 class Sign(Defense):
-    """Sends the sign of each value and nothing else: -1, 0 or 1.
+    """Sends the sign of each value: -1, 0 or 1, times a step that is common to all.
 
     signSGD (Bernstein et al., ICML 2018).
     """
@@ -28,10 +28,13 @@ class Sign(Defense):
         return each(torch.sign, gradient)
 
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """The same."""
-        return each(torch.sign, gradient)
+        """The same, with the step that the capture shows."""
+        if observed is None:
+            return each(torch.sign, gradient)
+        step = torch.stack([tensor.abs().max() for tensor in observed.values()]).max()
+        return each(lambda tensor: step * torch.sign(tensor), gradient)
 
-    def contradiction(self, observed: Gradient) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
         """Finds two values of different magnitude."""
         magnitudes = flat(observed).abs()
         magnitudes = magnitudes[magnitudes > 0]

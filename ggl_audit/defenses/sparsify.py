@@ -38,7 +38,7 @@ class Sparsify(Defense):
             return self._largest(gradient)
         return {n: tensor * (observed[n] != 0).to(tensor.dtype) for n, tensor in gradient.items()}
 
-    def contradiction(self, observed: Gradient) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
         """Finds fewer zeros than were declared."""
         parts = observed if self.scope == "layer" else {"the gradient": flat(observed)}
         lacking = {
@@ -62,13 +62,16 @@ class Sparsify(Defense):
         return int(self.fraction * tensor.numel() + 1e-9)
 
     def _largest(self, gradient: Gradient) -> Gradient:
-        def threshold(tensor: torch.Tensor) -> torch.Tensor:
-            removed = self._removed(tensor)
-            if removed == 0:
-                return torch.zeros((), device=tensor.device, dtype=tensor.dtype)
-            return tensor.abs().flatten().kthvalue(removed).values
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            values = tensor.flatten()
+            largest = values.abs().topk(len(values) - self._removed(tensor)).indices
+            return torch.zeros_like(values).scatter(0, largest, values[largest]).view_as(tensor)
 
-        if self.scope == "global":
-            common = threshold(flat(gradient))
-            return each(lambda tensor: tensor * (tensor.abs() > common), gradient)
-        return each(lambda tensor: tensor * (tensor.abs() > threshold(tensor)), gradient)
+        if self.scope == "layer":
+            return each(kept, gradient)
+        sizes = [tensor.numel() for tensor in gradient.values()]
+        parts = kept(flat(gradient)).split(sizes)
+        return {
+            name: part.view_as(tensor)
+            for (name, tensor), part in zip(gradient.items(), parts, strict=True)
+        }

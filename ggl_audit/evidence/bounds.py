@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import dp_accounting
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 from scipy.stats import binomtest
 from scipy.stats import norm as normal
 
 from ggl_audit.defenses import GaussianMechanism
 
 CONFIDENCE = 0.95
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Rate(BaseModel):
@@ -21,12 +25,12 @@ class Rate(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    successes: int
-    trials: int
-    rate: float
-    lower: float
-    upper: float
-    chance: float
+    successes: Annotated[int, Field(ge=0)]
+    trials: Annotated[int, Field(ge=1)]
+    rate: Share
+    lower: Share
+    upper: Share
+    chance: Annotated[float, Field(gt=0, lt=1)]
 
     @computed_field  # type: ignore[prop-decorator]
     @property

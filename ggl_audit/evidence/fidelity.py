@@ -76,9 +76,10 @@ def compare(
         reasons["ssim"] = f"images smaller than {SSIM_WINDOW} pixels"
     if lpips is None:
         reasons["lpips"] = "no backbone weights were given (evidence.lpips.weights)"
-    features = model.representation(torch.stack([image, truth]))
-    if features is not None:
-        representation = float((features[0] - features[1]).square().mean())
+    # One by one: in train mode images of a batch share their statistics.
+    features, true_features = (model.representation(one[None]) for one in (image, truth))
+    if features is not None and true_features is not None:
+        representation = float((features - true_features).square().mean())
     else:
         reasons["mse_representation"] = "the model has no linear head"
     return Fidelity(

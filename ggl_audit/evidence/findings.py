@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ggl_audit.defenses import Check
 from ggl_audit.evidence.bounds import (
@@ -38,7 +38,7 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    id: str
+    id: Annotated[str, Field(pattern=r"^GGL\d{3}$")]
     severity: Severity
     title: str
     detail: str
@@ -100,8 +100,8 @@ def _promise(ceiling: Rate | None, guarantee: Guarantee | None) -> list[Finding]
             title="The promise of differential privacy is contradicted",
             detail=f"Candidate matching identifies so often that mu is at least "
             f"{empirical_mu(ceiling):.2f}; the declared defense promises {guarantee.mu:.2f}.",
-            remedy="The implementation is broken: look at the order of clip and noise, at the "
-            "unit that is clipped, and at the scale of the noise.",
+            remedy="The defense does not keep its promise: look at the order of clip and noise, "
+            "at the unit that is clipped, and at the scale of the noise.",
         )
     ]
 

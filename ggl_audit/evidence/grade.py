@@ -16,6 +16,7 @@ NO_LEAKAGE = 0.05
 LITTLE_LEAKAGE = 0.25
 PARTLY_RECONSTRUCTED = 0.05
 RECONSTRUCTED = 0.5
+MATCHING_WORKS = 0.5
 SIGNIFICANCE = 0.025
 
 ORDER: tuple[Grade, ...] = ("A", "B", "C", "D", "F")
@@ -59,10 +60,40 @@ def reconstructed(floor: ReconstructionRate | None) -> Literal["D", "F"] | None:
     return "D" if floor.advantage_lower > PARTLY_RECONSTRUCTED else None
 
 
+def doubts_about_ceiling(
+    matching_control: Rate | None, checks: Sequence[Check], noise_is_last: bool
+) -> list[str]:
+    """The reasons for which a low ceiling must not be taken for a good defense.
+
+    Args:
+        matching_control: candidate matching without the defense; None if not measured.
+        checks: the capture against each declared step.
+        noise_is_last: whether the matching distance is the likelihood under the declared noise.
+    """
+    doubts = []
+    if matching_control is not None and matching_control.advantage_lower <= MATCHING_WORKS:
+        doubts.append(
+            f"even without the defense it identifies only {matching_control.successes} of "
+            f"{matching_control.trials}: look at the weights, the normalization and the reference"
+        )
+    if not noise_is_last:
+        doubts.append(
+            "steps that follow noise leave this tool without the best matching statistic, so "
+            "better matching may identify more"
+        )
+    doubts += [
+        f"the capture cannot show {check.step}, which the ceiling takes for granted"
+        for check in checks
+        if check.outcome == "hidden"
+    ]
+    return doubts
+
+
 def decide(
     floor: ReconstructionRate | None,
     ceiling: Rate | None,
     checks: Sequence[Check],
+    doubts: Sequence[str],
     interrupted_in: str | None,
     fail_on: Grade,
 ) -> Verdict:
@@ -72,10 +103,13 @@ def decide(
         floor: canaries that were reconstructed, beyond the null control; None if not measured.
         ceiling: canaries that candidate matching identified; None if not measured.
         checks: the capture against each declared step.
+        doubts: about the ceiling; with any of them there is no A and no B.
         interrupted_in: what was running when the audit was cut short, or None.
         fail_on: the best grade that fails the gate.
     """
     grade, reason = _grade(floor, ceiling, checks, interrupted_in)
+    if grade in ("A", "B") and doubts:
+        grade, reason = "inconclusive", f"{reason.removesuffix('.')}, but {doubts[0]}."
     if grade == "inconclusive":
         return Verdict(grade=grade, reason=reason, exit_code=3)
     failed = ORDER.index(grade) >= ORDER.index(fail_on)

@@ -15,7 +15,7 @@ import torch
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import Context, Pipeline
-from ggl_audit.errors import SpecError
+from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.gradient import Gradient, stack, take
 from ggl_audit.inputs.images import ImageSet
 
@@ -61,11 +61,13 @@ class Trials:
 def draw_trials(
     reference: ImageSet, trials: int, candidates: int, random: np.random.Generator
 ) -> Trials:
-    """Draws canaries, each image once before any comes twice, and candidates of their class.
+    """Draws canaries, no image twice, and candidates of their class.
+
+    The intervals hold for independent trials, so there are never more than there are images.
 
     Args:
         reference: public images that are alike the private ones.
-        trials: how many canaries.
+        trials: how many canaries at most.
         candidates: N, the canary included.
         random: decides both.
 
@@ -83,9 +85,7 @@ def draw_trials(
             f"{reference.source} has more than {most} images",
             "Lower it, or give a larger evidence.reference.",
         )
-    rounds = -(-trials // len(eligible)) if trials else 0
-    order = [random.permutation(eligible) for _ in range(rounds)]
-    canaries = np.concatenate(order)[:trials] if order else np.zeros(0, dtype=np.int64)
+    canaries = random.permutation(eligible)[:trials]
     rows = []
     for canary in canaries:
         others = members[int(labels[canary])]
@@ -102,8 +102,8 @@ def captured_trial(
     reference: ImageSet,
     candidates: int,
     random: np.random.Generator,
-) -> Trials:
-    """The captured image among reference images of its class; fewer than N - 1 if there are fewer.
+) -> Trials | None:
+    """The captured image among reference images of its class; None if these are too few.
 
     Args:
         truth: (channels, height, width), not a member of the reference set.
@@ -113,6 +113,8 @@ def captured_trial(
         random: draws the others.
     """
     members = np.flatnonzero(reference.labels.cpu().numpy() == label)
+    if len(members) < candidates - 1:
+        return None
     others = torch.as_tensor(random.permutation(members)[: candidates - 1], device=truth.device)
     images = torch.cat([truth[None], reference.images[others]])
     labels = torch.full((len(images),), label, device=truth.device)
@@ -123,9 +125,20 @@ def captured_trial(
 def defended_gradients(
     matching: Matching, trials: Trials, defense: Pipeline, context: Context
 ) -> Gradient:
-    """What the canaries' clients would send: tensors with a leading dimension t."""
+    """What the canaries' clients would send: tensors with a leading dimension t.
+
+    Raises:
+        AuditError: a value is NaN or infinite.
+    """
     gradients = matching.gradients(trials.canaries, trials.labels)
-    return stack([defense.apply(take(gradients, i), context) for i in range(len(trials))])
+    sent = stack([defense.apply(take(gradients, i), context) for i in range(len(trials))])
+    for name, tensor in sent.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AuditError(
+                f"the gradient of {name} on {trials.reference.source} is NaN or infinite",
+                "Look at the model's weights and at model.input.mean and std.",
+            )
+    return sent
 
 
 def rank_of_truth(distances: torch.Tensor, random: np.random.Generator) -> list[int]:

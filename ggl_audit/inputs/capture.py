@@ -47,10 +47,10 @@ def read_capture(path: Path, model: ClientModel) -> Gradient:
                 f"{name!r} is {kind}; expected floating point",
                 "Capture the gradient after dequantization.",
             )
-        bad = int((~torch.isfinite(tensor)).sum())
+        gradient[name] = tensor.to(device=model.device, dtype=torch.float32)
+        bad = int((~torch.isfinite(gradient[name])).sum())
         if bad:
             raise InputError(path, f"{name!r} holds {bad} values that are NaN or infinite")
-        gradient[name] = tensor.to(device=model.device, dtype=torch.float32)
     if not any(bool(tensor.any()) for tensor in gradient.values()):
         raise InputError(path, "every value is zero: there is nothing in it to audit")
     return gradient

@@ -36,7 +36,7 @@ def build_module(factory: str, kwargs: dict[str, Any], folder: Path, section: st
     make = _torchvision(name, key) if source == "torchvision" else _named(source, name, folder, key)
     try:
         module = make(**kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Whatever the user's own code raises is a fault in the input, told without a traceback.
         raise SpecError(
             key,
@@ -71,7 +71,7 @@ def _named(source: str, name: str, folder: Path, key: Key) -> Callable[..., Any]
             module = importlib.import_module(source)
     except SpecError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SpecError(
             key, f"importing {source} failed with {type(error).__name__}: {error}"
         ) from error

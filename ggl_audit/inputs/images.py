@@ -17,6 +17,8 @@ from ggl_audit.spec import ImageSetSpec
 Shape = tuple[int, int, int]
 Part = Literal["prior", "reference", "private"]
 
+LARGEST_LABEL = 99_999
+PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 # Digits of each class, in file order: the first for the prior, the next for reference, the rest
@@ -166,7 +168,12 @@ def _open(path: Path) -> NDArray[np.uint8]:
         raise InputError(path, "no such file")
     try:
         with Image.open(path) as picture:
-            colour = picture.mode not in ("L", "1", "I;16", "I", "LA")
+            if picture.mode not in PICTURE_MODES:
+                raise InputError(
+                    path,
+                    f"a picture of mode {picture.mode}; expected 8 bits a channel, grey or RGB",
+                )
+            colour = picture.mode not in ("L", "1", "LA")
             pixels = np.asarray(picture.convert("RGB" if colour else "L"))
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(path, f"not a readable picture ({error})") from None
@@ -190,7 +197,11 @@ def _read_npz(path: Path) -> ImageSet:
         raise InputError(
             path, f"images have the shape {images.shape}; expected (n, h, w) or (n, h, w, 1 or 3)"
         )
-    if len(labels) != len(images) or labels.dtype.kind not in "iu" or labels.min() < 0:
+    if (
+        len(labels) != len(images)
+        or labels.dtype.kind not in "iu"
+        or not 0 <= labels.min() <= labels.max() <= LARGEST_LABEL
+    ):
         raise InputError(
             path, f"labels must be {len(images)} class indices from 0, one for each image"
         )
@@ -205,7 +216,7 @@ def _read_folder(path: Path, shape: Shape | None) -> ImageSet:
     files = sorted(
         file
         for folder in path.iterdir()
-        if folder.is_dir() and folder.name.isdigit()
+        if folder.is_dir() and folder.name.isdecimal() and int(folder.name) <= LARGEST_LABEL
         for file in folder.iterdir()
         if file.suffix.lower() in IMAGE_SUFFIXES
     )

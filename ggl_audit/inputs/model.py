@@ -120,8 +120,11 @@ def load_model(spec: Spec, device: torch.device, dtype: torch.dtype = torch.floa
         return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
     mean, std = channelwise(declared.input.mean), channelwise(declared.input.std)
-    image = torch.full((1, *declared.input.shape), 0.5, device=device, dtype=dtype)
-    logits, head = _try(module, (image - mean) / std, spec)
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 1, *declared.input.shape, generator=random).to(mean)
+    logits, head = _try(module, (images[0] - mean) / std, spec)
+    if _try(module, (images[1] - mean) / std, spec)[1] != head:
+        head = None
     return ClientModel(
         module=module,
         parameters=parameters,
@@ -163,6 +166,9 @@ def _fill(module: nn.Module, spec: Spec) -> None:
                 f"the model has {tuple(tensor.shape)}",
                 "Are model.kwargs those of the client?",
             )
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(path, f"{name!r} holds values that are NaN or infinite")
     module.load_state_dict(weights)
 
 
@@ -189,7 +195,7 @@ def _try(module: nn.Module, image: torch.Tensor, spec: Spec) -> tuple[torch.Tens
     try:
         with torch.no_grad():
             logits: Any = module(image)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # The forward pass is the user's own code; whatever it raises is told without a traceback.
         raise SpecError(
             ("model", "input", "shape"),

@@ -46,11 +46,15 @@ def read_spec(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> S
         return f"{path}:{_line(node, key)}:" if path else ""
 
     try:
-        return Spec.model_validate(data).placed(folder, locate)
+        spec = Spec.model_validate(data)
+        spec.model_dump_json()  # the report repeats the spec
+        return spec.placed(folder, locate)
     except ValidationError as error:
         wrong = SpecError(*first_problem(error, _keys_at))
         wrong.location = locate(wrong.key)
         raise wrong from None
+    except (ValueError, RecursionError) as error:
+        raise SpecError((), f"holds a value that cannot be written down ({error})") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -62,10 +66,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise AuditError(f"--set {text!r}: expected path=value, for example --set seed=3")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise AuditError(f"--set {text!r}: the value is not valid YAML") from None
+    return key, _value(value, f"--set {text!r}")
 
 
 def parse_defense(text: str) -> list[dict[str, Any]]:
@@ -85,9 +86,16 @@ def parse_defense(text: str) -> list[dict[str, Any]]:
                     f"--defense {text!r}: {assignment!r} has no value; "
                     "expected name:parameter=value,..., for example clip:bound=1+noise:std=0.1"
                 )
-            step[key.strip()] = yaml.safe_load(value)
+            step[key.strip()] = _value(value, f"--defense {text!r}")
         steps.append(step)
     return steps
+
+
+def _value(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise AuditError(f"{where}: {text!r} is not a YAML value") from None
 
 
 def _read_text(path: Path) -> str:
@@ -114,13 +122,34 @@ def _parse(text: str, path: Path | None) -> tuple[dict[str, Any], yaml.Node | No
         raise InputError(where, f"not valid YAML: {problem}") from None
     if data is None:
         data = {}
+    _refuse_duplicates(node, path)
     if not isinstance(data, dict):
         raise InputError(path or "", f"expected a mapping of keys, found a {type(data).__name__}")
     return data, node
 
 
+def _refuse_duplicates(node: yaml.Node | None, path: Path | None) -> None:
+    """YAML takes the last of two equal keys without a word; here both may decide a verdict."""
+    waiting, seen = [node], set()
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, yaml.MappingNode):
+            names = set()
+            for key, value in current.value:
+                if key.value in names:
+                    line = key.start_mark.line + 1
+                    raise InputError(f"{path}:{line}", f"the key {key.value!r} stands here twice")
+                names.add(key.value)
+                waiting.append(value)
+        elif isinstance(current, yaml.SequenceNode):
+            waiting.extend(current.value)
+
+
 def _override(data: dict[str, Any], dotted_key: str, value: Any) -> Key:
-    parts: list[str | int] = [int(p) if p.isdigit() else p for p in dotted_key.split(".")]
+    parts: list[str | int] = [int(p) if p.isdecimal() else p for p in dotted_key.split(".")]
     container: Any = data
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
@@ -147,7 +176,7 @@ def _line(node: yaml.Node | None, key: Key) -> int:
             for name, value in node.value:
                 if name.value == str(part):
                     child, line = value, name.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and str(part).isdigit():
+        elif isinstance(node, yaml.SequenceNode) and str(part).isdecimal():
             child = next(iter(node.value[int(part) :]), None)
             line = child.start_mark.line + 1 if child else line
         if child is None:

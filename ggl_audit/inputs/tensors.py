@@ -73,6 +73,9 @@ def _read_torch(path: Path) -> Tensors:
         raise InputError(
             path, f"expected a dict from parameter names to tensors, found {_what_is(data)}"
         )
+    for name, tensor in data.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise InputError(path, f"{str(name)!r} is not a dense tensor with values")
     return {str(name): tensor.detach() for name, tensor in data.items()}
 
 

@@ -10,7 +10,7 @@ from ggl_audit.errors import InputError, SpecError, nearest
 from ggl_audit.inputs.factories import build_module
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.tensors import read_tensors
-from ggl_audit.priors.card import CARD_NAME, WEIGHTS_NAME, Card, read_card
+from ggl_audit.priors.card import CARD_NAME, WEIGHTS_NAME, read_card
 from ggl_audit.priors.generator import Generator
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import LatentSpec, PriorSpec, Spec
@@ -57,10 +57,10 @@ def load_prior(spec: Spec, model: ClientModel) -> Prior:
     prior.generator.to(model.device).eval().requires_grad_(requires_grad=False)
     try:
         shape = prior.shape()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # A factory's generator is the user's own code.
         raise SpecError(
-            ("prior",), f"the generator fails on one latent ({type(error).__name__}: {error})"
+            ("prior",), f"the generator fails on two latents ({type(error).__name__}: {error})"
         ) from error
     if shape != model.shape:
         raise SpecError(
@@ -122,6 +122,3 @@ def _from_factory(spec: Spec, classes: int) -> Prior:
         output_range=declared.output_range,
         source=f"prior {declared.factory}",
     )
-
-
-__all__ = ["Card", "bundled_names", "load_prior", "load_trained", "prior_folder"]

@@ -57,12 +57,19 @@ class Prior:
         return images.clamp(0, 1)
 
     def shape(self) -> Shape:
-        """The (channels, height, width) of what it draws, found by drawing one."""
+        """The (channels, height, width) of what it draws, found by drawing two images.
+
+        Raises:
+            ValueError: it does not draw an image for each latent, or draws what is not finite.
+        """
         device = next((p.device for p in self.generator.parameters()), torch.device("cpu"))
+        latents = torch.zeros(2, self.size, device=device)
+        latents[1] = 1
         with torch.no_grad():
-            image = self.decode(
-                torch.zeros(1, self.size, device=device),
-                torch.zeros(1, dtype=torch.long, device=device),
-            )
-        _, channels, height, width = image.shape
+            images = self.decode(latents, torch.zeros(2, dtype=torch.long, device=device))
+        if images.ndim != 4 or len(images) != 2:
+            raise ValueError(f"it makes {tuple(images.shape)} of two latents")
+        if not bool(torch.isfinite(images).all()):
+            raise ValueError("it draws values that are NaN or infinite")
+        _, channels, height, width = images.shape
         return channels, height, width

@@ -7,9 +7,8 @@ from ggl_audit.environment import describe, peak_memory_bytes
 from ggl_audit.evidence.bounds import account, empirical_mu
 from ggl_audit.evidence.fidelity import compare
 from ggl_audit.evidence.findings import find
-from ggl_audit.evidence.grade import decide
+from ggl_audit.evidence.grade import decide, doubts_about_ceiling
 from ggl_audit.experiments import Measurements, Reconstructed
-from ggl_audit.files import sha256
 from ggl_audit.gradient import norm
 from ggl_audit.report.assumptions import assumptions
 from ggl_audit.report.model import (
@@ -44,14 +43,25 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
     return Report(
         tool=Tool(version=__version__),
         verdict=decide(
-            measured.floor, measured.ceiling, setting.checks, measured.stage, spec.gate.fail_on
+            measured.floor,
+            measured.ceiling,
+            setting.checks,
+            doubts_about_ceiling(
+                measured.matching_control, setting.checks, setting.defense.noise_is_last()
+            ),
+            measured.stage,
+            spec.gate.fail_on,
         ),
         captured=_captured(setting, measured),
         evidence=EvidenceReport(
             floor=measured.floor,
             ceiling=measured.ceiling,
             label=measured.label,
-            controls=Controls(null=measured.null, undefended=measured.undefended),
+            controls=Controls(
+                null=measured.null,
+                undefended=measured.undefended,
+                undefended_matching=measured.matching_control,
+            ),
             guarantee=guarantee,
             empirical_mu=empirical_mu(measured.ceiling) if measured.ceiling else None,
             checks=[
@@ -75,9 +85,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             evaluations_per_second=round(measured.evaluations / seconds, 1),
             peak_memory_bytes=peak_memory_bytes(setting.model.device),
         ),
-        inputs=[
-            InputFile(path=str(path), sha256=sha256(spec.resolve(path))) for path in setting.files()
-        ],
+        inputs=[InputFile(path=path, sha256=digest) for path, digest in setting.files],
         environment=describe(setting.model.device),
         spec=spec.model_dump(mode="json"),
     )
@@ -87,6 +95,11 @@ def _captured(setting: Setting, measured: Measurements) -> Captured:
     reasons = {}
     if setting.truth is None:
         reasons["truth"] = "the auditor does not hold the private image (evidence.truth)"
+    elif setting.captured_trial() is None:
+        reasons["rank"] = (
+            f"{setting.reference.source} has fewer than {setting.spec.evidence.candidates - 1} "
+            f"images of class {setting.label}"
+        )
     if measured.captured is None:
         reasons["reconstructions"] = f"the audit was cut short during {measured.stage}"
     inferred = setting.spec.capture.labels == "infer"
@@ -148,6 +161,8 @@ def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
             "the declared defense gives no differential privacy: that takes a clip of the whole "
             "gradient and Gaussian noise after it"
         )
+    if measured.matching_control is None:
+        reasons["controls.undefended_matching"] = reasons["ceiling"]
     if setting.spec.capture.stage == "raw" and setting.defense.steps:
         reasons["checks"] = "the tool applied the defense itself (capture.stage is raw)"
     return reasons

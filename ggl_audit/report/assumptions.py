@@ -48,7 +48,7 @@ def assumptions(setting: Setting) -> list[str]:
     said.append(
         f"The floor is that of one attack, {spec.attack.optimizer} with "
         f"{spec.attack.evaluations} evaluations on {setting.prior.source}; others may do better. "
-        f"The ceiling holds for identification among {evidence.candidates} same-class images."
+        f"The ceiling is about identification among {evidence.candidates} same-class images."
     )
     if model.head is None and spec.capture.labels != "infer":
         said.append("The model has no linear head: label recovery was not measured.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def check_outputs(paths: list[Path]) -> None:
             )
         if not path.parent.is_dir():
             raise AuditError(f"-o {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise AuditError(f"-o {path}: is a folder; expected the name of a file")
+        if not os.access(path.parent, os.W_OK):
+            raise AuditError(f"-o {path}: the folder {path.parent} cannot be written to")
 
 
 def write_report(report: Report, path: Path) -> None:

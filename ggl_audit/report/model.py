@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ggl_audit.evidence.bounds import Guarantee, Rate, ReconstructionRate
 from ggl_audit.evidence.fidelity import Fidelity
@@ -17,6 +17,37 @@ from ggl_audit.evidence.grade import Verdict
 from ggl_audit.inputs.images import to_picture
 
 PNG_URI = "data:image/png;base64,"
+
+
+def png_uri(image: torch.Tensor) -> str:
+    """Encodes (channels, height, width) in [0, 1] as an 8-bit PNG in a data URI."""
+    buffer = io.BytesIO()
+    to_picture(image).save(buffer, format="PNG")
+    return PNG_URI + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def picture(uri: str) -> Image.Image:
+    """Decodes what :func:`png_uri` encoded.
+
+    Raises:
+        ValueError: it is not such a URI.
+    """
+    if not uri.startswith(PNG_URI):
+        raise ValueError("not a PNG data URI")
+    with Image.open(io.BytesIO(base64.b64decode(uri[len(PNG_URI) :], validate=True))) as image:
+        image.load()
+        return image
+
+
+def _decodable(uri: str) -> str:
+    try:
+        picture(uri)
+    except (ValueError, OSError, Image.DecompressionBombError):
+        raise ValueError("not a PNG in a data URI") from None
+    return uri
+
+
+PngUri = Annotated[str, AfterValidator(_decodable)]
 
 
 class _Part(BaseModel):
@@ -43,9 +74,9 @@ class Reconstruction(_Part):
         candidates: N.
     """
 
-    image: str
+    image: PngUri
     matching_loss: float
-    curve: list[tuple[int, float]]
+    curve: list[tuple[Annotated[int, Field(ge=1)], float]]
     metrics: Fidelity | None = None
     rank: int | None = None
     matching_rank: int | None = None
@@ -68,17 +99,24 @@ class Captured(_Part):
     labels: list[int]
     label_method: str
     norm: float
-    truth: str | None = None
+    truth: PngUri | None = None
     reconstructions: list[Reconstruction] = []
     null: Reconstruction | None = None
     not_measured: dict[str, str] = {}
 
 
 class Controls(_Part):
-    """The same attack with nothing to find, and with nothing in its way."""
+    """What is known to have no answer, and what is known to have one.
+
+    Attributes:
+        null: the attack on random gradients of the same norm.
+        undefended: the attack on canaries without the defense.
+        undefended_matching: candidate matching on canaries without the defense.
+    """
 
     null: ReconstructionRate | None = None
     undefended: ReconstructionRate | None = None
+    undefended_matching: Rate | None = None
 
 
 class CheckedStep(_Part):
@@ -143,23 +181,3 @@ class Report(_Part):
     inputs: list[InputFile]
     environment: dict[str, str]
     spec: dict[str, Any]
-
-
-def png_uri(image: torch.Tensor) -> str:
-    """Encodes (channels, height, width) in [0, 1] as an 8-bit PNG in a data URI."""
-    buffer = io.BytesIO()
-    to_picture(image).save(buffer, format="PNG")
-    return PNG_URI + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def picture(uri: str) -> Image.Image:
-    """Decodes what :func:`png_uri` encoded.
-
-    Raises:
-        ValueError: it is not such a URI.
-    """
-    if not uri.startswith(PNG_URI):
-        raise ValueError("not a PNG data URI")
-    with Image.open(io.BytesIO(base64.b64decode(uri[len(PNG_URI) :], validate=True))) as image:
-        image.load()
-        return image

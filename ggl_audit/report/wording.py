@@ -44,6 +44,12 @@ def rate_rows(report: Report) -> list[RateRow]:
             "identified by reconstructions, no defense",
             controls.undefended,
         ),
+        row(
+            "controls.undefended_matching",
+            "undefended matching",
+            "identified by candidate matching, no defense",
+            controls.undefended_matching,
+        ),
         row("label", "label inference", "label read off the last layer", evidence.label),
     ]
 

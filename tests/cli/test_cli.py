@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -125,6 +124,7 @@ def bad(samples: Path, tmp_path: Path) -> Path:
         "def broken():\n    return nn.Linear(5, 5)\n"
     )
     (folder / "empty.npz").write_bytes(b"")
+    (folder / "folder.html").mkdir()
     return folder
 
 
@@ -164,6 +164,8 @@ BAD_INPUTS = {
     "grade": ("--fail-on=E", ["gate.fail_on", "'E'"]),
     "output": ("--output=report.pdf", ["unknown format '.pdf'"]),
     "output folder": ("--output=none/report.html", ["no folder none"]),
+    "output is a folder": ("--output=BAD/folder.html", ["is a folder"]),
+    "infinite": ("--defense=noise:std=.inf", ["defense.0.std", "finite"]),
     "set": ("--set=seed", ["path=value"]),
     "unknown key": ("--set=attack.budget=9", ["attack.budget", "unknown key"]),
     "lpips": ("--set=evidence.lpips={weights: none.pth}", ["none.pth", "no such file"]),
@@ -248,6 +250,7 @@ def test_report_shows_converts_and_compares(spec: Path, tmp_path: Path) -> None:
     assert page.is_file()
     assert "first" in call("report", data, data).stdout
     assert "not a report" in refused(call("report", spec))
+    assert "-o converts one report" in refused(call("report", data, data, "-o", page))
 
 
 def test_the_schemas_accept_the_samples_and_the_report(
@@ -305,13 +308,14 @@ def test_a_trained_prior_can_be_audited_with(spec: Path, tmp_path: Path) -> None
     assert "is not known" in " ".join(result.stdout.split())
 
 
-def program(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+def program(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "ggl_audit", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **environment},
+        # A test run in the background of a shell has SIGINT ignored, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -327,7 +331,10 @@ def test_an_interrupt_ends_with_a_partial_report(
             break
     time.sleep(2)
     process.send_signal(kind)
-    stdout, stderr = process.communicate(timeout=60)
+    try:
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 3, stderr
     assert "Traceback" not in stderr
     assert "cut short during reconstruction" in " ".join(stdout.split())

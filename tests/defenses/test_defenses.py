@@ -57,7 +57,7 @@ def test_a_correct_capture_is_never_accused(defense: Defense) -> None:
     for seed in range(1000):
         gradient = random_gradient(seed, scale=10 ** (seed % 7 - 4))
         sent = Pipeline([defense]).apply(gradient, context(seed))
-        accused, detail = defense.contradiction(sent)
+        accused, detail = defense.contradiction(sent, 0.0)
         assert not accused, (seed, detail)
 
 
@@ -113,7 +113,7 @@ def test_a_planted_error_is_found_with_its_figure(
 ) -> None:
     gradient = {"w": torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 0.01}
     gradient["w"][:2] = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
-    accused, detail = declared.contradiction(planted.apply(gradient, context()))
+    accused, detail = declared.contradiction(planted.apply(gradient, context()), 0.0)
     assert accused
     assert figure in detail
 
@@ -190,11 +190,50 @@ def test_a_mask_is_read_off_the_capture_only_where_it_can_be_seen() -> None:
 
 
 def test_what_later_steps_hide_is_said_and_not_judged() -> None:
-    pipeline = Pipeline([Clip(bound=1e-6), Noise(std=0.1)])
+    pipeline = Pipeline([Sparsify(fraction=0.9), Noise(std=0.1)])
     observed = Noise(std=0.1).apply(random_gradient(0), context())
     checks = pipeline.verify(observed)
     assert [check.outcome for check in checks] == ["hidden", "agrees"]
     assert "noise" in checks[0].detail
+
+
+def test_a_clip_under_noise_is_checked_as_far_as_the_noise_allows() -> None:
+    pipeline = Pipeline([Clip(bound=1.0), Noise(std=1.0)])
+    for seed in range(1000):
+        sent = pipeline.apply(random_gradient(seed, scale=100), context(seed))
+        assert [check.outcome for check in pipeline.verify(sent)] == ["agrees", "agrees"]
+    unclipped = Noise(std=1.0).apply(random_gradient(0, scale=100), context())
+    assert pipeline.verify(unclipped)[0].outcome == "contradicts"
+
+
+@pytest.mark.parametrize(
+    ("steps", "last"),
+    [
+        ([], True),
+        ([Sign()], True),
+        ([Clip(bound=1), Noise(std=1)], True),
+        ([Noise(std=1), Noise(std=1)], True),
+        ([Noise(std=1), Clip(bound=1)], False),
+        ([Noise(std=1), Sign()], False),
+    ],
+)
+def test_steps_after_noise_are_noticed(steps: list[Defense], last: bool) -> None:
+    assert Pipeline(steps).noise_is_last() == last
+
+
+def test_noise_adds_in_squares() -> None:
+    assert Pipeline([Noise(std=3), Sign(), Noise(std=4)]).total_noise() == pytest.approx(5)
+
+
+def test_the_step_of_the_sign_is_read_off_the_capture() -> None:
+    gradient = random_gradient(0)
+    observed = {name: 0.01 * torch.sign(tensor) for name, tensor in gradient.items()}
+    torch.testing.assert_close(flat(Sign().replicate(gradient, observed)), flat(observed))
+
+
+def test_ties_do_not_change_how_many_values_are_kept() -> None:
+    sent = Sparsify(fraction=0.9).apply({"w": torch.ones(100)}, context())["w"]
+    assert int((sent != 0).sum()) == 10
 
 
 @pytest.mark.parametrize(
@@ -246,6 +285,6 @@ def test_noise_left_out_of_one_layer_is_found_and_named() -> None:
     quiet = {"a": torch.randn(200, 100, generator=random), "b": torch.zeros(300)}
     sent = Noise(std=1.0).apply({"a": quiet["a"], "b": quiet["b"]}, context())
     sent["b"] = quiet["b"] + 0.01
-    accused, detail = Noise(std=1.0).contradiction(sent)
+    accused, detail = Noise(std=1.0).contradiction(sent, 0.0)
     assert accused
     assert "values of b are within 0.01" in detail

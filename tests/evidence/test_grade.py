@@ -11,7 +11,7 @@ from ggl_audit.evidence.bounds import (
     paired_p_value,
 )
 from ggl_audit.evidence.findings import find
-from ggl_audit.evidence.grade import decide
+from ggl_audit.evidence.grade import decide, doubts_about_ceiling
 
 CHANCE = 1 / 32
 CONTRADICTION = Check("sign()", "contradicts", "magnitudes from 0 to 1")
@@ -46,23 +46,42 @@ def rate(successes: int, trials: int, null: int = 0) -> ReconstructionRate:
 def test_the_grades_are_those_of_the_table(
     floor: ReconstructionRate | None, ceiling: Rate | None, grade: str, code: int
 ) -> None:
-    verdict = decide(floor, ceiling, [], None, "C")
+    verdict = decide(floor, ceiling, [], [], None, "C")
     assert (verdict.grade, verdict.exit_code) == (grade, code)
     assert verdict.reason.endswith(".")
 
 
 @pytest.mark.parametrize(("fail_on", "code"), [("A", 1), ("B", 1), ("C", 0), ("D", 0)])
 def test_the_gate_fails_at_its_grade_or_a_worse_one(fail_on: str, code: int) -> None:
-    assert decide(rate(0, 20), rate(12, 200), [], None, fail_on).exit_code == code  # type: ignore[arg-type]
+    assert decide(rate(0, 20), rate(12, 200), [], [], None, fail_on).exit_code == code  # type: ignore[arg-type]
 
 
 def test_a_contradiction_or_an_interrupt_is_never_safe() -> None:
-    contradicted = decide(rate(0, 20), rate(6, 200), [CONTRADICTION], None, "C")
+    contradicted = decide(rate(0, 20), rate(6, 200), [CONTRADICTION], [], None, "C")
     assert (contradicted.grade, contradicted.exit_code) == ("inconclusive", 3)
     assert "sign()" in contradicted.reason
-    cut = decide(rate(0, 20), rate(6, 200), [], "the undefended control", "C")
+    cut = decide(rate(0, 20), rate(6, 200), [], [], "the undefended control", "C")
     assert (cut.grade, cut.exit_code) == ("inconclusive", 3)
     assert "cut short" in cut.reason
+
+
+HIDDEN = Check("sparsify(fraction=0.9)", "hidden", "noise after it hides its trace")
+
+
+def test_no_low_ceiling_passes_while_it_is_in_doubt() -> None:
+    assert doubts_about_ceiling(rate(50, 50), [], noise_is_last=True) == []
+    for doubts in (
+        doubts_about_ceiling(rate(3, 50), [], noise_is_last=True),
+        doubts_about_ceiling(rate(50, 50), [HIDDEN], noise_is_last=True),
+        doubts_about_ceiling(rate(50, 50), [], noise_is_last=False),
+    ):
+        assert len(doubts) == 1
+        for ceiling in (rate(6, 200), rate(12, 200)):
+            verdict = decide(rate(0, 20), ceiling, [], doubts, None, "C")
+            assert (verdict.grade, verdict.exit_code) == ("inconclusive", 3)
+            assert doubts[0] in verdict.reason
+        assert decide(rate(0, 20), rate(150, 200), [], doubts, None, "C").grade == "C"
+        assert decide(rate(20, 20), rate(200, 200), [], doubts, None, "C").grade == "F"
 
 
 def ids(**given: object) -> list[str]:

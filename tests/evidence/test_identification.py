@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from scipy.stats import norm as normal
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import Context, Noise, Pipeline, Sign
-from ggl_audit.errors import SpecError
+from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.evidence.controls import null_gradient
 from ggl_audit.evidence.identification import (
     captured_trial,
@@ -39,10 +41,10 @@ def test_candidates_are_others_of_the_class_and_the_canary_comes_first() -> None
     assert len(set(canaries)) == 200
 
 
-def test_more_trials_than_images_use_each_about_as_often() -> None:
+def test_no_image_is_a_canary_twice() -> None:
     trials = draw_trials(digits("reference"), 1200, 32, random())
-    counts = torch.bincount(trials.candidates[:, 0], minlength=500)
-    assert int(counts.max()) - int(counts.min()) <= 1
+    assert len(trials) == 500
+    assert len(set(trials.candidates[:, 0].tolist())) == 500
 
 
 def test_too_few_images_of_a_class_are_an_error() -> None:
@@ -72,9 +74,11 @@ def test_a_prior_that_draws_a_typical_image_earns_nothing() -> None:
     """A fixed picture of each class is first among N exactly as often as by guessing."""
     reference = digits("reference")
     means = torch.stack([reference.images[reference.labels == k].mean(0) for k in range(10)])
-    trials = draw_trials(reference, 4000, 32, random())
-    hits = reconstruction_ranks(means[trials.labels], trials, random()).count(1)
-    assert binomtest(hits, 4000, 1 / 32).pvalue > 0.001
+    hits = []
+    for seed in range(8):
+        trials = draw_trials(reference, 500, 32, np.random.default_rng(seed))
+        hits.append(reconstruction_ranks(means[trials.labels], trials, random()).count(1))
+    assert binomtest(sum(hits), 4000, 1 / 32).pvalue > 0.001
 
 
 def test_matching_reaches_the_bayes_optimal_rate_under_gaussian_noise(model: ClientModel) -> None:
@@ -118,10 +122,19 @@ def test_the_captured_image_stands_among_its_class() -> None:
     reference = digits("reference")
     truth = digits("private").images[0]
     trial = captured_trial(truth, 4, reference, 32, random())
+    assert trial is not None
     assert trial.images.shape == (1, 32, 1, 16, 16)
     assert torch.equal(trial.canaries[0], truth)
     few = ImageSet(reference.images[:60], reference.labels[:60], "few")
-    assert captured_trial(truth, 4, few, 32, random()).images.shape[1] < 32
+    assert captured_trial(truth, 4, few, 32, random()) is None
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_and_no_tie(model: ClientModel) -> None:
+    broken = dataclasses.replace(model, mean=torch.full_like(model.mean, torch.nan))
+    trials = draw_trials(digits("reference"), 3, 32, random())
+    context = Context(torch.Generator().manual_seed(0))
+    with pytest.raises(AuditError, match="NaN or infinite"):
+        defended_gradients(Matching(broken, Pipeline()), trials, Pipeline(), context)
 
 
 @pytest.mark.parametrize("steps", [[], [Noise(std=0.1)], [Sign()]], ids=str)

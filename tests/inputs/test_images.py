@@ -107,3 +107,10 @@ def test_a_set_of_another_size_is_not_resized(tmp_path: Path) -> None:
         read(tmp_path, bundled="digit")
     with pytest.raises(InputError, match="no pictures"):
         read(tmp_path, folder=".")
+
+
+def test_sixteen_bit_pictures_are_refused_and_not_saturated(tmp_path: Path) -> None:
+    deep = np.full((8, 8), 40_000, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "x.png")
+    with pytest.raises(InputError, match="expected 8 bits a channel"):
+        read_image(tmp_path / "x.png", (1, 8, 8))

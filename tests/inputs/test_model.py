@@ -37,6 +37,17 @@ def headless():
 def failing():
     raise RuntimeError("no data")
 
+def leaving():
+    raise SystemExit(0)
+
+class Rectified(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(256, 10)
+        nn.init.constant_(self.last.bias, 0.3)
+    def forward(self, x):
+        return nn.functional.relu(self.last(x.flatten(1)))
+
 def text():
     return "a model"
 
@@ -104,6 +115,10 @@ def test_a_model_without_a_linear_head_has_none(user: Callable[..., Spec]) -> No
     assert load_model(user("headless"), CPU).head is None
 
 
+def test_a_rectified_layer_is_no_head(user: Callable[..., Spec]) -> None:
+    assert load_model(user("Rectified"), CPU).head is None
+
+
 def test_train_mode_uses_batch_statistics_and_leaves_buffers_alone(
     user: Callable[..., Spec],
 ) -> None:
@@ -130,6 +145,7 @@ def test_the_same_seed_builds_the_same_model(user: Callable[..., Spec]) -> None:
     [
         ("headles", "Did you mean 'headless'"),
         ("failing", "RuntimeError: no data"),
+        ("leaving", "SystemExit: 0"),
         ("text", "returned a str"),
         ("regression", "expected logits"),
     ],
@@ -198,3 +214,5 @@ def test_weights_that_do_not_fit_are_named(
         loaded({**good, "extra": torch.zeros(1)})
     with pytest.raises(InputError, match=r"'7.bias' has the shape \(9,\)"):
         loaded({**good, "7.bias": torch.zeros(9)})
+    with pytest.raises(InputError, match=r"'7.bias' holds values that are NaN"):
+        loaded({**good, "7.bias": torch.full((10,), torch.nan)})

@@ -147,3 +147,27 @@ def test_the_sample_specs_are_what_yaml_says(samples: Path) -> None:
     for path in samples.glob("*.yaml"):
         spec = read_spec(path)
         assert spec.model.factory == yaml.safe_load(path.read_text())["model"]["factory"]
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD + "defense: []\n")
+    with pytest.raises(InputError, match=r"audit\.yaml:12: the key 'defense' stands here twice"):
+        read_spec(path)
+    path = written(tmp_path, GOOD.replace("fraction: 0.9", "fraction: 0.9, fraction: 0.1"))
+    with pytest.raises(InputError, match="'fraction' stands here twice"):
+        read_spec(path)
+
+
+@pytest.mark.parametrize("value", ["2020-99-99", "[", "!!binary x"])
+def test_a_value_that_is_not_yaml_is_one_message(value: str) -> None:
+    with pytest.raises(AuditError, match="is not a YAML value"):
+        parse_override(f"seed={value}")
+    with pytest.raises(AuditError, match="is not a YAML value"):
+        parse_defense(f"noise:std={value}")
+
+
+@pytest.mark.parametrize("value", ["!!binary '/+8='", "&x [*x]"])
+def test_what_the_report_could_not_repeat_is_refused_at_once(tmp_path: Path, value: str) -> None:
+    text = GOOD.replace("input:", f"kwargs: {{a: {value}}}\n  input:")
+    with pytest.raises(AuditError):
+        read_spec(written(tmp_path, text))

@@ -116,3 +116,13 @@ def test_mutated_bytes_never_escape_as_another_error(
     except InputError:
         return
     assert all(isinstance(tensor, torch.Tensor) for tensor in read.values())
+
+
+def test_tensors_without_dense_values_are_refused(tmp_path: Path) -> None:
+    for name, tensor in (
+        ("sparse", torch.eye(3).to_sparse()),
+        ("meta", torch.empty(2, device="meta")),
+    ):
+        torch.save({"a": tensor}, tmp_path / f"{name}.pt")
+        with pytest.raises(InputError):
+            read_tensors(tmp_path / f"{name}.pt")

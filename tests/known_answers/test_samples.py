@@ -94,6 +94,88 @@ def test_a_capture_with_another_defense_is_a_contradiction(
     assert report.findings[0].id == "GGL005"
 
 
+def no_pass(report: Report, *words: str) -> None:
+    assert (report.verdict.grade, report.verdict.exit_code) == ("inconclusive", 3)
+    for word in words:
+        assert word in report.verdict.reason
+
+
+QUICK = {"attack__evaluations": 13, "evidence__matching_trials": 200}
+
+
+def test_a_step_that_the_capture_cannot_show_earns_no_pass(sample: Callable[..., Spec]) -> None:
+    """Undefended but for its sparsity, declared as noise that the sparsity would hide."""
+    steps = [
+        {"name": "clip", "bound": 1.0},
+        {"name": "noise", "std": 10.0},
+        {"name": "sparsify", "fraction": 0.9},
+    ]
+    no_pass(audit(sample("sparsified", **QUICK, defense=steps)), "better matching")
+    steps = [
+        {"name": "sparsify", "fraction": 0.5},
+        {"name": "clip", "bound": 1.0},
+        {"name": "noise", "std": 1.0},
+    ]
+    report = audit(sample("dp", **QUICK, defense=steps, evidence__truth=None))
+    no_pass(report, "cannot show sparsify")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"name": "noise", "std": 0.1}, {"name": "sign"}],
+        [{"name": "noise", "std": 0.3}, {"name": "clip", "bound": 8.0}],
+    ],
+)
+def test_noise_before_other_steps_earns_no_pass(
+    sample: Callable[..., Spec], steps: list[dict[str, object]]
+) -> None:
+    no_pass(audit(sample("raw", **QUICK, defense=steps)), "better matching")
+
+
+def test_candidates_that_cannot_be_told_apart_earn_no_pass(
+    sample: Callable[..., Spec], tmp_path: Path
+) -> None:
+    import numpy as np
+
+    images = np.zeros((40, 16, 16), np.uint8)
+    np.savez(tmp_path / "same.npz", images=images, labels=np.full(40, 2))
+    reference = {"npz": str(tmp_path / "same.npz")}
+    no_pass(
+        audit(sample("sparsified", **QUICK, evidence__reference=reference)),
+        "even without the defense",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("undefended", {"model__weights": "weights/trained.safetensors"}),
+        ("sparsified", {"model__input": {"shape": [1, 16, 16], "mean": [0.0], "std": [1.0]}}),
+        ("sign", {"model__weights": "weights/trained.safetensors"}),
+        ("undefended", {"model__loss": {"scale": 0.5}}),
+        ("dp", {"defense": [{"name": "clip", "bound": 1.0}, {"name": "noise", "std": 1.1}]}),
+    ],
+)
+def test_a_wrong_model_shows_where_the_private_image_is_held(
+    sample: Callable[..., Spec], name: str, changes: dict[str, object]
+) -> None:
+    report = audit(sample(name, **changes))
+    no_pass(report, "contradicts")
+    assert report.findings[0].id == "GGL005"
+
+
+def test_a_scaled_loss_under_noise_shows_without_the_private_image(
+    sample: Callable[..., Spec], samples: Path, tmp_path: Path
+) -> None:
+    good = load_file(samples / "captures" / "undefended.safetensors")
+    scaled = {name: 65536 * tensor for name, tensor in good.items()}
+    save_file(scaled, tmp_path / "amp.safetensors")
+    capture = str(tmp_path / "amp.safetensors")
+    report = audit(sample("dp", **QUICK, capture__gradient=capture, evidence__truth=None))
+    no_pass(report, "clip(bound=1.0, scope=global)")
+
+
 def test_a_weak_prior_cannot_make_a_pass(sample: Callable[..., Spec], tmp_path: Path) -> None:
     (tmp_path / "noise.py").write_text(
         "import torch\n"
@@ -115,7 +197,7 @@ def test_a_weak_prior_cannot_make_a_pass(sample: Callable[..., Spec], tmp_path: 
 def test_a_raw_capture_is_defended_by_the_tool(sample: Callable[..., Spec]) -> None:
     report = audit(sample("raw", **ENOUGH))
     assert report.verdict.grade == "F"
-    assert report.evidence.checks == []
+    assert [check.step for check in report.evidence.checks] == ["the private image"]
     assert "capture.stage is raw" in report.evidence.not_measured["checks"]
 
 

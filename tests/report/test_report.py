@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,7 @@ def test_nothing_that_was_not_measured_is_a_number(sample: Callable[..., Spec]) 
     assert evidence.controls.null is evidence.controls.undefended is evidence.guarantee is None
     assert set(evidence.not_measured) == {
         "ceiling", "floor", "controls.null", "controls.undefended", "label", "guarantee",
+        "controls.undefended_matching",
     }  # fmt: skip
     assert all(evidence.not_measured.values())
     found = report.captured.reconstructions[0]
@@ -264,3 +266,23 @@ def test_a_picture_of_another_shape_is_drawn(report: Report) -> None:
     )
     assert "▄" in shown(odd, colour=True)
     assert isinstance(picture(wide), Image.Image)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["findings"][0].update(id="GGL001[/nope]"),
+        lambda r: r["captured"].update(truth="http://example.org/x.png"),
+        lambda r: r["captured"].update(truth="data:image/png;base64,AAAA"),
+        lambda r: r["evidence"]["ceiling"].update(chance=1),
+        lambda r: r["evidence"]["ceiling"].update(upper=9),
+        lambda r: r["captured"]["reconstructions"][0].update(curve=[[0, 1.0]]),
+    ],
+)
+def test_a_hostile_report_is_refused(report: Report, tmp_path: Path, change: Any) -> None:
+    data = json.loads(render_json(report))
+    change(data)
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="not a report of schema version 1"):
+        read_report(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +42,9 @@ def train(
 
     seen = image_set(data, "prior")
     unseen = None if held_out is None else image_set(held_out, "reference")
-    arguments = " ".join(_relative(argument) for argument in sys.argv[1:])
+    command = ["ggl-audit", "prior", "train", output.name, "--data", Path(data).name]
+    command += ["--held-out", Path(held_out).name] if held_out is not None else []
+    command += ["--latent", str(latent), "--steps", str(steps), "--seed", str(seed)]
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("training", total=steps)
         card = make_prior(
@@ -52,7 +54,7 @@ def train(
             latent,
             Schedule(steps=steps, seed=seed),
             choose_device(device),
-            f"ggl-audit {arguments}",
+            shlex.join(command),
             licence,
             lambda: bar.advance(task),
         )
@@ -83,9 +85,3 @@ def show(
     folder = prior_folder(declared, Path())
     assert folder is not None
     typer.echo(render_card(read_card(folder)), nl=False)
-
-
-def _relative(argument: str) -> str:
-    """Leaves this machine's folders out of the card."""
-    path = Path(argument)
-    return path.name if path.is_absolute() else argument

@@ -50,6 +50,10 @@ def render_console(report: Report, console: Console) -> None:
         console.print(Text(said))
     console.print(Text(wording.privacy(report)))
     console.print()
+    for check in report.evidence.checks:
+        console.print(Text(f"The capture and {check.step}: {check.outcome} ({check.detail})."))
+    if report.evidence.checks:
+        console.print()
     for finding in report.findings:
         style = SEVERITY_STYLE[finding.severity]
         head = f"[{style}]{finding.id} {finding.severity}[/]  [bold]{escape(finding.title)}[/]"

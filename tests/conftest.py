@@ -61,7 +61,7 @@ def plain_gradient(model: ClientModel, image: torch.Tensor, label: int) -> Gradi
     module.zero_grad()
     logits = module((image[None] - model.mean) / model.std)
     (nn.CrossEntropyLoss()(logits, torch.tensor([label])) * model.loss_scale).backward()
-    gradient = {name: p.grad.clone() for name, p in module.named_parameters()}  # type: ignore[union-attr]
+    gradient = {name: p.grad.clone() for name, p in module.named_parameters()}
     module.zero_grad()
     return gradient
 

@@ -80,10 +80,11 @@ def _capture(checks: Sequence[Check]) -> list[Finding]:
         Finding(
             id="GGL005",
             severity="critical",
-            title="The capture contradicts the declared defense",
+            title="The capture contradicts the declaration",
             detail=f"{check.step}: {check.detail}.",
             remedy="Find out which of the two is wrong: the client's implementation, or the "
-            "declaration (defense, capture.stage). Until then nothing here speaks of the client.",
+            "declaration (defense, capture.stage, the model with its weights, mode, loss and "
+            "normalization). Until then nothing here speaks of the client.",
         )
         for check in checks
         if check.outcome == "contradicts"

@@ -129,7 +129,7 @@ def _grade(
         check = contradicted[0]
         return (
             "inconclusive",
-            f"The capture contradicts the declared {check.step}: {check.detail}.",
+            f"The capture contradicts {check.step}: {check.detail}.",
         )
     taken = reconstructed(floor)
     if floor is not None and taken is not None:

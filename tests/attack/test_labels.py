@@ -17,7 +17,7 @@ from tests.conftest import plain_gradient
 )
 def test_the_label_is_read_off_a_single_gradient(model: ClientModel, steps: list[object]) -> None:
     images = digits("private")
-    defense = Pipeline(steps)  # type: ignore[arg-type]
+    defense = Pipeline(steps)
     context = Context(torch.Generator().manual_seed(0))
     chosen = range(0, 100, 5)
     observed = [
@@ -39,7 +39,7 @@ def test_two_classes_and_heads_without_bias(classes: int, bias: bool) -> None:
         features = torch.rand(1, 20)
         nn.functional.cross_entropy(head(features), torch.tensor([label])).backward()
         gradient = {name: p.grad for name, p in head.named_parameters()}
-        found = infer_labels(stack([gradient]), Head("", "weight", "bias" if bias else None))  # type: ignore[list-item]
+        found = infer_labels(stack([gradient]), Head("", "weight", "bias" if bias else None))
         assert int(found) == label
 
 

@@ -49,7 +49,7 @@ def test_batched_distances_are_those_of_a_plain_loop(
     truths = torch.rand(2, 1, 16, 16, generator=random)
     defense = Pipeline(steps)
     observed = [defense.apply(plain_gradient(model, t, 3), context()) for t in truths]
-    matching = Matching(model, defense, distance)  # type: ignore[arg-type]
+    matching = Matching(model, defense, distance)
     if chunk is not None:
         matching._chunk = chunk
     batched = matching.distances(images, labels, stack(observed))
@@ -84,7 +84,7 @@ def test_distances_do_not_see_the_scale_of_the_loss(
         spec = sample("undefended", model__loss={"scale": scale})
         model = load_model(spec, torch.device("cpu"))
         observed = plain_gradient(model, torch.full((1, 16, 16), 0.25), 2)
-        matching = Matching(model, Pipeline(), distance)  # type: ignore[arg-type]
+        matching = Matching(model, Pipeline(), distance)
         found.append(float(matching.distances(image, labels, stack([observed]))))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
@@ -112,7 +112,7 @@ def test_chunks_bound_what_is_held_at_a_time(
 def test_a_model_that_cannot_be_batched_is_refused(
     sample: Callable[..., Spec], tmp_path: object
 ) -> None:
-    path = tmp_path / "nets.py"  # type: ignore[operator]
+    path = tmp_path / "nets.py"
     path.write_text(USER_MODELS)
     spec = sample("undefended", model__factory=f"{path}:Branching", model__weights=None)
     with pytest.raises(SpecError, match="cannot be evaluated for many candidates"):

@@ -54,7 +54,7 @@ TARGETS = torch.tensor([[0.0, 1.0, 0.5], [2.0, 0.0, -1.0]])
 
 def test_the_best_point_is_kept_whatever_the_optimizer_does() -> None:
     objective = Quadratic(TARGETS)
-    result = search(objective, Forgetful, [[1, 2], [3, 4]], 100, lambda _: None)  # type: ignore[arg-type]
+    result = search(objective, Forgetful, [[1, 2], [3, 4]], 100, lambda _: None)
     best = torch.stack(objective.smallest).min(dim=0).values
     torch.testing.assert_close(result.losses, best)
     torch.testing.assert_close(
@@ -72,18 +72,18 @@ def test_the_budget_is_kept_and_counted(evaluations: int) -> None:
         nonlocal counted
         counted += count
 
-    result = search(objective, Forgetful, [[1, 2], [3, 4]], evaluations, advance)  # type: ignore[arg-type]
+    result = search(objective, Forgetful, [[1, 2], [3, 4]], evaluations, advance)
     assert objective.asked <= evaluations
     assert objective.asked > evaluations - 12
     assert result.evaluations == counted == 2 * objective.asked
 
 
 def test_an_interrupt_gives_what_was_found() -> None:
-    result = search(Quadratic(TARGETS, 35), Forgetful, [[1, 2], [3, 4]], 100, lambda _: None)  # type: ignore[arg-type]
+    result = search(Quadratic(TARGETS, 35), Forgetful, [[1, 2], [3, 4]], 100, lambda _: None)
     assert not result.complete
     assert torch.isfinite(result.losses).all()
     with pytest.raises(KeyboardInterrupt):
-        search(Quadratic(TARGETS, 5), Forgetful, [[1, 2], [3, 4]], 100, lambda _: None)  # type: ignore[arg-type]
+        search(Quadratic(TARGETS, 5), Forgetful, [[1, 2], [3, 4]], 100, lambda _: None)
 
 
 def test_a_loss_that_is_not_finite_never_wins() -> None:
@@ -93,5 +93,5 @@ def test_a_loss_that_is_not_finite_never_wins() -> None:
             losses[:, 0] = torch.nan
             return losses
 
-    result = search(Broken(TARGETS), Forgetful, [[1], [2]], 60, lambda _: None)  # type: ignore[arg-type]
+    result = search(Broken(TARGETS), Forgetful, [[1], [2]], 60, lambda _: None)
     assert torch.isfinite(result.losses).all()

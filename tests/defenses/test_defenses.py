@@ -129,7 +129,7 @@ def test_sparsification_keeps_the_largest(
     fraction: float, size: int, scope: str, seed: int
 ) -> None:
     gradient = {"w": torch.randn(size, generator=torch.Generator().manual_seed(seed))}
-    sent = Sparsify(fraction=fraction, scope=scope).apply(gradient, context())["w"]  # type: ignore[arg-type]
+    sent = Sparsify(fraction=fraction, scope=scope).apply(gradient, context())["w"]
     kept = sent != 0
     assert int((~kept).sum()) == math.floor(fraction * size + 1e-9)
     assert torch.equal(sent[kept], gradient["w"][kept])

@@ -43,7 +43,7 @@ def test_the_metrics_are_those_calculated_by_hand(model: ClientModel) -> None:
     assert found.psnr_db == pytest.approx(-10 * math.log10(mse), rel=1e-5)
     assert found.ssim == pytest.approx(ssim_by_hand(image, truth), abs=1e-6)
     with torch.no_grad():
-        features = model.module[:-1]((torch.stack([image, truth]) - 0.5) / 0.5)  # type: ignore[index]
+        features = model.module[:-1]((torch.stack([image, truth]) - 0.5) / 0.5)
     expected = float((features[0] - features[1]).square().mean())
     assert found.mse_representation == pytest.approx(expected, rel=1e-4)
 
@@ -62,7 +62,7 @@ def test_the_mean_psnr_is_the_mean_of_the_psnrs(model: ClientModel) -> None:
     other = (truth + 0.3).clamp(0, 1)
     both = [compare(x, truth, model, None).psnr_db for x in (image, other)]
     mean = mean_psnr(torch.stack([image, other]), torch.stack([truth, truth]))
-    assert mean == pytest.approx(sum(both) / 2, rel=1e-5)  # type: ignore[arg-type]
+    assert mean == pytest.approx(sum(both) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_lpips_gives_the_published_figures(
     shared: Path, net: str, file: str, far: float, near: float
 ) -> None:
     folder = shared / "lpips"
-    distance = load_lpips(LpipsSpec(net=net, weights=folder / file), folder / file, CPU)  # type: ignore[arg-type]
+    distance = load_lpips(LpipsSpec(net=net, weights=folder / file), folder / file, CPU)
 
     def read(name: str) -> torch.Tensor:
         pixels = np.asarray(Image.open(folder / name).convert("RGB"), dtype=np.float32) / 255

@@ -53,7 +53,7 @@ def test_the_grades_are_those_of_the_table(
 
 @pytest.mark.parametrize(("fail_on", "code"), [("A", 1), ("B", 1), ("C", 0), ("D", 0)])
 def test_the_gate_fails_at_its_grade_or_a_worse_one(fail_on: str, code: int) -> None:
-    assert decide(rate(0, 20), rate(12, 200), [], [], None, fail_on).exit_code == code  # type: ignore[arg-type]
+    assert decide(rate(0, 20), rate(12, 200), [], [], None, fail_on).exit_code == code
 
 
 def test_a_contradiction_or_an_interrupt_is_never_safe() -> None:
@@ -93,7 +93,7 @@ def ids(**given: object) -> list[str]:
         "checks": [],
         "guarantee": None,
     }
-    return [finding.id for finding in find(**{**nothing, **given})]  # type: ignore[arg-type]
+    return [finding.id for finding in find(**{**nothing, **given})]
 
 
 def test_every_finding_is_found_when_it_is_there_and_only_then() -> None:

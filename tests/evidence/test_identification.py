@@ -143,7 +143,7 @@ def test_the_null_gradient_has_the_norm_and_nothing_else(
 ) -> None:
     context = Context(torch.Generator().manual_seed(1))
     image = digits("private").images[:1]
-    defense = Pipeline(steps)  # type: ignore[arg-type]
+    defense = Pipeline(steps)
     gradients = Matching(model, defense).gradients(image, torch.tensor([0]))
     observed = defense.apply({n: g[0] for n, g in gradients.items()}, context)
     null = null_gradient(observed, defense, context)

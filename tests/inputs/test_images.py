@@ -21,7 +21,7 @@ def read(base: Path, shape: tuple[int, int, int] | None = None, **source: object
 
 
 def test_the_three_parts_of_the_digits_share_no_image_and_are_all_of_them() -> None:
-    parts = {part: digits(part) for part in ("prior", "reference", "private")}  # type: ignore[arg-type]
+    parts = {part: digits(part) for part in ("prior", "reference", "private")}
     contents = {
         part: {image.numpy().tobytes() for image in images.images} for part, images in parts.items()
     }
@@ -79,8 +79,8 @@ def test_an_npz_and_a_folder_give_the_same_set(tmp_path: Path) -> None:
         Image.fromarray(image).save(folder / f"{i}.png")
     one = read(tmp_path, (3, 6, 6), npz="set.npz")
     other = read(tmp_path, (3, 6, 6), folder="set")
-    assert torch.equal(one.images, other.images)  # type: ignore[attr-defined]
-    assert torch.equal(one.labels, other.labels)  # type: ignore[attr-defined]
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(one.labels, other.labels)
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ def test_every_family_beats_random_search(name: str) -> None:
 @pytest.mark.parametrize("name", ["cma", "nevergrad:OldCMA", "nevergrad:DE"])
 def test_the_seed_decides_and_the_global_generator_is_left_alone(name: str) -> None:
     np.random.seed(3)  # noqa: NPY002
-    state = np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]  # noqa: NPY002
+    state = np.random.get_state()[1].tolist()  # noqa: NPY002
     one, same, other = (minimized(name, seed, 200)[1] for seed in (5, 5, 6))
     assert one == same
     assert one != other
-    assert np.random.get_state()[1].tolist() == state  # type: ignore[index,union-attr]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == state  # noqa: NPY002
 
 
 def test_independent_searches_do_not_disturb_each_other() -> None:

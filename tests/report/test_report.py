@@ -148,7 +148,7 @@ def test_the_terminal_shows_grade_reason_pictures_rates_and_findings(report: Rep
         assert word in text
     for finding in report.findings:
         assert finding.id in text
-    assert f"{report.evidence.ceiling.successes}/{report.evidence.ceiling.trials}" in text  # type: ignore[union-attr]
+    assert f"{report.evidence.ceiling.successes}/{report.evidence.ceiling.trials}" in text
 
 
 def test_pictures_need_no_colour_and_use_it_where_it_is(report: Report) -> None:

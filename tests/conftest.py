@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel, load_model
 from ggl_audit.inputs.spec_file import read_spec
 from ggl_audit.spec import Spec
+
+# The same examples in every run: a gate must not fail by chance.
+settings.register_profile("gate", derandomize=True, deadline=None)
+settings.load_profile("gate")
 
 SAMPLES = Path(__file__).parent.parent / "sample_specs"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -124,7 +124,7 @@ def test_a_planted_error_is_found_with_its_figure(
     scope=st.sampled_from(["layer", "global"]),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_sparsification_keeps_the_largest(
     fraction: float, size: int, scope: str, seed: int
 ) -> None:
@@ -138,13 +138,14 @@ def test_sparsification_keeps_the_largest(
 
 
 @given(bits=st.integers(1, 16), seed=st.integers(0, 10_000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_quantization_is_within_half_a_step(bits: int, seed: int) -> None:
     gradient = random_gradient(seed)
     sent = Quantize(bits=bits).apply(gradient, context())
     values = flat(gradient)
-    step = float(values.max() - values.min()) / (2**bits - 1)
-    assert float((flat(sent) - values).abs().max()) <= step / 2 * (1 + 1e-3) + 1e-6
+    span = float(values.max() - values.min())
+    rounding = 1e-6 * span  # single precision
+    assert float((flat(sent) - values).abs().max()) <= span / (2**bits - 1) / 2 + rounding
     assert len(flat(sent).unique()) <= 2**bits
 
 

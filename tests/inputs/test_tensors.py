@@ -91,7 +91,7 @@ def test_unknown_endings_and_missing_files(tmp_path: Path) -> None:
         read_tensors(tmp_path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_mutated_bytes_never_escape_as_another_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -101,40 +101,26 @@ def planned_evaluations(setting: Setting) -> int:
 def match_candidates(
     setting: Setting, trials: Trials, measured: Measurements, advance: Advance
 ) -> None:
-    """Measures the ceiling, and on the same canaries how often the label is recovered."""
-    matching = Matching(setting.model, setting.defense)
-    random = setting.random("matching ties")
+    """Measures the ceiling, how often the label is recovered, and matching without the defense."""
     captured = setting.captured_trial()
     if captured is not None:
+        matching = Matching(setting.model, setting.defense)
+        random = setting.random("captured ties")
         measured.matching_rank = match(matching, captured, stack([setting.observed]), random)[0]
         measured.candidates = captured.candidates.shape[1]
-
-    client = setting.client("matching clients")
-    head = setting.model.head
-    chance = 1 / setting.spec.evidence.candidates
-    ranks: list[int] = []
-    labels_right = 0
-    for part in trials.batches(CANARIES_TOGETHER):
-        observed = defended_gradients(matching, part, setting.defense, client)
-        ranks += match(matching, part, observed, random)
-        if head is not None:
-            labels_right += int((infer_labels(observed, head) == part.labels).sum())
-        advance(part.candidates.numel() + len(part))
-    if not ranks:
+    if len(trials) == 0:
         return
+    hits, labels_right = _match(setting, setting.defense, trials, "matching", advance)
+    chance = 1 / setting.spec.evidence.candidates
+    measured.ceiling = measure_rate(hits, len(trials), chance)
+    if setting.model.head is not None:
+        measured.label = measure_rate(labels_right, len(trials), 1 / setting.model.classes)
     if setting.defense.steps:
-        control_ranks: list[int] = []
-        undefended = Matching(setting.model, Pipeline())
-        for part in trials.first(MATCHING_CONTROL_TRIALS).batches(CANARIES_TOGETHER):
-            observed = defended_gradients(undefended, part, Pipeline(), client)
-            control_ranks += match(undefended, part, observed, random)
-            advance(part.candidates.numel() + len(part))
-        measured.matching_control = measure_rate(control_ranks.count(1), len(control_ranks), chance)
-    measured.ceiling = measure_rate(ranks.count(1), len(ranks), chance)
-    if not setting.defense.steps:
+        control = trials.first(MATCHING_CONTROL_TRIALS)
+        hits, _ = _match(setting, Pipeline(), control, "matching control", advance)
+        measured.matching_control = measure_rate(hits, len(control), chance)
+    else:
         measured.matching_control = measured.ceiling
-    if head is not None:
-        measured.label = measure_rate(labels_right, len(ranks), 1 / setting.model.classes)
 
 
 def reconstruct(
@@ -203,6 +189,23 @@ def reconstruct_undefended(
         raise KeyboardInterrupt
     hits = _identified(images, canaries, setting.random("undefended ties"))
     measured.undefended = _rate(hits, images, canaries)
+
+
+def _match(
+    setting: Setting, defense: Pipeline, trials: Trials, purpose: str, advance: Advance
+) -> tuple[int, int]:
+    """Counts the canaries that matching identifies, and those whose label is inferred."""
+    matching = Matching(setting.model, defense)
+    client, random = setting.client(f"{purpose} clients"), setting.random(f"{purpose} ties")
+    head = setting.model.head
+    hits = labels_right = 0
+    for part in trials.batches(CANARIES_TOGETHER):
+        observed = defended_gradients(matching, part, defense, client)
+        hits += match(matching, part, observed, random).count(1)
+        if head is not None:
+            labels_right += int((infer_labels(observed, head) == part.labels).sum())
+        advance(part.candidates.numel() + len(part))
+    return hits, labels_right
 
 
 def _search(

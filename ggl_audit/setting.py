@@ -71,7 +71,7 @@ class Setting:
         return client_context(self.spec.seed, purpose, self.model.device)
 
     def trials(self) -> Trials:
-        """The canaries of the ceiling; the floor's are the first of them."""
+        """The canaries of the ceiling; those of the floor are the first of them."""
         evidence = self.spec.evidence
         most = max(evidence.matching_trials, evidence.reconstruction_trials)
         return draw_trials(self.reference, most, evidence.candidates, self.random("trials"))
@@ -178,7 +178,6 @@ def _label(spec: Spec, model: ClientModel, observed: Gradient) -> int:
 
 
 def _files(spec: Spec, reference: ImageSet) -> list[tuple[str, str]]:
-    folder = prior_folder(spec.prior, Path())
     named = [
         spec.capture.gradient,
         spec.model.weights,
@@ -186,9 +185,12 @@ def _files(spec: Spec, reference: ImageSet) -> list[tuple[str, str]]:
         spec.evidence.truth,
         spec.evidence.lpips.weights if spec.evidence.lpips else None,
         *(_factory_file(factory) for factory in (spec.model.factory, spec.prior.factory)),
-        *((folder / name for name in (WEIGHTS_NAME, CARD_NAME)) if folder else ()),
     ]
     hashed = [(str(path), sha256([spec.resolve(path)])) for path in named if path is not None]
+    folder = prior_folder(spec.prior, spec.folder)
+    if folder is not None:
+        shown = spec.prior.trained or Path("gan_weights") / folder.name
+        hashed += [(str(shown / n), sha256([folder / n])) for n in (WEIGHTS_NAME, CARD_NAME)]
     source = spec.evidence.reference.npz or spec.evidence.reference.folder
     return hashed if source is None else [*hashed, (str(source), sha256(reference.files))]
 

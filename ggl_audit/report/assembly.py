@@ -139,30 +139,23 @@ def _reconstruction(found: Reconstructed, setting: Setting) -> Reconstruction:
 
 def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
     evidence = setting.spec.evidence
-    reasons = {}
-    cut = None
-    if measured.stage is not None:
-        cut = f"the audit was cut short during {measured.stage}"
-    if measured.ceiling is None:
-        reasons["ceiling"] = cut or "evidence.matching_trials is 0"
-    if measured.floor is None:
-        reasons["floor"] = cut or "evidence.reconstruction_trials is 0"
-        reasons["controls.null"] = reasons["floor"]
-    if measured.undefended is None:
-        none_asked = min(evidence.control_trials, evidence.reconstruction_trials) == 0
-        reasons["controls.undefended"] = (
-            "evidence.control_trials or reconstruction_trials is 0" if none_asked else cut or ""
-        )
-    if measured.label is None:
-        no_head = setting.model.head is None
-        reasons["label"] = "the model has no linear head" if no_head else reasons["ceiling"]
-    if setting.defense.guarantee() is None:
-        reasons["guarantee"] = (
-            "the declared defense gives no differential privacy: that takes a clip of the whole "
-            "gradient and Gaussian noise after it"
-        )
-    if measured.matching_control is None:
-        reasons["controls.undefended_matching"] = reasons["ceiling"]
-    if setting.spec.capture.stage == "raw" and setting.defense.steps:
-        reasons["checks"] = "the tool applied the defense itself (capture.stage is raw)"
-    return reasons
+    cut = f"the audit was cut short during {measured.stage}" if measured.stage else ""
+    no_matching = "evidence.matching_trials is 0" if evidence.matching_trials == 0 else cut
+    no_trials = evidence.reconstruction_trials == 0
+    no_reconstruction = "evidence.reconstruction_trials is 0" if no_trials else cut
+    no_control = "evidence.control_trials is 0" if evidence.control_trials == 0 else cut
+    no_head = "" if setting.model.head else "the model has no linear head"
+    raw = setting.spec.capture.stage == "raw" and setting.defense.steps
+    reasons = {
+        "ceiling": measured.ceiling is None and no_matching,
+        "floor": measured.floor is None and no_reconstruction,
+        "label": measured.label is None and (no_head or no_matching),
+        "controls.null": measured.null is None and no_reconstruction,
+        "controls.undefended": measured.undefended is None and (no_reconstruction or no_control),
+        "controls.undefended_matching": measured.matching_control is None and no_matching,
+        "guarantee": setting.defense.guarantee() is None
+        and "the declared defense gives no differential privacy: that takes a clip of the whole "
+        "gradient and Gaussian noise after it",
+        "checks": raw and "the tool applied the defense itself (capture.stage is raw)",
+    }
+    return {part: reason for part, reason in reasons.items() if reason}

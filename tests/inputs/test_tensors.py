@@ -30,20 +30,24 @@ def test_the_three_formats_give_the_same(tmp_path: Path, tensors: dict[str, torc
 
 
 class Exploit:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (Path.touch, (Path("/tmp/ggl_audit_was_here"),))  # noqa: S108
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.marker,)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".npz"])
 def test_a_pickle_is_refused_and_never_run(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
-    marker = Path("/tmp/ggl_audit_was_here")  # noqa: S108
-    marker.unlink(missing_ok=True)
+    marker = tmp_path / "was_here"
     if suffix == ".pt":
-        torch.save({"a": Exploit()}, path)
+        torch.save({"a": Exploit(marker)}, path)
         words = "could run code"
     else:
-        np.savez(path, a=np.array([Exploit()], dtype=object))
+        np.savez(path, a=np.array([Exploit(marker)], dtype=object))
         words = "hold more than tensors"
     with pytest.raises(InputError, match=words):
         read_tensors(path)
@@ -52,9 +56,11 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path, suffix: str) -> None:
 
 def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    path.write_bytes(pickle.dumps({"a": Exploit()}))
+    marker = tmp_path / "was_here"
+    path.write_bytes(pickle.dumps({"a": Exploit(marker)}))
     with pytest.raises(InputError):
         read_tensors(path)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])

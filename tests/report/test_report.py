@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -64,6 +65,14 @@ def test_the_report_survives_json(report: Report, tmp_path: Path) -> None:
     assert set(data["evidence"]["ceiling"]) >= {
         "successes", "trials", "rate", "lower", "upper", "chance",
     }  # fmt: skip
+
+
+def test_inputs_are_named_as_declared_and_not_by_this_machine(report: Report) -> None:
+    assert [Path(file.path).is_absolute() for file in report.inputs] == [False] * 6
+    weights = Path(__file__).parents[2] / "gan_weights" / "digits" / "generator.safetensors"
+    digests = {file.path: file.sha256 for file in report.inputs}
+    expected = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert digests["gan_weights/digits/generator.safetensors"] == expected
 
 
 def test_nothing_that_was_not_measured_is_a_number(sample: Callable[..., Spec]) -> None:
@@ -286,3 +295,21 @@ def test_a_hostile_report_is_refused(report: Report, tmp_path: Path, change: Any
     path.write_text(json.dumps(data))
     with pytest.raises(InputError, match="not a report of schema version 1"):
         read_report(path)
+
+
+@pytest.mark.parametrize("interrupt_at", [1, 700, 1400, 2000, 2500])
+def test_an_interrupt_anywhere_gives_a_partial_report(
+    sample: Callable[..., Spec], interrupt_at: int
+) -> None:
+    report = run_audit(sample("sparsified"), Counter(interrupt_at))
+    assert (report.verdict.grade, report.verdict.exit_code) == ("inconclusive", 3)
+    assert "cut short" in report.verdict.reason
+    evidence = report.evidence
+    for part in ("floor", "ceiling", "label"):
+        assert (getattr(evidence, part) is None) == (part in evidence.not_measured)
+    for part in ("null", "undefended", "undefended_matching"):
+        missing = f"controls.{part}" in evidence.not_measured
+        assert (getattr(evidence.controls, part) is None) == missing
+    assert "cut short" in " ".join(evidence.not_measured.values())
+    assert "not measured" in shown(report)
+    assert "Not measured" in render_html(report)

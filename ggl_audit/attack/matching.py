@@ -13,26 +13,20 @@ from typing import Literal
 import torch
 from torch.func import grad, vmap
 
-from ggl_audit.defenses import Pipeline
+from ggl_audit.defenses import Pipeline, relative_l2
 from ggl_audit.errors import SpecError
 from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import RegularizerSpec
 
-Distance = Literal["l2", "cosine"]
+Distance = Literal["likelihood", "l2", "cosine"]
 
 BATCH_BYTES = 64 * 2**20
 """Gradients held at a time; a larger batch is taken in chunks."""
 
 COPIES_OF_A_GRADIENT = 4
 """The gradient, its replica, the difference and its square, while a chunk is worked on."""
-
-
-def l2(replica: Gradient, observed: Gradient) -> torch.Tensor:
-    """Squared l2 distance over the squared norm of the observed gradient, a scalar."""
-    difference = {name: replica[name] - observed[name] for name in observed}
-    return norm(difference).square() / norm(observed).square().clamp(min=1e-30)
 
 
 def cosine(replica: Gradient, observed: Gradient) -> torch.Tensor:
@@ -47,15 +41,20 @@ class Matching:
     Args:
         model: the client's model.
         defense: the declared defense, replicated on each candidate's gradient.
-        distance: ``l2`` (the likelihood under Gaussian noise) or ``cosine``.
+        distance: ``likelihood``, the best statistic under the declared noise
+            (:meth:`Pipeline.mismatch`); or ``l2`` or ``cosine``, between replica and capture.
     """
 
-    def __init__(self, model: ClientModel, defense: Pipeline, distance: Distance = "l2") -> None:
+    def __init__(
+        self, model: ClientModel, defense: Pipeline, distance: Distance = "likelihood"
+    ) -> None:
         self.model = model
         self._gradients = vmap(grad(model.loss), in_dims=(None, 0, 0))
-        measure = l2 if distance == "l2" else cosine
+        measure = relative_l2 if distance == "l2" else cosine
 
         def compare(gradient: Gradient, observed: Gradient) -> torch.Tensor:
+            if distance == "likelihood":
+                return defense.mismatch(gradient, observed)
             return measure(defense.replicate(gradient, observed), observed)
 
         # The inner map runs over the candidates of one observation, the outer over observations.

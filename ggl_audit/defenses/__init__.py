@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ggl_audit.defenses.base import FALSE_ACCUSATION, Check, Context, Defense
 from ggl_audit.defenses.clip import Clip
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.defenses.pipeline import GaussianMechanism, Pipeline
+from ggl_audit.defenses.pipeline import GaussianMechanism, Pipeline, noise_norm, relative_l2
 from ggl_audit.defenses.quantize import Quantize
 from ggl_audit.defenses.sign import Sign
 from ggl_audit.defenses.sparsify import Sparsify
@@ -35,6 +35,8 @@ __all__ = [
     "Sign",
     "Sparsify",
     "build_pipeline",
+    "noise_norm",
+    "relative_l2",
 ]
 
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from ggl_audit.gradient import Gradient
 
+if TYPE_CHECKING:
+    from ggl_audit.defenses.noise import Noise
+
 FALSE_ACCUSATION = 1e-6
 """The largest probability with which a correct capture is said to contradict its declaration."""
 
 Trace = Literal["norm", "zeros", "levels", "noise"]
 """What a defense leaves in a gradient that can be read off it."""
+
+Distribution = Literal["gaussian", "laplace"]
+
+NoiseBound = Callable[[int, float], float]
+"""From a number of values and a confidence to a bound on the l2 norm of noise on them."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Defense(BaseModel, ABC):
     source: ClassVar[str]
     trace: ClassVar[Trace]
     preserves: ClassVar[frozenset[Trace]]
+    likelihood_after: ClassVar[frozenset[Distribution]] = frozenset()
 
     @abstractmethod
     def apply(self, gradient: Gradient, context: Context) -> Gradient:
@@ -72,24 +82,32 @@ class Defense(BaseModel, ABC):
         """
 
     @abstractmethod
-    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Whether the capture cannot have come out of this step, and the measured figure.
 
         A capture that did come out of it is accused with a probability of 1e-6 at most.
 
         Args:
             observed: the capture.
-            later_noise: the standard deviation of the noise that later steps add. Only a step whose
-                trace survives noise is asked about a capture with any.
+            later_noise: bounds the norm of the noise that later steps add. Only a step whose trace
+                survives noise is asked about a capture with any.
         """
+
+    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+        """How likely the capture is if this step came last, after noise; a scalar.
+
+        Only asked for the distributions in ``likelihood_after``; a step without any is not asked.
+
+        Args:
+            before: a candidate's gradient as it is before the noise.
+            noise: what was added to it before this step.
+            observed: the capture.
+        """
+        raise NotImplementedError
 
     def norm_bound(self, before: float | None) -> float | None:
         """A bound on the norm after this step, given one (or none) before it."""
         return None
-
-    def noise_std(self) -> float:
-        """The standard deviation of Gaussian noise that this step adds, or 0."""
-        return 0.0
 
     def __str__(self) -> str:
         parameters = ", ".join(f"{name}={value}" for name, value in self)

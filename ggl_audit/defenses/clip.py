@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from scipy.stats import chi2
 
-from ggl_audit.defenses.base import FALSE_ACCUSATION, Context, Defense, Trace
+from ggl_audit.defenses.base import (
+    FALSE_ACCUSATION,
+    Context,
+    Defense,
+    Distribution,
+    NoiseBound,
+    Trace,
+)
+from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each, flat, norm
 
 ROUNDING = 1e-4
@@ -26,6 +32,7 @@ class Clip(Defense):
     source: ClassVar[str] = "Abadi et al., CCS 2016"
     trace: ClassVar[Trace] = "norm"
     preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros", "levels"})
+    likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian"})
 
     bound: float = Field(gt=0, description="largest l2 norm")
     scope: Literal["global", "layer"] = Field(
@@ -40,21 +47,51 @@ class Clip(Defense):
         """The same, with the declared bound."""
         return self._clipped(gradient)
 
-    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds a norm above the bound, or above what bound and later noise can reach together."""
         parts = {"the gradient": flat(observed)} if self.scope == "global" else observed
         confidence = 1 - FALSE_ACCUSATION / len(parts)
 
         def most(tensor: torch.Tensor) -> float:
-            noise = later_noise * math.sqrt(chi2.ppf(confidence, tensor.numel()))
-            return self.bound * (1 + ROUNDING) + noise
+            return self.bound * (1 + ROUNDING) + later_noise(tensor.numel(), confidence)
 
         where = max(parts, key=lambda name: float(parts[name].norm()) / most(parts[name]))
         largest, allowed = float(parts[where].norm()), most(parts[where])
         detail = f"the norm of {where} is {largest:.4g}; the bound is {self.bound:g}"
-        if later_noise:
+        if later_noise(1, confidence):
             detail += f", with the noise after it at most {allowed:.4g}"
         return largest > allowed, detail
+
+    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+        """Of the direction, as the clip hides the scale; of the whole where nothing was clipped.
+
+        The density of a Gaussian vector's direction integrates over its unknown length r,
+        proportional to the integral of r^(d-1) exp(-|r u - g|^2 / 2 s^2) dr (Mardia and Jupp,
+        Directional Statistics, 2000, section 9.3.2); Laplace's method around the best r is exact to
+        O(1/d).
+        """
+        if self.scope == "global":
+            return self._direction(flat(before), flat(observed), noise.std)
+        parts = [
+            self._direction(before[name].flatten(), observed[name].flatten(), noise.std)
+            for name in observed
+        ]
+        return torch.stack(parts).sum()
+
+    def _direction(self, mean: torch.Tensor, observed: torch.Tensor, std: float) -> torch.Tensor:
+        mean, observed = mean.double(), observed.double()
+        length = observed.square().sum().sqrt().clamp(min=1e-300)
+        dimensions = observed.numel() - 1
+        along = (mean * observed).sum() / length
+        best = (along + (along.square() + 4 * dimensions * std**2).sqrt()) / 2
+        best = best.clamp(min=1e-300)
+        direction = (
+            -(best.square() - 2 * best * along + mean.square().sum()) / (2 * std**2)
+            + dimensions * best.log()
+            - (1 / std**2 + dimensions / best.square()).log() / 2
+        )
+        whole = -(observed - mean).square().sum() / (2 * std**2)
+        return torch.where(length < self.bound * (1 - ROUNDING), whole, direction)
 
     def norm_bound(self, before: float | None) -> float | None:
         """The bound, when it is over the whole gradient."""

@@ -1,4 +1,4 @@
-"""Additive Gaussian noise."""
+"""Additive noise."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
+from scipy.stats import chi2, laplace
 from scipy.stats import norm as normal
 
-from ggl_audit.defenses.base import FALSE_ACCUSATION, Context, Defense, Trace
+from ggl_audit.defenses.base import (
+    FALSE_ACCUSATION,
+    Context,
+    Defense,
+    Distribution,
+    NoiseBound,
+    Trace,
+)
 from ggl_audit.gradient import Gradient, each, flat
 
-MEDIAN = 0.6745  # of the magnitude of standard normal noise
-THRESHOLDS = (0.01, 0.1, 0.3, MEDIAN, 1.0)  # in standard deviations
+THRESHOLDS = (0.01, 0.1, 0.3, 0.6745, 1.0)  # in standard deviations
+MOST_CERTAIN = -1e-12
 
 
 class Noise(Defense):
-    """Adds independent Gaussian noise to each value.
+    """Adds independent noise to each value.
 
     Usual settings: 0.01 to 0.1 (Sun et al. 2021; Li et al. 2022). Alone it promises nothing; after
-    a clip of bound C it is the Gaussian mechanism with noise multiplier ``std / C`` (Abadi et al.,
-    Deep Learning with Differential Privacy, CCS 2016).
+    a clip of bound C Gaussian noise is the Gaussian mechanism with noise multiplier ``std / C``
+    (Abadi et al., Deep Learning with Differential Privacy, CCS 2016). Laplace noise would need a
+    bound on the l1 norm (Dwork et al., TCC 2006), which no step here gives.
     """
 
     name: ClassVar[str] = "noise"
@@ -30,18 +39,25 @@ class Noise(Defense):
     preserves: ClassVar[frozenset[Trace]] = frozenset({"norm"})  # its own norm is known
 
     std: float = Field(gt=0, description="standard deviation, in the gradient's own units")
+    distribution: Distribution = Field(default="gaussian", description="gaussian or laplace")
 
     def apply(self, gradient: Gradient, context: Context) -> Gradient:
         """Adds fresh noise from the client's generator."""
 
         def noisy(tensor: torch.Tensor) -> torch.Tensor:
-            noise = torch.randn(
+            draw = torch.randn if self.distribution == "gaussian" else torch.rand
+            drawn = draw(
                 tensor.shape,
                 generator=context.generator,
                 device=tensor.device,
                 dtype=tensor.dtype,
             )
-            return tensor + self.std * noise
+            if self.distribution == "laplace":
+                centred = drawn - 0.5
+                most = 1 - torch.finfo(drawn.dtype).eps
+                magnitude = -torch.log1p(-(2 * centred.abs()).clamp(max=most))
+                drawn = torch.sign(centred) * magnitude / math.sqrt(2)
+            return tensor + self.std * drawn
 
         return each(noisy, gradient)
 
@@ -49,12 +65,12 @@ class Noise(Defense):
         """Nothing: fresh noise on a candidate would only blur the comparison."""
         return gradient
 
-    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds too many values near zero, in the whole gradient or in one tensor.
 
-        Gaussian noise around any value puts at most P(|noise| <= t) of them within t of zero
-        (Anderson 1955). The share found within t is compared with that at five thresholds, with
-        Hoeffding's inequality for the chance and Bonferroni's for the number of comparisons.
+        Symmetric unimodal noise around any value puts at most P(|noise| <= t) of them within t of
+        zero (Anderson 1955). The share found within t is compared with that at five thresholds,
+        with Hoeffding's inequality for the chance and Bonferroni's for the number of comparisons.
         """
         parts = {"the gradient": flat(observed), **observed}
         comparisons = len(parts) * len(THRESHOLDS)
@@ -64,16 +80,62 @@ class Noise(Defense):
             slack = math.sqrt(math.log(comparisons / FALSE_ACCUSATION) / (2 * near.numel()))
             for threshold in THRESHOLDS:
                 share = float((near <= threshold).double().mean())
-                excess = share - (2 * normal.cdf(threshold) - 1) - slack
+                excess = share - self._share_within(threshold) - slack
                 if excess > worst and (excess > 0 or name == "the gradient"):
                     worst, where = excess, name
         median = float(parts[where].abs().double().median())
+        half = normal.ppf(0.75) if self.distribution == "gaussian" else math.log(2) / math.sqrt(2)
         detail = (
             f"half of the values of {where} are within {median:.3g} of zero; noise of standard "
-            f"deviation {self.std:g} leaves half of them within {MEDIAN * self.std:.3g} at the most"
+            f"deviation {self.std:g} leaves half of them within {half * self.std:.3g} at the most"
         )
         return worst > 0, detail
 
-    def noise_std(self) -> float:
-        """The declared standard deviation."""
-        return self.std
+    def norm_bound_of(self, size: int, confidence: float) -> float:
+        """A bound on the norm of this noise on ``size`` values, kept with the given confidence.
+
+        Gaussian: the chi-squared quantile. Laplace: no value is beyond m but with a probability of
+        half of what is missed, and Bernstein's inequality for the squares below m^2.
+        """
+        if self.distribution == "gaussian":
+            return self.std * math.sqrt(chi2.ppf(confidence, size))
+        missed = (1 - confidence) / 2
+        largest = math.log(size / missed) ** 2  # of a square, in squared scales b = std / sqrt(2)
+        tail = math.log(1 / missed)
+        squares = 2 * size + math.sqrt(2 * 24 * size * tail) + largest * tail / 3
+        return self.std * math.sqrt(squares / 2)
+
+    def log_cdf(self, value: torch.Tensor) -> torch.Tensor:
+        """The log of P(noise <= value), for each value."""
+        if self.distribution == "gaussian":
+            logs: torch.Tensor = torch.special.log_ndtr(value / self.std)
+            return logs
+        scaled = value * math.sqrt(2) / self.std
+        below = math.log(0.5) + scaled.clamp(max=0)
+        above = torch.log1p(-0.5 * torch.exp(-scaled.clamp(min=0)))
+        return torch.where(scaled < 0, below, above)
+
+    def log_probability(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """The log of P(low <= noise <= high), for each pair with low < high."""
+        # In the tail where the distribution function is small, so that nothing cancels.
+        flip = low > 0
+        low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+        most = self.log_cdf(high)
+        share = (self.log_cdf(low) - most).clamp(max=MOST_CERTAIN)
+        return most + torch.log(-torch.expm1(share))
+
+    def log_densities(self, value: torch.Tensor) -> torch.Tensor:
+        """The log density of the noise at each value."""
+        scaled = value / self.std
+        if self.distribution == "gaussian":
+            return -scaled.square() / 2 - math.log(self.std * math.sqrt(2 * math.pi))
+        return -math.sqrt(2) * scaled.abs() - math.log(self.std * math.sqrt(2))
+
+    def log_density(self, noise: Gradient) -> torch.Tensor:
+        """The log density of all of the noise, a scalar."""
+        return torch.stack([self.log_densities(t).sum() for t in noise.values()]).sum()
+
+    def _share_within(self, threshold: float) -> float:
+        if self.distribution == "gaussian":
+            return float(2 * normal.cdf(threshold) - 1)
+        return float(2 * laplace.cdf(threshold * math.sqrt(2)) - 1)

@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ggl_audit.defenses.base import Check, Context, Defense
-from ggl_audit.gradient import Gradient
+from ggl_audit.defenses.noise import Noise
+from ggl_audit.gradient import Gradient, norm
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,62 @@ class Pipeline:
 
     def replicate(self, gradient: Gradient, observed: Gradient) -> Gradient:
         """What the attacker compares with the capture, for one candidate's gradient."""
-        for index, step in enumerate(self.steps):
-            gradient = step.replicate(gradient, observed if self._is_visible(index) else None)
-        return gradient
+        return self._replicate(gradient, observed, len(self.steps))
+
+    def mismatch(self, gradient: Gradient, observed: Gradient) -> torch.Tensor:
+        """How badly a candidate's gradient explains the capture: the statistic of the ceiling.
+
+        With noise it falls with the likelihood of the capture, wherever :meth:`has_likelihood`, so
+        that with equal prior odds no other statistic identifies more often (Neyman and Pearson).
+        Without noise it is the squared l2 distance between replica and capture, relative to the
+        capture: zero for the true image, whose support and signs agree.
+
+        Args:
+            gradient: of a candidate, undefended.
+            observed: the capture.
+
+        Returns:
+            A scalar, to be compared between candidates for the same capture only.
+        """
+        first, noise = self._noise()
+        if noise is None or not self.has_likelihood():
+            return relative_l2(self.replicate(gradient, observed), observed)
+        before = self._replicate(gradient, observed, first)
+        last = self.steps[-1]
+        if not isinstance(last, Noise):
+            return -last.log_likelihood(before, noise, observed)
+        if noise.distribution == "gaussian":
+            return relative_l2(before, observed)
+        return -noise.log_density({name: observed[name] - before[name] for name in observed})
+
+    def has_likelihood(self) -> bool:
+        """Whether the likelihood of a capture is known, or none is needed as nothing is random."""
+        first, noise = self._noise()
+        if first == len(self.steps):
+            return True
+        after = [step for step in self.steps[first:] if not isinstance(step, Noise)]
+        if noise is None or len(after) > 1:
+            return False
+        if not after:
+            return True
+        return after[0] is self.steps[-1] and noise.distribution in after[0].likelihood_after
+
+    def without_noise(self, gradient: Gradient, context: Context) -> Gradient:
+        """What the steps before the noise make of a gradient."""
+        first, _ = self._noise()
+        return Pipeline(self.steps[:first]).apply(gradient, context)
 
     def verify(self, observed: Gradient) -> list[Check]:
         """Compares a capture with each step, as far as later steps leave its trace visible."""
         checks = []
         for index, step in enumerate(self.steps):
             if self._is_visible(index):
-                contradicts, detail = step.contradiction(observed, self._noise_after(index))
+                later = self.steps[index + 1 :]
+
+                def bound(size: int, confidence: float, later: Sequence[Defense] = later) -> float:
+                    return noise_norm(later, size, confidence)
+
+                contradicts, detail = step.contradiction(observed, bound)
                 checks.append(Check(str(step), "contradicts" if contradicts else "agrees", detail))
             else:
                 hiding = next(s for s in self.steps[index + 1 :] if step.trace not in s.preserves)
@@ -66,22 +115,36 @@ class Pipeline:
         """
         bound: float | None = None
         for step in self.steps:
-            if step.noise_std() and bound is not None:
-                return GaussianMechanism(bound, step.noise_std())
+            if isinstance(step, Noise):
+                gaussian = step.distribution == "gaussian"
+                return GaussianMechanism(bound, step.std) if gaussian and bound else None
             bound = step.norm_bound(bound)
         return None
 
     def noise_is_last(self) -> bool:
-        """Whether nothing but noise follows noise, so that the l2 distance is its likelihood."""
-        noisy = [step.noise_std() > 0 for step in self.steps]
-        return all(noisy[noisy.index(True) :]) if any(noisy) else True
+        """Whether nothing but noise follows noise; also where there is none."""
+        first, _ = self._noise()
+        return all(isinstance(step, Noise) for step in self.steps[first:])
 
-    def total_noise(self) -> float:
-        """The standard deviation of all noise that the steps add."""
-        return self._noise_after(-1)
+    def total_noise(self) -> Noise | None:
+        """The noise of all steps together; None where there is none, or it is of several kinds."""
+        return self._noise()[1]
 
-    def _noise_after(self, index: int) -> float:
-        return math.hypot(*(step.noise_std() for step in self.steps[index + 1 :]))
+    def _noise(self) -> tuple[int, Noise | None]:
+        """Where the first noise is, and all of it as one, if without a gap and of one kind."""
+        noises = [step for step in self.steps if isinstance(step, Noise)]
+        first = next((i for i, s in enumerate(self.steps) if isinstance(s, Noise)), len(self.steps))
+        together = self.steps[first : first + len(noises)] == tuple(noises)
+        if len(noises) == 1:
+            return first, noises[0]
+        if together and noises and all(noise.distribution == "gaussian" for noise in noises):
+            return first, Noise(std=math.hypot(*(noise.std for noise in noises)))
+        return first, None
+
+    def _replicate(self, gradient: Gradient, observed: Gradient, count: int) -> Gradient:
+        for index, step in enumerate(self.steps[:count]):
+            gradient = step.replicate(gradient, observed if self._is_visible(index) else None)
+        return gradient
 
     def _is_visible(self, index: int) -> bool:
         trace = self.steps[index].trace
@@ -89,3 +152,18 @@ class Pipeline:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.steps)) or "none"
+
+
+def relative_l2(replica: Gradient, observed: Gradient) -> torch.Tensor:
+    """Squared l2 distance over the squared norm of the observed gradient, a scalar."""
+    difference = {name: replica[name] - observed[name] for name in observed}
+    return norm(difference).square() / norm(observed).square().clamp(min=1e-30)
+
+
+def noise_norm(steps: Sequence[Defense], size: int, confidence: float) -> float:
+    """A bound on the norm of the noise that steps add to ``size`` values, kept with confidence."""
+    noises = [step for step in steps if isinstance(step, Noise)]
+    if not noises:
+        return 0.0
+    missed = (1 - confidence) / len(noises)
+    return sum(noise.norm_bound_of(size, 1 - missed) for noise in noises)

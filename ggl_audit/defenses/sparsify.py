@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ggl_audit.defenses.base import Context, Defense, Trace
+from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, Trace
+from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each, flat
 
 
@@ -22,6 +23,7 @@ class Sparsify(Defense):
     source: ClassVar[str] = "Lin et al., ICLR 2018"
     trace: ClassVar[Trace] = "zeros"
     preserves: ClassVar[frozenset[Trace]] = frozenset({"norm", "zeros"})
+    likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian", "laplace"})
 
     fraction: float = Field(gt=0, lt=1, description="share of the values that is removed")
     scope: Literal["layer", "global"] = Field(
@@ -38,7 +40,7 @@ class Sparsify(Defense):
             return self._largest(gradient)
         return {n: tensor * (observed[n] != 0).to(tensor.dtype) for n, tensor in gradient.items()}
 
-    def contradiction(self, observed: Gradient, later_noise: float) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds fewer zeros than were declared."""
         parts = observed if self.scope == "layer" else {"the gradient": flat(observed)}
         lacking = {
@@ -53,9 +55,24 @@ class Sparsify(Defense):
         share = float((flat(observed) == 0).double().mean())
         return False, f"{share:.1%} of the values are zero; {self.fraction:.1%} was declared"
 
+    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+        """Kept values by their density, removed ones by P(below the least that was kept)."""
+        if self.scope == "global":
+            return self._censored(flat(before), flat(observed), noise)
+        parts = [self._censored(before[name], tensor, noise) for name, tensor in observed.items()]
+        return torch.stack(parts).sum()
+
     def norm_bound(self, before: float | None) -> float | None:
         """Removing values does not raise the norm."""
         return before
+
+    def _censored(self, mean: torch.Tensor, seen: torch.Tensor, noise: Noise) -> torch.Tensor:
+        mean, seen = mean.double(), seen.double()
+        kept = seen != 0
+        least = torch.where(kept, seen.abs(), torch.inf).min()
+        removed = noise.log_probability(-least - mean, least - mean)
+        density = noise.log_densities(seen - mean)
+        return torch.where(kept, density, removed).sum()
 
     def _removed(self, tensor: torch.Tensor) -> int:
         # The small term undoes binary rounding: 0.9 of 10 is 9, not 8.

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import chi2
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline
+from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline, noise_norm
 from ggl_audit.gradient import Gradient, flat, norm, take
 
 LARGEST_DISTANCE = 0.05
@@ -19,7 +19,8 @@ def check_truth(
     """Compares the capture with what the private image gives under the declaration.
 
     What is left between the capture and the image's own defended gradient must be the declared
-    noise: a chi-squared variable, judged on both sides at 1e-6; or nothing, without noise. The
+    noise: a chi-squared variable, judged on both sides at 1e-6 (Laplace noise: from above); or
+    nothing, without noise. The
     label with the smallest remainder counts. A wrong picture, model, mode, normalization or loss
     scale shows here, and so does noise of another strength.
 
@@ -37,14 +38,13 @@ def check_truth(
         replica = defense.replicate(take(gradients, label), observed)
         remainders.append(norm({name: replica[name] - observed[name] for name in observed}))
     remainder = float(torch.stack(remainders).min())
-    noise = defense.total_noise()
+    size = flat(observed).numel()
+    high = noise_norm(defense.steps, size, 1 - FALSE_ACCUSATION / 2)
     step = "the private image"
-    if noise:
-        size = flat(observed).numel()
-        low, high = (
-            noise * chi2.ppf(p, size) ** 0.5
-            for p in (FALSE_ACCUSATION / 2, 1 - FALSE_ACCUSATION / 2)
-        )
+    if high:
+        noise = defense.total_noise()
+        gaussian = noise is not None and noise.distribution == "gaussian"
+        low = noise.std * chi2.ppf(FALSE_ACCUSATION / 2, size) ** 0.5 if noise and gaussian else 0
         detail = (
             f"its own gradient leaves a remainder of norm {remainder:.4g}; "
             f"the declared noise is between {low:.4g} and {high:.4g}"

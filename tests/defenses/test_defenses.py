@@ -57,7 +57,7 @@ def test_a_correct_capture_is_never_accused(defense: Defense) -> None:
     for seed in range(1000):
         gradient = random_gradient(seed, scale=10 ** (seed % 7 - 4))
         sent = Pipeline([defense]).apply(gradient, context(seed))
-        accused, detail = defense.contradiction(sent, 0.0)
+        accused, detail = defense.contradiction(sent, lambda *_: 0.0)
         assert not accused, (seed, detail)
 
 
@@ -113,7 +113,7 @@ def test_a_planted_error_is_found_with_its_figure(
 ) -> None:
     gradient = {"w": torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 0.01}
     gradient["w"][:2] = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
-    accused, detail = declared.contradiction(planted.apply(gradient, context()), 0.0)
+    accused, detail = declared.contradiction(planted.apply(gradient, context()), lambda *_: 0.0)
     assert accused
     assert figure in detail
 
@@ -223,7 +223,9 @@ def test_steps_after_noise_are_noticed(steps: list[Defense], last: bool) -> None
 
 
 def test_noise_adds_in_squares() -> None:
-    assert Pipeline([Noise(std=3), Sign(), Noise(std=4)]).total_noise() == pytest.approx(5)
+    assert Pipeline([Noise(std=3), Noise(std=4)]).total_noise() == Noise(std=5)
+    assert Pipeline([Noise(std=3), Sign(), Noise(std=4)]).total_noise() is None
+    assert Pipeline([Sign()]).total_noise() is None
 
 
 def test_the_step_of_the_sign_is_read_off_the_capture() -> None:
@@ -286,6 +288,6 @@ def test_noise_left_out_of_one_layer_is_found_and_named() -> None:
     quiet = {"a": torch.randn(200, 100, generator=random), "b": torch.zeros(300)}
     sent = Noise(std=1.0).apply({"a": quiet["a"], "b": quiet["b"]}, context())
     sent["b"] = quiet["b"] + 0.01
-    accused, detail = Noise(std=1.0).contradiction(sent, 0.0)
+    accused, detail = Noise(std=1.0).contradiction(sent, lambda *_: 0.0)
     assert accused
     assert "values of b are within 0.01" in detail

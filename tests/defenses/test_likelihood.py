@@ -1,0 +1,231 @@
+"""The statistic of the ceiling: against scipy, against integrals, and against the Bayes rate."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import binomtest, laplace
+from scipy.stats import norm as normal
+
+from ggl_audit.defenses import (
+    Clip,
+    Context,
+    Defense,
+    Noise,
+    Pipeline,
+    Quantize,
+    Sign,
+    Sparsify,
+)
+from ggl_audit.gradient import Gradient
+
+DISTRIBUTIONS = {
+    "gaussian": lambda std: normal(scale=std),
+    "laplace": lambda std: laplace(scale=std / math.sqrt(2)),
+}
+
+
+def gradient(values: torch.Tensor) -> Gradient:
+    return {"a": values[:12].reshape(3, 4), "b": values[12:]}
+
+
+def context(seed: int = 0) -> Context:
+    return Context(torch.Generator().manual_seed(seed))
+
+
+def row(gradient: Gradient) -> np.ndarray:
+    return torch.cat([tensor.flatten() for tensor in gradient.values()]).double().numpy()
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
+def test_probabilities_are_scipys(distribution: str) -> None:
+    noise, reference = Noise(std=0.7, distribution=distribution), DISTRIBUTIONS[distribution](0.7)
+    points = torch.linspace(-9, 9, 61, dtype=torch.float64)
+    np.testing.assert_allclose(noise.log_cdf(points), reference.logcdf(points), rtol=1e-9)
+    np.testing.assert_allclose(noise.log_densities(points), reference.logpdf(points), rtol=1e-9)
+    low, high = points[:-1], points[1:]
+    near = low.abs() < 3
+    exact = np.log(reference.cdf(high[near]) - reference.cdf(low[near]))
+    np.testing.assert_allclose(noise.log_probability(low, high)[near], exact, rtol=1e-6)
+    assert bool(torch.isfinite(noise.log_probability(low, high)).all())
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
+def test_noise_is_of_its_distribution_and_keeps_its_norm_bound(distribution: str) -> None:
+    noise, reference = Noise(std=0.7, distribution=distribution), DISTRIBUTIONS[distribution](0.7)
+    drawn = noise.apply({"w": torch.zeros(200, 2000)}, context())["w"].double()
+    assert float(drawn.std()) == pytest.approx(0.7, rel=0.01)
+    for point in (-1.5, -0.2, 0.4, 2.0):
+        share = float((drawn <= point).double().mean())
+        assert share == pytest.approx(reference.cdf(point), abs=0.003)
+    norms = drawn.norm(dim=1)
+    bound = noise.norm_bound_of(2000, 0.99)
+    assert float((norms > bound).double().mean()) <= 0.03
+    assert bound < 1.3 * float(norms.median())
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
+def test_likelihoods_are_those_of_a_plain_loop(distribution: str) -> None:
+    torch.manual_seed(0)
+    before, std = gradient(torch.randn(30)), 0.7
+    noise, reference = Noise(std=std, distribution=distribution), DISTRIBUTIONS[distribution](std)
+    noisy = noise.apply(before, context())
+    g = row(before)
+
+    sent = Sign().apply(noisy, context())
+    expected = sum(reference.logcdf(a * s) for a, s in zip(g, row(sent), strict=True))
+    assert float(Sign().log_likelihood(before, noise, sent)) == pytest.approx(expected)
+
+    sent = Quantize(bits=3).apply(noisy, context())
+    levels = row(sent)
+    half = (levels.max() - levels.min()) / 7 / 2
+    expected = sum(
+        math.log(reference.cdf(o + half - a) - reference.cdf(o - half - a))
+        for a, o in zip(g, levels, strict=True)
+    )
+    found = Quantize(bits=3).log_likelihood(before, noise, sent)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+    for scope in ("global", "layer"):
+        step = Sparsify(fraction=0.5, scope=scope)
+        sent = step.apply(noisy, context())
+        expected = 0.0
+        parts = [(row(before), row(sent))]
+        if scope == "layer":
+            parts = [(row({n: before[n]}), row({n: sent[n]})) for n in before]
+        for a, o in parts:
+            least = np.abs(o[o != 0]).min()
+            for value, seen in zip(a, o, strict=True):
+                if seen == 0:
+                    expected += math.log(
+                        reference.cdf(least - value) - reference.cdf(-least - value)
+                    )
+                else:
+                    expected += reference.logpdf(seen - value)
+        assert float(step.log_likelihood(before, noise, sent)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_clip_hides_the_scale_and_the_direction_is_integrated_over_it() -> None:
+    torch.manual_seed(1)
+    std, noise, clip = 0.5, Noise(std=0.5), Clip(bound=0.8)
+    candidates = [{"w": 0.4 * torch.randn(40)} for _ in range(4)]
+    observed = clip.apply(noise.apply(candidates[0], context()), context())
+    direction = row(observed) / np.linalg.norm(row(observed))
+
+    def integral(mean: np.ndarray) -> float:
+        along, size = float(mean @ direction), float(mean @ mean)
+
+        def density(r: float) -> float:
+            log = 39 * math.log(r) - (r * r - 2 * r * along + size) / (2 * std**2)
+            return math.exp(log + 20)
+
+        return math.log(quad(density, 1e-9, 30, limit=200)[0])
+
+    exact = np.array([integral(row(candidate)) for candidate in candidates])
+    found = np.array([float(clip.log_likelihood(c, noise, observed)) for c in candidates])
+    np.testing.assert_allclose(found - found[0], exact - exact[0], atol=0.01)
+
+    free = Clip(bound=1e6)
+    whole = noise.apply(candidates[0], context())
+    expected = [normal(scale=std).logpdf(row(whole) - row(c)).sum() for c in candidates]
+    found = np.array([float(free.log_likelihood(c, noise, whole)) for c in candidates])
+    np.testing.assert_allclose(found - found[0], np.array(expected) - expected[0], rtol=1e-4)
+
+
+def hits(
+    declared: Pipeline, client: Pipeline, signals: torch.Tensor, trials: int, scale: float = 1.0
+) -> int:
+    """How often the best statistic picks the signal that the client sent."""
+    randomness, found = context(7), 0
+    for trial in range(trials):
+        truth = trial % len(signals)
+        sent = client.apply({"w": scale * signals[truth]}, randomness)
+        scores = [float(declared.mismatch({"w": scale * s}, sent)) for s in signals]
+        found += int(np.argmin(scores)) == truth
+    return found
+
+
+def orthogonal(count: int, size: int, length: float) -> torch.Tensor:
+    torch.manual_seed(3)
+    signals: torch.Tensor = length * torch.linalg.qr(torch.randn(size, count)).Q.T
+    return signals
+
+
+def bayes_rate(candidates: int, separation: float) -> float:
+    """Of one of N orthogonal signals of length ``separation`` standard deviations."""
+    rate, _ = quad(lambda x: normal.pdf(x - separation) * normal.cdf(x) ** (candidates - 1), -8, 14)
+    return float(rate)
+
+
+@pytest.mark.parametrize("separation", [1.0, 2.5, 4.0])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 50.0])
+def test_gaussian_noise_of_an_unknown_common_scale_reaches_the_bayes_rate(
+    separation: float, scale: float
+) -> None:
+    """The statistic is told another noise, which does not matter: the order is the likelihood's."""
+    signals, client = orthogonal(16, 60, separation), Pipeline([Noise(std=scale)])
+    found = hits(Pipeline([Noise(std=1.0)]), client, signals, 600, scale)
+    assert binomtest(found, 600, bayes_rate(16, separation)).pvalue > 0.001
+
+
+def test_a_clip_after_noise_loses_nothing_against_who_knows_the_scale() -> None:
+    signals = orthogonal(16, 400, 4.0)
+    noise = Noise(std=1.0)
+    clipped = Pipeline([noise, Clip(bound=0.5)])
+    found = hits(clipped, clipped, signals, 400)
+    known = hits(Pipeline([noise]), Pipeline([noise]), signals, 400)
+    assert abs(found - known) <= 12
+    assert binomtest(found, 400, bayes_rate(16, 4.0)).pvalue > 0.001
+
+
+@pytest.mark.parametrize(
+    "step",
+    [Sign(), Quantize(bits=2), Sparsify(fraction=0.7), Sparsify(fraction=0.7, scope="global")],
+)
+@pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
+def test_the_likelihood_identifies_more_than_the_replicas_distance(
+    step: Defense, distribution: str
+) -> None:
+    torch.manual_seed(5)
+    signals = 0.35 * torch.randn(16, 150)
+    declared = Pipeline([Noise(std=1.0, distribution=distribution), step])
+    assert declared.has_likelihood()
+    best = hits(declared, declared, signals, 300)
+    randomness, plain = context(7), 0
+    for trial in range(300):
+        sent = declared.apply({"w": signals[trial % 16]}, randomness)
+        replicas = [declared.replicate({"w": s}, sent)["w"] for s in signals]
+        distances = [float((replica - sent["w"]).square().sum()) for replica in replicas]
+        plain += int(np.argmin(distances)) == trial % 16
+    assert best > plain
+
+
+def test_laplace_noise_is_matched_by_its_own_likelihood() -> None:
+    torch.manual_seed(5)
+    signals = 0.3 * torch.randn(16, 150)
+    laplacian = Pipeline([Noise(std=1.0, distribution="laplace")])
+    best = hits(laplacian, laplacian, signals, 600)
+    gaussian = hits(Pipeline([Noise(std=1.0)]), laplacian, signals, 600)
+    assert best > gaussian + 20
+
+
+@pytest.mark.parametrize(
+    ("steps", "known"),
+    [
+        ([], True),
+        ([Clip(bound=1), Noise(std=1)], True),
+        ([Noise(std=1), Noise(std=2)], True),
+        ([Noise(std=1), Sign()], True),
+        ([Noise(std=1), Clip(bound=1)], True),
+        ([Noise(std=1, distribution="laplace"), Clip(bound=1)], False),
+        ([Noise(std=1), Noise(std=1, distribution="laplace")], False),
+        ([Noise(std=1), Sparsify(fraction=0.5), Sign()], False),
+        ([Noise(std=1), Sign(), Noise(std=1)], False),
+    ],
+)
+def test_where_no_likelihood_is_known_it_is_said(steps: list[Defense], known: bool) -> None:
+    assert Pipeline(steps).has_likelihood() == known

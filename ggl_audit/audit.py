@@ -7,10 +7,12 @@ from typing import Protocol
 
 from ggl_audit.experiments import (
     Measurements,
+    attack_capture,
     match_candidates,
     planned_evaluations,
     reconstruct,
     reconstruct_undefended,
+    test_promise,
 )
 from ggl_audit.report.assembly import assemble
 from ggl_audit.report.model import Report
@@ -49,7 +51,7 @@ def run_audit(spec: Spec, progress: Progress) -> Report:
     """
     started = time.perf_counter()
     setting = prepare(spec)
-    measured = Measurements()
+    evidence, measured = spec.evidence, Measurements()
 
     def begin(stage: str) -> None:
         measured.stage = stage
@@ -62,18 +64,22 @@ def run_audit(spec: Spec, progress: Progress) -> Report:
     try:
         progress.start(planned_evaluations(setting))
         trials = setting.trials()
-        canaries = trials.first(spec.evidence.reconstruction_trials)
+        canaries = trials.first(evidence.reconstruction_trials)
 
         begin("candidate matching")
-        match_candidates(setting, trials.first(spec.evidence.matching_trials), measured, advance)
+        match_candidates(setting, trials.first(evidence.matching_trials), measured, advance)
+
+        begin("the test of the promise")
+        test_promise(setting, evidence.matching_trials, measured, advance)
+
+        begin("the attack on the capture")
+        attack_capture(setting, measured, advance)
 
         begin("reconstruction and the null control")
         reconstruct(setting, canaries, measured, advance)
 
         begin("the undefended control")
-        reconstruct_undefended(
-            setting, canaries.first(spec.evidence.control_trials), measured, advance
-        )
+        reconstruct_undefended(setting, canaries.first(evidence.control_trials), measured, advance)
         measured.stage = None
     except KeyboardInterrupt:
         pass  # measured.stage says what was cut short

@@ -1,33 +1,41 @@
-"""The experiments of an audit: matching, reconstruction with its null control, and undefended."""
+"""The experiments of an audit, each of which adds to what has been measured."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 
 from ggl_audit.attack.labels import infer_labels
 from ggl_audit.attack.matching import LatentObjective, Matching
 from ggl_audit.attack.search import SearchResult, search
+from ggl_audit.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.defenses import Pipeline
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate, measure_rate, paired_p_value
 from ggl_audit.evidence.controls import null_gradient
-from ggl_audit.evidence.fidelity import mean_psnr
-from ggl_audit.evidence.identification import (
-    Trials,
-    defended_gradients,
-    match,
-    reconstruction_ranks,
+from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr
+from ggl_audit.evidence.grade import ceiling_is_settled, floor_is_settled
+from ggl_audit.evidence.identification import Trials, match, reconstruction_ranks
+from ggl_audit.evidence.likeness import CLEAR, HALFWAY, WORST, Likeness, judge, judge_zeros
+from ggl_audit.evidence.promise import (
+    CANDIDATES,
+    Identifier,
+    cancelling,
+    farthest,
+    pool_size,
 )
-from ggl_audit.gradient import Gradient, concatenate, stack, take
-from ggl_audit.setting import Setting
+from ggl_audit.gradient import Gradient, concatenate, flat, norm, shares, stack, take
+from ggl_audit.inputs.images import ImageSet
+from ggl_audit.setting import Setting, alternatives, has_batch_norm
 
 CANARIES_TOGETHER = 25
+CANARIES_BETWEEN_LOOKS = 5
 MATCHING_CONTROL_TRIALS = 50
-STEPS_TO_PREDICT = 3
+SEARCHES_COMPARED = 4
+STEPS_TO_PREDICT = (2, 8)
 
 Advance = Callable[[int], None]
 
@@ -57,13 +65,20 @@ class Measurements:
         ceiling: canaries identified by candidate matching.
         label: canaries whose label was inferred.
         matching_control: canaries identified by candidate matching without the defense.
+        promise: worst-case images identified in what the client's own code sends.
         captured: what the attack made of the captured gradient.
         captured_null: what it made of a random gradient of the same norm.
+        repeated: the pictures of all searches of the capture, (searches, channels, height, width).
+        agreement_db: mean PSNR between the pictures of independent searches of the capture.
+        null_agreement_db: the same for the random gradient.
         rank: of the truth, by its distance to the picture.
-        matching_rank: of the truth, by the matching distance of the candidates.
+        matching_rank: of the truth, by candidate matching.
         candidates: how many the truth was ranked among.
-        floor: canaries that the attack identified and the null control did not.
-        null: canaries that the null control identified.
+        floor: canaries that the attack identified and the null control did not, by each distance.
+        null: canaries that the null control identified, by the declared distance.
+        canary_losses: the losses of the canaries' pictures.
+        null_losses: the losses of the null control's pictures, the capture's included.
+        likeness: of the capture to the canaries' gradients.
         undefended: canaries that the attack identified without the defense.
     """
 
@@ -72,30 +87,52 @@ class Measurements:
     ceiling: Rate | None = None
     label: Rate | None = None
     matching_control: Rate | None = None
+    promise: Rate | None = None
     captured: Reconstructed | None = None
     captured_null: Reconstructed | None = None
+    repeated: torch.Tensor | None = None
+    agreement_db: float | None = None
+    null_agreement_db: float | None = None
     rank: int | None = None
     matching_rank: int | None = None
     candidates: int | None = None
-    floor: ReconstructionRate | None = None
+    floor: dict[str, ReconstructionRate] = field(default_factory=dict)
     null: ReconstructionRate | None = None
+    canary_losses: list[float] = field(default_factory=list)
+    null_losses: list[float] = field(default_factory=list)
+    likeness: Likeness | None = None
     undefended: ReconstructionRate | None = None
 
 
 def planned_evaluations(setting: Setting) -> int:
-    """The number of candidates that an audit evaluates, known before it starts."""
-    attack, evidence = setting.spec.attack, setting.spec.evidence
-    rounds = (attack.evaluations // attack.restarts - 1) // attack.population
-    each = attack.restarts * (rounds * attack.population + 1)
-    trials = setting.trials()
-    canaries = len(trials.first(evidence.reconstruction_trials))
-    searches = 2 * (1 + canaries)
-    if setting.defense.steps:
-        searches += min(evidence.control_trials, canaries)
-    matched = min(evidence.matching_trials, len(trials))
+    """The candidates that an audit evaluates, but for the search for a misfit's cause."""
+    return planned_matching(setting) + planned_searches(setting) * evaluations_each(setting)
+
+
+def planned_matching(setting: Setting) -> int:
+    """The candidates of the ceiling, its control and the promise."""
+    evidence = setting.spec.evidence
+    matched = min(evidence.matching_trials, len(setting.trials()))
+    tests_promise = isinstance(setting.client, OwnClient) and setting.guarantee is not None
+    promised = evidence.matching_trials if tests_promise else 0
     if setting.defense.steps:
         matched += min(matched, MATCHING_CONTROL_TRIALS)
-    return matched * (evidence.candidates + 1) + searches * each
+    return matched * (evidence.candidates + 1) + promised
+
+
+def planned_searches(setting: Setting) -> int:
+    """The searches of the capture, the canaries, the null control and the undefended control."""
+    evidence = setting.spec.evidence
+    canaries = len(setting.trials().first(evidence.reconstruction_trials))
+    controls = min(evidence.control_trials, canaries) if setting.defense.steps else 0
+    return 2 * (SEARCHES_COMPARED + canaries) + controls
+
+
+def evaluations_each(setting: Setting) -> int:
+    """The candidates of one search."""
+    attack = setting.spec.attack
+    rounds = (attack.evaluations // attack.restarts - 1) // attack.population
+    return attack.restarts * (rounds * attack.population + 1)
 
 
 def match_candidates(
@@ -110,65 +147,153 @@ def match_candidates(
         measured.candidates = captured.candidates.shape[1]
     if len(trials) == 0:
         return
-    hits, labels_right = _match(setting, setting.defense, trials, "matching", advance)
     chance = 1 / setting.spec.evidence.candidates
-    measured.ceiling = measure_rate(hits, len(trials), chance)
+    planned = len(trials)
+    hits, labels_right, done = _match(
+        setting, setting.client, setting.defense, trials, "matching", advance
+    )
+    measured.ceiling = measure_rate(hits, done, chance, planned)
     if setting.model.head is not None:
-        measured.label = measure_rate(labels_right, len(trials), 1 / setting.model.classes)
+        measured.label = measure_rate(labels_right, done, 1 / setting.model.classes, planned)
     if setting.defense.steps:
         control = trials.first(MATCHING_CONTROL_TRIALS)
-        hits, _ = _match(setting, Pipeline(), control, "matching control", advance)
-        measured.matching_control = measure_rate(hits, len(control), chance)
+        client = DeclaredClient(Matching(setting.model, Pipeline()), Pipeline())
+        hits, _, done = _match(
+            setting, client, Pipeline(), control, "matching control", advance, to_the_end=True
+        )
+        measured.matching_control = measure_rate(hits, done, chance)
     else:
         measured.matching_control = measured.ceiling
+
+
+def test_promise(setting: Setting, trials: int, measured: Measurements, advance: Advance) -> None:
+    """Identifies worst-case images in what the client's own code sends, against its guarantee."""
+    if not isinstance(setting.client, OwnClient) or setting.guarantee is None or trials == 0:
+        return
+    model, random = setting.model, setting.random("promise")
+    pool = pool_size(model.size)
+    drawn = torch.as_tensor(random.integers(len(setting.reference), size=pool), device=model.device)
+    images = setting.reference.images[drawn]
+    labels = torch.as_tensor(random.integers(model.classes, size=pool), device=model.device)
+    gradients = Matching(model, setting.defense).gradients(images, labels)
+    context = setting.context("promise clients")
+    each = [take(gradients, i) for i in range(pool)]
+    contributions = torch.stack([flat(setting.defense.without_noise(g, context)) for g in each])
+    raw = torch.stack([flat(gradient) for gradient in each])
+    chosen = farthest(contributions, raw.norm(dim=1), CANDIDATES)
+    others = cancelling(raw, setting.client.batch_size - 1, random)
+    companions = ImageSet(images[others], labels[others], "companions that cancel")
+    client = replace(setting.client, companions=companions, always_the_same=True)
+    identifier = Identifier(contributions[chosen])
+    hits = 0
+    for truth in random.integers(CANDIDATES, size=trials):
+        one = chosen[int(truth)][None]
+        release = flat(take(client.send(images[one], labels[one], context), 0))
+        hits += identifier.guess(release, random) == int(truth)
+        advance(1)
+    measured.promise = measure_rate(hits, trials, 1 / CANDIDATES)
+
+
+def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -> None:
+    """Attacks the captured gradient, and a random one of its norm, each in several searches.
+
+    The first search of each is the one that counts; the others show whether it can be repeated.
+
+    Raises:
+        KeyboardInterrupt: interrupted; the pictures found so far are kept.
+    """
+    context = setting.context("captured null")
+    null = null_gradient(setting.observed, setting.defense, context)
+    observed = stack([setting.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
+    labels = torch.full((2 * SEARCHES_COMPARED,), setting.label, device=setting.model.device)
+    result, images = _search(setting, setting.defense, observed, labels, "captured search", advance)
+    measured.captured = _reconstructed(result, images, 0, setting)
+    measured.captured_null = _reconstructed(result, images, SEARCHES_COMPARED, setting)
+    if not result.complete:
+        raise KeyboardInterrupt
+    measured.repeated = images[:SEARCHES_COMPARED]
+    measured.agreement_db = _agreement_db(measured.repeated)
+    measured.null_agreement_db = _agreement_db(images[SEARCHES_COMPARED:])
+    captured = setting.captured_trial()
+    if captured is not None and not setting.prior_saw_truth:
+        distance = candidate_distances(setting.model, setting.lpips)[setting.distance]
+        random = setting.random("captured reconstruction ties")
+        measured.rank = reconstruction_ranks(images[:1], captured, distance, random)[0]
 
 
 def reconstruct(
     setting: Setting, canaries: Trials, measured: Measurements, advance: Advance
 ) -> None:
-    """Attacks the captured gradient, the canaries, and a null control of each, in one batch.
+    """Attacks canaries and a null control of each, and places the capture among them.
 
     Raises:
-        KeyboardInterrupt: interrupted; the pictures found so far are kept.
+        KeyboardInterrupt: interrupted.
     """
-    client = setting.client("canary clients")
-    observed = stack([setting.observed])
-    labels = torch.tensor([setting.label], device=setting.model.device)
-    if len(canaries):
+    planned, chance = len(canaries), 1 / setting.spec.evidence.candidates
+    if planned == 0:
+        return
+    assert measured.captured is not None
+    assert measured.captured_null is not None
+    distances = candidate_distances(setting.model, setting.lpips)
+    context, random = setting.context("canary clients"), setting.random("reconstruction ties")
+    hits: dict[str, list[bool]] = {name: [] for name in distances}
+    null_hits: dict[str, list[bool]] = {name: [] for name in distances}
+    pictures: list[torch.Tensor] = []
+    null_pictures: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
+    agreements: list[torch.Tensor] = []
+    canary_shares: list[torch.Tensor] = []
+    largest = 0.0
+    together = CANARIES_BETWEEN_LOOKS if setting.spec.evidence.stop_early else planned
+    for part in canaries.batches(together):
+        sent = setting.client.send(part.canaries, part.labels, context)
+        labels = setting.labels_seen(sent, part.labels).repeat(2)
+        nulls = [null_gradient(take(sent, i), setting.defense, context) for i in range(len(part))]
+        observed = concatenate([sent, stack(nulls)])
+        purpose = f"canary search {len(pictures)}"
+        result, images = _search(setting, setting.defense, observed, labels, purpose, advance)
+        if not result.complete:
+            raise KeyboardInterrupt
         matching = Matching(setting.model, setting.defense)
-        defended = defended_gradients(matching, canaries, setting.defense, client)
-        observed = concatenate([observed, defended])
-        labels = torch.cat([labels, setting.labels_seen(defended, canaries.labels)])
-    count = len(labels)
-    nulls = [null_gradient(take(observed, i), setting.defense, client) for i in range(count)]
-    everything = concatenate([observed, stack(nulls)])
-    budget = setting.spec.attack.evaluations
-    result, images = _search(
-        setting, setting.defense, everything, labels.repeat(2), budget, advance
-    )
+        agreements.append(matching.agreement(images, labels, observed).unflatten(0, (2, -1)))
+        canary_shares.append(shares(sent))
+        largest = max(largest, *(float(norm(take(sent, i))) for i in range(len(part))))
+        losses.append(result.losses.unflatten(0, (2, -1)))
+        found, null_found = images.unflatten(0, (2, -1))
+        pictures.append(found)
+        null_pictures.append(null_found)
+        for name, distance in distances.items():
+            for made, kept in ((found, hits), (null_found, null_hits)):
+                ranks = reconstruction_ranks(made, part, distance, random)
+                kept[name] += [rank == 1 for rank in ranks]
+        beyond, only_null = _paired(hits[setting.distance], null_hits[setting.distance])
+        done = len(hits[setting.distance])
+        if floor_is_settled(beyond, only_null, done, planned, chance):
+            break
 
-    measured.captured = _reconstructed(result, images, 0, setting)
-    measured.captured_null = _reconstructed(result, images, count, setting)
-    if not result.complete:
-        raise KeyboardInterrupt
-    captured = setting.captured_trial()
-    random = setting.random("reconstruction ties")
-    if captured is not None:
-        measured.rank = reconstruction_ranks(images[:1], captured, random)[0]
-    if len(canaries):
-        pictures, null_pictures = images[1:count], images[count + 1 :]
-        hits = _identified(pictures, canaries, random)
-        null_hits = _identified(null_pictures, canaries, random)
-        beyond = [hit and not null_hit for hit, null_hit in zip(hits, null_hits, strict=True)]
-        only_null = sum(null_hits) - (sum(hits) - sum(beyond))
-        p_value = paired_p_value(sum(beyond), only_null)
-        measured.floor = _rate(beyond, pictures, canaries, p_value)
-        measured.null = _rate(null_hits, null_pictures, canaries)
-        if not setting.defense.steps:
-            controls = setting.spec.evidence.control_trials
-            measured.undefended = _rate(
-                hits[:controls], pictures[:controls], canaries.first(controls)
-            )
+    done_canaries = canaries.first(len(hits[setting.distance]))
+    for name in distances:
+        beyond, only_null = _paired(hits[name], null_hits[name])
+        left = planned - len(hits[name])
+        p_value = paired_p_value(beyond, only_null + left)
+        measured.floor[name] = _rate(beyond, torch.cat(pictures), done_canaries, planned, p_value)
+    null = sum(null_hits[setting.distance])
+    measured.null = _rate(null, torch.cat(null_pictures), done_canaries, planned)
+    canary_losses, null_losses = torch.cat(losses, dim=1).tolist()
+    measured.canary_losses = canary_losses
+    measured.null_losses = [*null_losses, measured.captured_null.loss]
+    if not setting.defense.steps:
+        controls = done_canaries.first(setting.spec.evidence.control_trials)
+        if len(controls):
+            found = torch.cat(pictures)[: len(controls)]
+            right = sum(hits[setting.distance][: len(controls)])
+            controls_planned = min(planned, setting.spec.evidence.control_trials)
+            measured.undefended = _rate(right, found, controls, controls_planned)
+    measured.likeness = _likeness(
+        setting, measured, torch.cat(agreements, dim=1), torch.cat(canary_shares), advance
+    )
+    if float(norm(setting.observed)) > largest:
+        measured.likeness = measured.likeness.model_copy(update={"rules_out_larger": False})
 
 
 def reconstruct_undefended(
@@ -183,29 +308,39 @@ def reconstruct_undefended(
         return
     gradients = Matching(setting.model, Pipeline()).gradients(canaries.canaries, canaries.labels)
     labels = setting.labels_seen(gradients, canaries.labels)
-    budget = setting.spec.attack.evaluations
-    result, images = _search(setting, Pipeline(), gradients, labels, budget, advance)
+    result, images = _search(setting, Pipeline(), gradients, labels, "undefended search", advance)
     if not result.complete:
         raise KeyboardInterrupt
-    hits = _identified(images, canaries, setting.random("undefended ties"))
-    measured.undefended = _rate(hits, images, canaries)
+    distance = candidate_distances(setting.model, setting.lpips)[setting.distance]
+    ranks = reconstruction_ranks(images, canaries, distance, setting.random("undefended ties"))
+    measured.undefended = _rate(ranks.count(1), images, canaries, len(canaries))
 
 
 def _match(
-    setting: Setting, defense: Pipeline, trials: Trials, purpose: str, advance: Advance
-) -> tuple[int, int]:
-    """Counts the canaries that matching identifies, and those whose label is inferred."""
+    setting: Setting,
+    client: Client,
+    defense: Pipeline,
+    trials: Trials,
+    purpose: str,
+    advance: Advance,
+    to_the_end: bool = False,
+) -> tuple[int, int, int]:
+    """Counts canaries that matching identifies, those whose label is inferred, and all of them."""
     matching = Matching(setting.model, defense)
-    client, random = setting.client(f"{purpose} clients"), setting.random(f"{purpose} ties")
-    head = setting.model.head
-    hits = labels_right = 0
+    context, random = setting.context(f"{purpose} clients"), setting.random(f"{purpose} ties")
+    head, evidence = setting.model.head, setting.spec.evidence
+    hits = labels_right = done = 0
     for part in trials.batches(CANARIES_TOGETHER):
-        observed = defended_gradients(matching, part, defense, client)
+        observed = client.send(part.canaries, part.labels, context)
         hits += match(matching, part, observed, random).count(1)
         if head is not None:
             labels_right += int((infer_labels(observed, head) == part.labels).sum())
+        done += len(part)
         advance(part.candidates.numel() + len(part))
-    return hits, labels_right
+        settled = ceiling_is_settled(hits, done, len(trials), 1 / evidence.candidates)
+        if evidence.stop_early and settled and not to_the_end:
+            break
+    return hits, labels_right, done
 
 
 def _search(
@@ -213,16 +348,68 @@ def _search(
     defense: Pipeline,
     observed: Gradient,
     labels: torch.Tensor,
-    evaluations: int,
+    purpose: str,
     advance: Advance,
+    evaluations: int | None = None,
 ) -> tuple[SearchResult, torch.Tensor]:
     attack = setting.spec.attack
     matching = Matching(setting.model, defense, attack.distance)
     objective = LatentObjective(matching, setting.prior, observed, labels, attack.regularizer)
-    random = setting.random("search")
+    random = setting.random(purpose)
     seeds = random.integers(2**32, size=(len(labels), attack.restarts)).tolist()
-    result = search(objective, setting.make_optimizer, seeds, evaluations, advance)
+    budget = evaluations or attack.evaluations
+    result = search(objective, setting.make_optimizer, seeds, budget, advance)
     return result, setting.prior.decode(result.latents, labels)
+
+
+def _likeness(
+    setting: Setting,
+    measured: Measurements,
+    agreements: torch.Tensor,
+    canary_shares: torch.Tensor,
+    advance: Advance,
+) -> Likeness:
+    """Judges the capture, and where it is unlike the canaries looks for the cause.
+
+    Args:
+        setting: what was handed in.
+        measured: holds the capture's picture and its null's.
+        agreements: (2, n, k), of the canaries and of their null control.
+        canary_shares: (n, k - 1), of each tensor in the squared norm of the canaries' gradients.
+        advance: told of the candidates that are evaluated.
+    """
+    assert measured.repeated is not None
+    canaries, nulls = agreements
+    names = list(setting.observed)
+    label = torch.tensor([setting.label], device=setting.model.device)
+
+    def place(of: Setting, pictures: torch.Tensor) -> Likeness:
+        """Of the picture that places the capture highest: a single search may fail."""
+        count = len(pictures)
+        matching = Matching(of.model, of.defense)
+        found = matching.agreement(pictures, label.expand(count), stack([of.observed] * count))
+        judged = [judge(row, canaries, nulls, names) for row in found]
+        return max(judged, key=lambda one: -math.inf if one.place is None else one.place)
+
+    likeness = place(setting, measured.repeated)
+    own_shares = shares(stack([setting.observed]))[0]
+    if has_batch_norm(setting.model.module) and not setting.defense.empties_tensors():
+        likeness = judge_zeros(own_shares, canary_shares, names) or likeness
+    if likeness.outcome == "hidden" or (likeness.place is not None and likeness.place >= CLEAR):
+        return likeness
+    best, best_cause = WORST if likeness.outcome == "like" else HALFWAY, None
+    for cause, other in alternatives(setting):
+        observed = stack([other.observed])
+        result, images = _search(other, other.defense, observed, label, "alternative", advance)
+        if not result.complete:
+            raise KeyboardInterrupt
+        elsewhere = place(other, images)
+        if elsewhere.place is not None and elsewhere.place >= best:
+            best, best_cause = elsewhere.place, f"{cause}, with which it is like them"
+    if best_cause is None:
+        return likeness
+    unlike = {"outcome": "unlike", "cause": best_cause, "rules_out_larger": False}
+    return likeness.model_copy(update=unlike)
 
 
 def _reconstructed(
@@ -237,35 +424,62 @@ def _reconstructed(
     return Reconstructed(images[index], float(result.losses[index]), curve)
 
 
-def _identified(
-    pictures: torch.Tensor, canaries: Trials, random: np.random.Generator
-) -> list[bool]:
-    return [rank == 1 for rank in reconstruction_ranks(pictures, canaries, random)]
+def _agreement_db(images: torch.Tensor) -> float:
+    first, second = torch.combinations(torch.arange(len(images))).unbind(1)
+    return mean_psnr(images[first], images[second])
+
+
+def _paired(hits: list[bool], null_hits: list[bool]) -> tuple[int, int]:
+    """Counts what only the attack identified, and what only its null control did."""
+    pairs = list(zip(hits, null_hits, strict=True))
+    return pairs.count((True, False)), pairs.count((False, True))
 
 
 def _rate(
-    hits: list[bool],
+    hits: int,
     pictures: torch.Tensor,
     canaries: Trials,
+    planned: int,
     null_p_value: float | None = None,
-) -> ReconstructionRate | None:
-    if not hits:
-        return None
-    rate = measure_rate(sum(hits), len(hits), 1 / canaries.candidates.shape[1])
+) -> ReconstructionRate:
+    rate = measure_rate(hits, len(canaries), 1 / canaries.candidates.shape[1], planned)
     psnr = mean_psnr(pictures, canaries.canaries)
     return ReconstructionRate(**dict(rate), psnr_db=psnr, null_p_value=null_p_value)
 
 
-def predict_seconds(setting: Setting) -> float:
-    """Predicts how long an audit takes, from a few steps of its largest batch."""
-    count = 2 * (1 + setting.spec.evidence.reconstruction_trials)
+def predict_seconds(setting: Setting) -> tuple[float, float]:
+    """Predicts the seconds that a candidate takes in matching and in a search, from a few of each.
+
+    Returns:
+        Seconds for each candidate of the matching trials, and of the searches.
+    """
+    attack, evidence = setting.spec.attack, setting.spec.evidence
+    trials = setting.trials().first(CANARIES_TOGETHER)
+    count = 2 * max(1, evidence.reconstruction_trials)
     observed = stack([setting.observed] * count)
     labels = torch.full((count,), setting.label, device=setting.model.device)
-    attack = setting.spec.attack
-    short = attack.restarts * (STEPS_TO_PREDICT * attack.population + 1)
-    timed = []
-    for _ in range(2):  # the first warms up
+
+    def matched() -> int:
+        _match(setting, setting.client, setting.defense, trials, "prediction", lambda _: None)
+        return trials.candidates.numel() + len(trials)
+
+    def searched(steps: int) -> int:
+        budget = attack.restarts * (steps * attack.population + 1)
+        found, _ = _search(
+            setting, setting.defense, observed, labels, "prediction", lambda _: None, budget
+        )
+        return found.evaluations
+
+    def timed(experiment: Callable[[], int]) -> tuple[float, int]:
         started = time.perf_counter()
-        result, _ = _search(setting, setting.defense, observed, labels, short, lambda _: None)
-        timed.append((time.perf_counter() - started) / result.evaluations)
-    return timed[-1] * planned_evaluations(setting)
+        evaluated = experiment()
+        return time.perf_counter() - started, evaluated
+
+    matched()  # warms up
+    match_seconds, match_count = timed(matched)
+    # The difference of two lengths leaves out what a search costs once.
+    searched(STEPS_TO_PREDICT[1])
+    short_seconds, short_count = timed(lambda: searched(STEPS_TO_PREDICT[0]))
+    long_seconds, long_count = timed(lambda: searched(STEPS_TO_PREDICT[1]))
+    search_seconds = max(long_seconds - short_seconds, 0.0) / (long_count - short_count)
+    return match_seconds / max(match_count, 1), search_seconds

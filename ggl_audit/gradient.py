@@ -37,6 +37,13 @@ def concatenate(stacks: Sequence[Gradient]) -> Gradient:
     return {name: torch.cat([gradients[name] for gradients in stacks]) for name in stacks[0]}
 
 
+def shares(gradients: Gradient) -> torch.Tensor:
+    """The share of each of k tensors in the squared norm of each of t gradients, (t, k)."""
+    squares = [tensor.flatten(1).double().square().sum(1) for tensor in gradients.values()]
+    table = torch.stack(squares, dim=1)
+    return table / table.sum(1, keepdim=True).clamp(min=1e-300)
+
+
 def take(gradients: Gradient, index: int) -> Gradient:
     """One gradient of a stack."""
     return {name: tensor[index] for name, tensor in gradients.items()}

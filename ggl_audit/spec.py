@@ -102,6 +102,40 @@ class DefenseSpec(BaseModel):
     name: str
 
 
+class ClientSpec(_Section):
+    """The client's own code, run on canaries in place of this tool's idea of the defense.
+
+    It is called as ``step(model, images, labels, **kwargs)``, with normalized images (n, channels,
+    height, width) and labels (n,), and returns what it sends by parameter name. Its randomness is
+    PyTorch's, which is seeded before each call.
+    """
+
+    step: str = Field(description="file.py:callable beside the spec, or package.module:callable")
+    kwargs: dict[str, Any] = {}
+    batch_size: int = Field(
+        default=1, ge=1, description="images in a step; the attacker knows all but one"
+    )
+
+
+class GuaranteeSpec(_Section):
+    """What has to be known to account for differential privacy; nothing of it is guessed."""
+
+    unit: Literal["sample", "client"] = Field(
+        description="whose presence is to be hidden: what the clip bounds"
+    )
+    reduction: Literal["sum", "mean"] = Field(
+        description="the noise is added to the sum over the units of a release, or to their mean"
+    )
+    rounds: int = Field(ge=1, description="releases over the whole training")
+    sampling_rate: float = Field(
+        gt=0, le=1, description="probability that a unit takes part in a round; 1: in every one"
+    )
+    delta: float = Field(gt=0, lt=1)
+    epsilon: float | None = Field(
+        default=None, gt=0, description="what the client claims, to be compared"
+    )
+
+
 class LatentSpec(_Section):
     """The shape and the distribution of what a generator takes."""
 
@@ -109,6 +143,20 @@ class LatentSpec(_Section):
     distribution: Literal["normal", "uniform"] = Field(
         default="normal", description="normal: N(0, 1); uniform: U[-1, 1]"
     )
+
+
+class ImageSetSpec(_Section):
+    """A set of labelled images: a bundled one, an ``.npz`` or a folder with one folder a class."""
+
+    bundled: str | None = None
+    npz: Path | None = Field(default=None, description="arrays images (n, h, w[, c]) and labels")
+    folder: Path | None = Field(default=None, description="CLASS_INDEX/*.png")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ImageSetSpec:
+        if sum(source is not None for source in (self.bundled, self.npz, self.folder)) != 1:
+            raise ValueError("give exactly one of bundled, npz and folder")
+        return self
 
 
 class PriorSpec(_Section):
@@ -127,6 +175,9 @@ class PriorSpec(_Section):
     )
     output_range: tuple[float, float] = Field(
         default=(-1.0, 1.0), description="what black and white are in the generator's output"
+    )
+    trained_on: ImageSetSpec | None = Field(
+        default=None, description="what a prior from a factory was trained on, where it is known"
     )
 
     @model_validator(mode="after")
@@ -174,20 +225,6 @@ class AttackSpec(_Section):
         return self
 
 
-class ImageSetSpec(_Section):
-    """A set of labelled images: a bundled one, an ``.npz`` or a folder with one folder a class."""
-
-    bundled: str | None = None
-    npz: Path | None = Field(default=None, description="arrays images (n, h, w[, c]) and labels")
-    folder: Path | None = Field(default=None, description="CLASS_INDEX/*.png")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ImageSetSpec:
-        if sum(source is not None for source in (self.bundled, self.npz, self.folder)) != 1:
-            raise ValueError("give exactly one of bundled, npz and folder")
-        return self
-
-
 class LpipsSpec(_Section):
     """Where the weights of the LPIPS backbone are; the package carries only the linear heads."""
 
@@ -198,16 +235,29 @@ class LpipsSpec(_Section):
 class EvidenceSpec(_Section):
     """What the grade rests on."""
 
-    reference: ImageSetSpec
+    reference: ImageSetSpec | None = Field(
+        default=None, description="public images like the private ones; without, the prior's own"
+    )
     candidates: int = Field(default=32, ge=2, description="N: the truth and N - 1 of its class")
     matching_trials: int = Field(default=200, ge=0, description="trials of the ceiling")
     reconstruction_trials: int = Field(
         default=20, ge=0, description="trials of the floor, and of the null control"
     )
     control_trials: int = Field(default=10, ge=0, description="trials of the undefended control")
+    distance: Literal["pixels", "representation", "lpips"] = Field(
+        default="pixels", description="by which a picture picks its candidate, for the floor"
+    )
+    stop_early: bool = Field(
+        default=False, description="end an experiment once the grade cannot change any more"
+    )
     truth: Path | None = Field(default=None, description="the private image, where it is held")
     lpips: LpipsSpec | None = None
-    delta: float = Field(default=1e-5, gt=0, lt=1, description="for a declared DP guarantee")
+
+    @model_validator(mode="after")
+    def _lpips_has_weights(self) -> EvidenceSpec:
+        if self.distance == "lpips" and self.lpips is None:
+            raise ValueError("distance: lpips needs lpips: {net: ..., weights: ...}")
+        return self
 
 
 class GateSpec(_Section):
@@ -225,12 +275,25 @@ class Spec(_Section):
     model: ModelSpec
     capture: CaptureSpec
     defense: list[DefenseSpec] = Field(default=[], description="in the client's order")
+    client: ClientSpec | None = None
+    guarantee: GuaranteeSpec | None = None
     prior: PriorSpec
     attack: AttackSpec = AttackSpec()
-    evidence: EvidenceSpec
+    evidence: EvidenceSpec = EvidenceSpec()
     gate: GateSpec = GateSpec()
     seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+
+    @model_validator(mode="after")
+    def _batches_are_of_samples(self) -> Spec:
+        if self.client is None or self.client.batch_size == 1:
+            return self
+        if self.guarantee is None or self.guarantee.unit != "sample":
+            raise ValueError(
+                "client.batch_size above 1 needs guarantee: {unit: sample, reduction: ...}: a "
+                "batch is taken apart by what each sample may add to it"
+            )
+        return self
 
     _folder: Path = PrivateAttr(default=Path())
     _locate: Callable[[Key], str] | None = PrivateAttr(default=None)

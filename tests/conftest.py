@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from ggl_audit.spec import Spec
 # The same examples in every run: a gate must not fail by chance.
 settings.register_profile("gate", derandomize=True, deadline=None)
 settings.load_profile("gate")
+
+# As many processes as cores, a thread each, also in the programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 SAMPLES = Path(__file__).parent.parent / "sample_specs"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -15,7 +15,7 @@ from torch.func import grad, vmap
 
 from ggl_audit.defenses import Pipeline, relative_l2
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient, norm
+from ggl_audit.gradient import Gradient, concatenate, norm
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import RegularizerSpec
@@ -49,6 +49,7 @@ class Matching:
         self, model: ClientModel, defense: Pipeline, distance: Distance = "likelihood"
     ) -> None:
         self.model = model
+        self._defense = defense
         self._gradients = vmap(grad(model.loss), in_dims=(None, 0, 0))
         measure = relative_l2 if distance == "l2" else cosine
 
@@ -72,9 +73,13 @@ class Matching:
         Returns:
             Tensors with a leading dimension n, in the model's order.
         """
-        with torch.no_grad():
-            gradients: Gradient = self._gradients(self.model.parameters, images, labels)
-        return gradients
+        parts: list[Gradient] = []
+        for part, part_labels in zip(
+            images.split(self._chunk), labels.split(self._chunk), strict=True
+        ):
+            with torch.no_grad():
+                parts.append(self._gradients(self.model.parameters, part, part_labels))
+        return parts[0] if len(parts) == 1 else concatenate(parts)
 
     def distances(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
@@ -109,6 +114,31 @@ class Matching:
                     self._distances(grouped, {n: g[part] for n, g in observed.items()})
                 )
         return torch.cat(distances)
+
+    def agreement(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> torch.Tensor:
+        """How well the replica of one image's gradient agrees with each of t observed ones.
+
+        Args:
+            images: (t, channels, height, width) in [0, 1].
+            labels: (t,).
+            observed: k - 1 tensors with a leading dimension t.
+
+        Returns:
+            (t, k), the cosine for each tensor in the model's order, and for the whole gradient.
+        """
+        gradients = self.gradients(images, labels)
+        with torch.no_grad():
+            replicas = vmap(self._defense.replicate)(gradients, observed)
+        inner = [(replicas[name] * observed[name]).flatten(1).sum(1) for name in observed]
+        squares = [
+            [tensor[name].flatten(1).square().sum(1) for name in observed]
+            for tensor in (replicas, observed)
+        ]
+        products = torch.stack([*inner, torch.stack(inner).sum(0)], dim=1)
+        lengths = [torch.stack([*s, torch.stack(s).sum(0)], dim=1).sqrt() for s in squares]
+        return products / (lengths[0] * lengths[1]).clamp(min=1e-30)
 
     def try_out(self) -> None:
         """Evaluates two candidates, to find out whether the model can be mapped over.

@@ -23,7 +23,7 @@ def capture(
     settings: options.Set = None,
 ) -> None:
     """Write the gradient of one image under the declared model and defense, as safetensors."""
-    from ggl_audit.client import capture_gradient
+    from ggl_audit.capturing import capture_gradient
     from ggl_audit.inputs.capture import write_capture
 
     declared = options.load_spec(spec, defense=defense, seed=seed, settings=settings)

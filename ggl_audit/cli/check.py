@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ggl_audit.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ggl_audit.forecast import Forecast
 
 
 def check(
@@ -23,7 +30,8 @@ def check(
     from rich.markup import escape
     from rich.table import Table
 
-    from ggl_audit.experiments import planned_evaluations, predict_seconds
+    from ggl_audit.experiments import planned_evaluations
+    from ggl_audit.forecast import forecast
     from ggl_audit.setting import prepare
 
     declared = options.load_spec(
@@ -54,12 +62,37 @@ def check(
     console.print(f"label {setting.label}, {how}; device {setting.model.device}")
     for step in setting.checks:
         console.print(f"{escape(step.step)}: {step.outcome} ({escape(step.detail)})")
-    guarantee = setting.defense.guarantee()
-    promise = "none" if guarantee is None else f"mu {guarantee.mu:.3g} for one image and release"
+    guarantee = setting.guarantee
+    promise = (
+        "none declared"
+        if guarantee is None
+        else f"epsilon {guarantee.epsilon:.3g} at delta {guarantee.delta:g} for one "
+        f"{guarantee.unit}, mu {guarantee.mu:.3g} in one release"
+    )
     console.print(f"guarantee: {promise}")
-    seconds = predict_seconds(setting)
+    predicted = forecast(setting)
+    console.print()
+    console.print(_needs(predicted))
     console.print(
-        f"the audit evaluates {planned_evaluations(setting):,} candidates, about {seconds:.0f} s"
+        f"the audit evaluates {planned_evaluations(setting):,} candidates, about "
+        f"{predicted.seconds:.0f} s"
     )
     if any(step.outcome == "contradicts" for step in setting.checks):
         raise typer.Exit(3)
+
+
+def _needs(predicted: Forecast) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("grade", "takes at least", "planned", "seconds", "if"):
+        table.add_column(column, justify="right" if column in ("planned", "seconds") else "left")
+    for need in predicted.needs:
+        table.add_row(
+            need.grade,
+            f"{need.trials} {need.experiment} trials",
+            str(need.planned),
+            f"{need.seconds:.1f}",
+            need.condition,
+        )
+    return table

@@ -24,13 +24,18 @@ capture:
 defense:                                # in the client's order; `ggl-audit list defenses`
   - {name: clip, bound: 1.0}
   - {name: noise, std: 0.1}
+# client: {step: client.py:step}        # the client's own code, for canaries and the DP promise
+# guarantee:                            # what is claimed of it; nothing is guessed
+#   {unit: sample, reduction: sum, rounds: 1, sampling_rate: 1, delta: 1.0e-5}
 prior: {trained: prior}                 # a folder that `ggl-audit prior train` wrote
 attack: {optimizer: cma, evaluations: 3000}
 evidence:
   reference: {npz: public.npz}          # images (n, h, w[, c]) uint8, and labels
   candidates: 32                        # needs as many images of one class
+  distance: pixels                      # or representation, lpips: how a picture picks
   matching_trials: 200                  # an A takes about 200
   reconstruction_trials: 20
+  stop_early: false                     # true: end once the grade cannot change any more
   # truth: private.png                  # only if you hold it
 gate: {fail_on: C}                      # exit 1 at this grade or a worse one
 seed: 0

@@ -105,6 +105,11 @@ class Defense(BaseModel, ABC):
         """
         raise NotImplementedError
 
+    @property
+    def keeps_every_tensor(self) -> bool:
+        """Whether it leaves something of each tensor that holds something."""
+        return True
+
     def norm_bound(self, before: float | None) -> float | None:
         """A bound on the norm after this step, given one (or none) before it."""
         return None

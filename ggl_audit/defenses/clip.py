@@ -67,8 +67,8 @@ class Clip(Defense):
 
         The density of a Gaussian vector's direction integrates over its unknown length r,
         proportional to the integral of r^(d-1) exp(-|r u - g|^2 / 2 s^2) dr (Mardia and Jupp,
-        Directional Statistics, 2000, section 9.3.2); Laplace's method around the best r is exact to
-        O(1/d).
+        Directional Statistics, 2000, section 9.3.2), here by Laplace's method around the best r.
+        That r is above the bound is left out; it matters only for norms close to the bound.
         """
         if self.scope == "global":
             return self._direction(flat(before), flat(observed), noise.std)

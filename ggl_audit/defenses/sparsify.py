@@ -62,6 +62,11 @@ class Sparsify(Defense):
         parts = [self._censored(before[name], tensor, noise) for name, tensor in observed.items()]
         return torch.stack(parts).sum()
 
+    @property
+    def keeps_every_tensor(self) -> bool:
+        """Not over the whole gradient, where a tensor of small values goes as a whole."""
+        return self.scope == "layer"
+
     def norm_bound(self, before: float | None) -> float | None:
         """Removing values does not raise the norm."""
         return before

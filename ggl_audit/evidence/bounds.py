@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated
 
-import dp_accounting
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 from scipy.stats import binomtest
 from scipy.stats import norm as normal
-
-from ggl_audit.defenses import GaussianMechanism
 
 CONFIDENCE = 0.95
 
@@ -21,12 +19,17 @@ class Rate(BaseModel):
 
     The interval is Clopper and Pearson's (Biometrika 1934), which covers at least 95 % for every
     true rate. The advantage is (rate - chance) / (1 - chance), at the interval's ends too.
+
+    Where trials ended early, the interval spans those of every way in which the planned trials
+    could have gone on. It holds the interval of the full run, so it covers at least as often,
+    whatever ended the trials.
     """
 
     model_config = ConfigDict(frozen=True)
 
     successes: Annotated[int, Field(ge=0)]
     trials: Annotated[int, Field(ge=1)]
+    planned: Annotated[int, Field(ge=1)]
     rate: Share
     lower: Share
     upper: Share
@@ -57,25 +60,35 @@ class ReconstructionRate(Rate):
     null_p_value: float | None = None
 
 
-def measure_rate(successes: int, trials: int, chance: float) -> Rate:
+def measure_rate(successes: int, trials: int, chance: float, planned: int | None = None) -> Rate:
     """Estimates a success probability.
 
     Args:
         successes: 0 to trials.
         trials: 1 or more, independent.
         chance: the success probability of guessing, in [0, 1).
+        planned: how many trials there would have been, had they not ended early.
     """
-    interval = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")
+    planned = planned or trials
+    most = successes + planned - trials
     return Rate(
         successes=successes,
         trials=trials,
+        planned=planned,
         rate=successes / trials,
-        lower=float(interval.low),
-        upper=float(interval.high),
+        lower=_interval(successes, planned)[0],
+        upper=_interval(most, planned)[1],
         chance=chance,
     )
 
 
+@functools.cache
+def _interval(successes: int, trials: int) -> tuple[float, float]:
+    interval = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+@functools.cache
 def paired_p_value(only_attack: int, only_null: int) -> float:
     """The exact one-sided test of whether the attack identifies more than its null control.
 
@@ -112,6 +125,20 @@ def trials_needed(advantage: float, chance: float) -> int:
     return trials
 
 
+def hits_needed(advantage: float, chance: float, least: int = 1) -> int:
+    """The fewest trials that show more than an advantage, if every one of them succeeds.
+
+    Args:
+        advantage: the lower end must be above it, in [0, 1).
+        chance: the success probability of guessing.
+        least: the smallest answer.
+    """
+    trials = least
+    while measure_rate(trials, trials, chance).advantage_lower <= advantage:
+        trials += 1
+    return trials
+
+
 def empirical_mu(rate: Rate) -> float:
     """A lower bound on the Gaussian-DP parameter of whatever produced the rate.
 
@@ -122,41 +149,3 @@ def empirical_mu(rate: Rate) -> float:
     if rate.lower <= rate.chance:
         return 0.0
     return float(normal.ppf(rate.lower) - normal.ppf(rate.chance))
-
-
-class Guarantee(BaseModel):
-    """What a declared differentially private defense promises for one image and one release.
-
-    Attributes:
-        epsilon: at ``delta``, for adding or removing the image.
-        delta: as declared in ``evidence.delta``.
-        mu: the Gaussian-DP parameter.
-        reconstruction_bound: no attack identifies the image among N equally likely candidates with
-            a higher probability.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    epsilon: float
-    delta: float
-    mu: float
-    reconstruction_bound: float
-
-
-def account(mechanism: GaussianMechanism, delta: float, chance: float) -> Guarantee:
-    """Computes the guarantee of one release of the Gaussian mechanism.
-
-    Epsilon is exact (Balle and Wang, ICML 2018) by dp-accounting. The reconstruction bound is
-    Phi(Phi^-1(chance) + mu) (Hayes, Mahloujifar and Balle, NeurIPS 2023, for one Gaussian release).
-
-    Args:
-        mechanism: the bound on the norm and the noise.
-        delta: in (0, 1).
-        chance: the success probability of the best blind guess.
-    """
-    return Guarantee(
-        epsilon=float(dp_accounting.get_epsilon_gaussian(1 / mechanism.mu, delta)),
-        delta=delta,
-        mu=mechanism.mu,
-        reconstruction_bound=float(normal.cdf(normal.ppf(chance) + mechanism.mu)),
-    )

@@ -9,47 +9,68 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline, noise_norm
 from ggl_audit.gradient import Gradient, flat, norm, take
 
-LARGEST_DISTANCE = 0.05
-"""Squared and relative; other hardware's rounding stays far below, another image far above."""
+PRIVATE_IMAGE = "the private image"
+LARGEST_DISTANCE, SMALLEST_LIMIT = 0.05, 1e-4
+"""Squared and relative; other hardware's rounding stays far below."""
+
+NEAR_OTHERS, SHARE_OF_OTHERS = 0.1, 0.1
+COMPARED, TOGETHER = 64, 16
 
 
 def check_truth(
-    matching: Matching, defense: Pipeline, observed: Gradient, truth: torch.Tensor
+    matching: Matching,
+    defense: Pipeline,
+    observed: Gradient,
+    truth: torch.Tensor,
+    others: torch.Tensor,
 ) -> Check:
     """Compares the capture with what the private image gives under the declaration.
 
     What is left between the capture and the image's own defended gradient must be the declared
     noise: a chi-squared variable, judged on both sides at 1e-6 (Laplace noise: from above); or
     nothing, without noise. The
-    label with the smallest remainder counts. A wrong picture, model, mode, normalization or loss
-    scale shows here, and so does noise of another strength.
+    label with the smallest remainder counts. Without noise it must also be ten times nearer than
+    the nearest tenth of other images of that label are, which may be near too. A wrong picture,
+    model, mode, normalization or loss scale shows here, and so does noise of another strength.
 
     Args:
         matching: of the client's model.
         defense: the declared steps, of which nothing but noise may follow noise.
         observed: the capture.
         truth: (channels, height, width).
+        others: public images to compare with.
     """
     classes = matching.model.classes
     labels = torch.arange(classes, device=truth.device)
-    gradients = matching.gradients(truth.expand(classes, *truth.shape), labels)
-    remainders = []
-    for label in range(classes):
-        replica = defense.replicate(take(gradients, label), observed)
-        remainders.append(norm({name: replica[name] - observed[name] for name in observed}))
-    remainder = float(torch.stack(remainders).min())
-    size = flat(observed).numel()
-    high = noise_norm(defense.steps, size, 1 - FALSE_ACCUSATION / 2)
-    step = "the private image"
+
+    def remainders(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if len(labels) > TOGETHER:
+            pairs = zip(images.split(TOGETHER), labels.split(TOGETHER), strict=True)
+            return torch.cat([remainders(*pair) for pair in pairs])
+        gradients = matching.gradients(images, labels)
+        replicas = [defense.replicate(take(gradients, i), observed) for i in range(len(labels))]
+        return torch.stack([norm({n: r[n] - observed[n] for n in observed}) for r in replicas])
+
+    own = remainders(truth.expand(classes, *truth.shape), labels)
+    remainder, label = float(own.min()), own.argmin()
+    count = flat(observed).numel()
+    high = noise_norm(defense.steps, count, 1 - FALSE_ACCUSATION / 2)
     if high:
         noise = defense.total_noise()
         gaussian = noise is not None and noise.distribution == "gaussian"
-        low = noise.std * chi2.ppf(FALSE_ACCUSATION / 2, size) ** 0.5 if noise and gaussian else 0
+        low = noise.std * chi2.ppf(FALSE_ACCUSATION / 2, count) ** 0.5 if noise and gaussian else 0
         detail = (
             f"its own gradient leaves a remainder of norm {remainder:.4g}; "
             f"the declared noise is between {low:.4g} and {high:.4g}"
         )
-        return Check(step, "agrees" if low <= remainder <= high else "contradicts", detail)
-    distance = (remainder / float(norm(observed))) ** 2
-    detail = f"its own defended gradient is at a relative distance of {distance:.2g}"
-    return Check(step, "agrees" if distance <= LARGEST_DISTANCE else "contradicts", detail)
+        return Check(PRIVATE_IMAGE, "agrees" if low <= remainder <= high else "contradicts", detail)
+    size = norm(observed)
+    distance = float((own.min() / size) ** 2)
+    around = (remainders(others[:COMPARED], label.expand(len(others[:COMPARED]))) / size) ** 2
+    near = SHARE_OF_OTHERS * float(around.quantile(NEAR_OTHERS))
+    limit = max(SMALLEST_LIMIT, min(LARGEST_DISTANCE, near))
+    detail = (
+        f"its own defended gradient is at a relative distance of {distance:.2g}; "
+        f"at most {limit:.2g} is its own"
+    )
+    return Check(PRIVATE_IMAGE, "agrees" if distance <= limit else "contradicts", detail)

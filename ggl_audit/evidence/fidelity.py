@@ -18,8 +18,10 @@ from ggl_audit.spec import LpipsSpec
 
 SSIM_WINDOW = 7
 LPIPS_SMALLEST = 64
+FEATURES_TOGETHER = 256
 
-Perceptual = Callable[[torch.Tensor, torch.Tensor], float]
+Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""LPIPS of pairs: from images (n, channels, height, width) twice to (n,)."""
 
 
 class Fidelity(BaseModel):
@@ -86,7 +88,7 @@ def compare(
         mse=mse,
         psnr_db=psnr,
         ssim=ssim,
-        lpips=None if lpips is None else lpips(image, truth),
+        lpips=None if lpips is None else float(lpips(image[None], truth[None])),
         mse_representation=representation,
         not_measured=reasons,
     )
@@ -96,6 +98,49 @@ def mean_psnr(images: torch.Tensor, truths: torch.Tensor) -> float:
     """The PSNR in dB of the geometric mean error over n images (n, channels, height, width)."""
     errors = (images - truths).square().flatten(1).mean(1).clamp(min=1e-12)
     return float((-10 * errors.log10()).mean())
+
+
+def candidate_distances(
+    model: ClientModel, lpips: Perceptual | None
+) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """The distances by which a picture can pick a candidate, by name.
+
+    Each maps candidates (t, N, channels, height, width) and pictures (t, channels, height, width)
+    to (t, N): mean squared error over pixels; the same over what the model's head takes, where it
+    has one; LPIPS, where its weights are there.
+
+    Args:
+        model: gives the representations.
+        lpips: from :func:`load_lpips`, or None.
+    """
+
+    def pixels(candidates: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+        errors: torch.Tensor = (candidates - pictures[:, None]).square().flatten(2).mean(2)
+        return errors
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        # One by one: in train mode images of a batch share their statistics.
+        together = 1 if model.module.training else FEATURES_TOGETHER
+        parts = [model.representation(part) for part in images.split(together)]
+        return torch.cat([part for part in parts if part is not None])
+
+    def representation(candidates: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+        theirs = features(candidates.flatten(0, 1)).unflatten(0, candidates.shape[:2])
+        errors: torch.Tensor = (theirs - features(pictures)[:, None]).square().mean(2)
+        return errors
+
+    distances: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"pixels": pixels}
+    if model.head is not None:
+        distances["representation"] = representation
+    if lpips is not None:
+        perceptual = lpips
+
+        def by_lpips(candidates: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+            rows = zip(candidates, pictures, strict=True)
+            return torch.stack([perceptual(row, one.expand_as(row)) for row, one in rows])
+
+        distances["lpips"] = by_lpips
+    return distances
 
 
 def load_lpips(spec: LpipsSpec, path: Path, device: torch.device) -> Perceptual:
@@ -129,12 +174,16 @@ def load_lpips(spec: LpipsSpec, path: Path, device: torch.device) -> Perceptual:
         raise InputError(path, f"does not fit torchvision's {spec.net} backbone") from None
     network.to(device).eval()
 
-    def distance(image: torch.Tensor, truth: torch.Tensor) -> float:
-        pair = torch.stack([image, truth]).float().to(device)
-        pair = pair.expand(-1, 3, -1, -1)
-        if min(pair.shape[2:]) < LPIPS_SMALLEST:
-            pair = F.interpolate(pair, (LPIPS_SMALLEST, LPIPS_SMALLEST), mode="bilinear")
+    def prepared(images: torch.Tensor) -> torch.Tensor:
+        images = images.float().to(device).expand(-1, 3, -1, -1)
+        if min(images.shape[2:]) < LPIPS_SMALLEST:
+            images = F.interpolate(images, (LPIPS_SMALLEST, LPIPS_SMALLEST), mode="bilinear")
+        return images
+
+    def distance(images: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return float(network(pair[:1], pair[1:], normalize=True))
+            found = network(prepared(images), prepared(truths), normalize=True)
+        distances: torch.Tensor = found.flatten()
+        return distances
 
     return distance

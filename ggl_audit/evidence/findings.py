@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ggl_audit.defenses import Check
 from ggl_audit.evidence.bounds import (
-    Guarantee,
     Rate,
     ReconstructionRate,
     empirical_mu,
@@ -21,6 +20,8 @@ from ggl_audit.evidence.grade import (
     PARTLY_RECONSTRUCTED,
     reconstructed,
 )
+from ggl_audit.evidence.guarantee import Guarantee
+from ggl_audit.evidence.likeness import Likeness
 
 Severity = Literal["critical", "high", "medium", "low"]
 
@@ -51,7 +52,9 @@ def find(
     label: Rate | None,
     undefended: Rate | None,
     checks: Sequence[Check],
+    likeness: Likeness | None,
     guarantee: Guarantee | None,
+    promise: Rate | None,
 ) -> list[Finding]:
     """Collects the findings, the gravest first.
 
@@ -61,11 +64,15 @@ def find(
         label: canaries whose label was inferred from their defended gradient.
         undefended: canaries reconstructed without the defense.
         checks: the capture against each declared step.
+        likeness: of the capture to the canaries' gradients.
         guarantee: of the declared defense.
+        promise: worst-case images identified in what the client's own code sends.
     """
     findings = [
         *_capture(checks),
-        *_promise(ceiling, guarantee),
+        *_likeness(likeness),
+        *_promise(ceiling, promise, guarantee),
+        *_claim(guarantee),
         *_floor(floor),
         *_ceiling(ceiling),
         *_label(label),
@@ -91,18 +98,66 @@ def _capture(checks: Sequence[Check]) -> list[Finding]:
     ]
 
 
-def _promise(ceiling: Rate | None, guarantee: Guarantee | None) -> list[Finding]:
-    if ceiling is None or guarantee is None or empirical_mu(ceiling) <= guarantee.mu:
+def _likeness(likeness: Likeness | None) -> list[Finding]:
+    if likeness is None or likeness.outcome != "unlike":
         return []
+    return [
+        Finding(
+            id="GGL005",
+            severity="high",
+            title="The capture is unlike the canaries' gradients",
+            detail=f"Under the declaration {likeness.detail}. Likely cause: {likeness.cause}.",
+            remedy="Look at the likely cause first, then at the model's weights and round, mode, "
+            "loss and normalization, and at the names and order in the capture. Rates of canaries "
+            "do not speak for a capture that is not of their kind.",
+        )
+    ]
+
+
+def promise_is_broken(
+    ceiling: Rate | None, promise: Rate | None, guarantee: Guarantee | None
+) -> bool:
+    """Whether more is identified than the guarantee allows, or a smaller epsilon is claimed."""
+    return bool(_promise(ceiling, promise, guarantee) or _claim(guarantee))
+
+
+def _promise(
+    ceiling: Rate | None, promise: Rate | None, guarantee: Guarantee | None
+) -> list[Finding]:
+    rates = [rate for rate in (promise, ceiling) if rate is not None]
+    if guarantee is None or not rates:
+        return []
+    rate = max(rates, key=empirical_mu)
+    if empirical_mu(rate) <= guarantee.mu:
+        return []
+    how = "Worst-case images are" if rate is promise else "Canaries are"
     return [
         Finding(
             id="GGL006",
             severity="critical",
             title="The promise of differential privacy is contradicted",
-            detail=f"Candidate matching identifies so often that mu is at least "
-            f"{empirical_mu(ceiling):.2f}; the declared defense promises {guarantee.mu:.2f}.",
-            remedy="The defense does not keep its promise: look at the order of clip and noise, "
-            "at the unit that is clipped, and at the scale of the noise.",
+            detail=f"{how} identified {rate.successes} of {rate.trials} times among "
+            f"{round(1 / rate.chance)} candidates, so mu is at least {empirical_mu(rate):.2f}; the "
+            f"declared defense promises {guarantee.mu:.2f}.",
+            remedy="The defense does not keep its promise: look at whether noise is added at all, "
+            "at the order of clip and noise, at the unit that is clipped (each sample, not the "
+            "batch), and at the scale of the noise.",
+        )
+    ]
+
+
+def _claim(guarantee: Guarantee | None) -> list[Finding]:
+    if guarantee is None or not guarantee.claims_too_much:
+        return []
+    return [
+        Finding(
+            id="GGL006",
+            severity="critical",
+            title="The claimed epsilon is not what the declared noise gives",
+            detail=f"Epsilon {guarantee.claimed_epsilon:g} is claimed; the declared clip and noise "
+            f"give {guarantee.epsilon:.3g} at delta {guarantee.delta:g} over {guarantee.rounds} "
+            "rounds.",
+            remedy="More noise, fewer rounds or a smaller sampling rate; or an honest epsilon.",
         )
     ]
 

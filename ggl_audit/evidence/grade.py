@@ -8,7 +8,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from ggl_audit.defenses import Check
-from ggl_audit.evidence.bounds import Rate, ReconstructionRate, trials_needed
+from ggl_audit.evidence.bounds import (
+    Rate,
+    ReconstructionRate,
+    measure_rate,
+    paired_p_value,
+    trials_needed,
+)
+from ggl_audit.evidence.likeness import Likeness
 
 Grade = Literal["A", "B", "C", "D", "F", "inconclusive"]
 
@@ -60,23 +67,93 @@ def reconstructed(floor: ReconstructionRate | None) -> Literal["D", "F"] | None:
     return "D" if floor.advantage_lower > PARTLY_RECONSTRUCTED else None
 
 
+def fewest_significant() -> int:
+    """The fewest trials that beat the null control, if all of them do."""
+    trials = 1
+    while paired_p_value(trials, 0) > SIGNIFICANCE:
+        trials += 1
+    return trials
+
+
+def ceiling_is_settled(successes: int, trials: int, planned: int, chance: float) -> bool:
+    """Whether no outcome of the trials that are left can change what the ceiling says."""
+    ends = (measure_rate(s, planned, chance) for s in (successes, successes + planned - trials))
+    return len({_standing(rate) for rate in ends}) == 1
+
+
+def floor_is_settled(beyond: int, only_null: int, trials: int, planned: int, chance: float) -> bool:
+    """Whether no outcome of the trials that are left can change what the floor says.
+
+    Args:
+        beyond: canaries that the attack identified and the null control did not.
+        only_null: the reverse.
+        trials: done so far.
+        planned: in all.
+        chance: of guessing.
+    """
+    left = planned - trials
+    ends = []
+    for hits, nulls in ((beyond + left, only_null), (beyond, only_null + left)):
+        p_value = paired_p_value(hits, nulls)
+        measured = dict(measure_rate(hits, planned, chance))
+        ends.append(ReconstructionRate(**measured, psnr_db=0, null_p_value=p_value))
+    return reconstructed(ends[0]) == reconstructed(ends[1])
+
+
+def _standing(ceiling: Rate) -> Literal["A", "B", "above", "unclear"]:
+    if ceiling.advantage_upper <= NO_LEAKAGE:
+        return "A"
+    if ceiling.advantage_upper <= LITTLE_LEAKAGE:
+        return "B"
+    return "above" if ceiling.advantage_lower > 0 else "unclear"
+
+
 def doubts_about_ceiling(
-    matching_control: Rate | None, checks: Sequence[Check], noise_is_last: bool
+    matching_control: Rate | None,
+    checks: Sequence[Check],
+    likeness: Likeness | None,
+    *,
+    has_likelihood: bool,
+    bound_for_any_model: float,
+    fit_is_proven: bool,
+    real_images: bool,
+    promise_is_broken: bool,
+    about_the_client: Sequence[str] = (),
 ) -> list[str]:
     """The reasons for which a low ceiling must not be taken for a good defense.
 
     Args:
         matching_control: candidate matching without the defense; None if not measured.
         checks: the capture against each declared step.
-        noise_is_last: whether the matching distance is the likelihood under the declared noise.
+        likeness: of the capture to the canaries' gradients; None if not measured.
+        has_likelihood: whether matching is by the likelihood under the declared noise.
+        bound_for_any_model: the largest advantage that a clip and noise leave to anybody, whatever
+            the model's gradient is; 1 where there are none.
+        fit_is_proven: the private image is held and gives the capture, without noise.
+        real_images: the canaries are images and not samples of the prior.
+        promise_is_broken: a declared guarantee is contradicted.
+        about_the_client: what is wrong with the client's own code as a stand-in for the capture's.
     """
-    doubts = []
+    doubts = list(about_the_client)
+    if promise_is_broken:
+        doubts.append("the promise of differential privacy is contradicted")
+    if not real_images:
+        doubts.append(
+            "the canaries are samples of the prior, which may be more alike than real images are: "
+            "give an evidence.reference"
+        )
+    fits = fit_is_proven or (likeness is not None and likeness.rules_out_larger)
+    if not fits and bound_for_any_model > LITTLE_LEAKAGE:
+        doubts.append(
+            "nothing shows that the capture belongs to the declared model, and a larger gradient, "
+            "of another model or round, would stand out of this noise"
+        )
     if matching_control is not None and matching_control.advantage_lower <= MATCHING_WORKS:
         doubts.append(
             f"even without the defense it identifies only {matching_control.successes} of "
             f"{matching_control.trials}: look at the weights, the normalization and the reference"
         )
-    if not noise_is_last:
+    if not has_likelihood:
         doubts.append(
             "steps that follow noise leave this tool without the best matching statistic, so "
             "better matching may identify more"
@@ -93,9 +170,11 @@ def decide(
     floor: ReconstructionRate | None,
     ceiling: Rate | None,
     checks: Sequence[Check],
+    likeness: Likeness | None,
     doubts: Sequence[str],
     interrupted_in: str | None,
     fail_on: Grade,
+    bound_for_any_model: float = 0.0,
 ) -> Verdict:
     """Grades an audit.
 
@@ -103,11 +182,21 @@ def decide(
         floor: canaries that were reconstructed, beyond the null control; None if not measured.
         ceiling: canaries that candidate matching identified; None if not measured.
         checks: the capture against each declared step.
+        likeness: of the capture to the canaries' gradients, unless its fit is proven otherwise.
         doubts: about the ceiling; with any of them there is no A and no B.
         interrupted_in: what was running when the audit was cut short, or None.
         fail_on: the best grade that fails the gate.
+        bound_for_any_model: where nothing shows that the capture belongs to the declared model,
+            the largest advantage that a clip and noise leave to anybody; it bounds an A.
     """
-    grade, reason = _grade(floor, ceiling, checks, interrupted_in)
+    grade, reason = _grade(floor, ceiling, checks, likeness, interrupted_in)
+    if grade == "A" and bound_for_any_model > NO_LEAKAGE:
+        grade = "B"
+        reason = (
+            f"{reason.removesuffix('.')}; no A, as nothing shows that the capture belongs to the "
+            "declared model, and for any other the clip and the noise only bound the advantage "
+            f"by {bound_for_any_model:.2f}."
+        )
     if grade in ("A", "B") and doubts:
         grade, reason = "inconclusive", f"{reason.removesuffix('.')}, but {doubts[0]}."
     if grade == "inconclusive":
@@ -120,6 +209,7 @@ def _grade(
     floor: ReconstructionRate | None,
     ceiling: Rate | None,
     checks: Sequence[Check],
+    likeness: Likeness | None,
     interrupted_in: str | None,
 ) -> tuple[Grade, str]:
     contradicted = [check for check in checks if check.outcome == "contradicts"]
@@ -131,16 +221,23 @@ def _grade(
             "inconclusive",
             f"The capture contradicts {check.step}: {check.detail}.",
         )
+    if likeness is not None and likeness.outcome == "unlike":
+        return (
+            "inconclusive",
+            f"The capture is unlike the canaries' gradients: {likeness.detail}. Likely cause: "
+            f"{likeness.cause}.",
+        )
     taken = reconstructed(floor)
     if floor is not None and taken is not None:
         return taken, f"{_floor(floor)}."
     if ceiling is None:
         return "inconclusive", "No matching trials were run, so nothing bounds the leakage."
-    if ceiling.advantage_upper <= NO_LEAKAGE:
+    standing = _standing(ceiling)
+    if standing == "A":
         return "A", f"{_ceiling(ceiling)}, about as often as by guessing."
-    if ceiling.advantage_upper <= LITTLE_LEAKAGE:
+    if standing == "B":
         return "B", f"{_ceiling(ceiling)}."
-    if ceiling.advantage_lower <= 0:
+    if standing == "unclear":
         return (
             "inconclusive",
             f"Too few trials. {_ceiling(ceiling)}, which fits both no leakage and much of it; "

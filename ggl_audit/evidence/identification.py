@@ -7,17 +7,18 @@ probability of exactly 1/N, however typical an image the prior draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.defenses import Context, Pipeline
-from ggl_audit.errors import AuditError, SpecError
-from ggl_audit.gradient import Gradient, stack, take
+from ggl_audit.errors import SpecError
+from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.images import ImageSet
+
+Distances = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,25 +123,6 @@ def captured_trial(
     return Trials(indices, labels[:1], ImageSet(images, labels, "the captured image's candidates"))
 
 
-def defended_gradients(
-    matching: Matching, trials: Trials, defense: Pipeline, context: Context
-) -> Gradient:
-    """What the canaries' clients would send: tensors with a leading dimension t.
-
-    Raises:
-        AuditError: a value is NaN or infinite.
-    """
-    gradients = matching.gradients(trials.canaries, trials.labels)
-    sent = stack([defense.apply(take(gradients, i), context) for i in range(len(trials))])
-    for name, tensor in sent.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise AuditError(
-                f"the gradient of {name} on {trials.reference.source} is NaN or infinite",
-                "Look at the model's weights and at model.input.mean and std.",
-            )
-    return sent
-
-
 def rank_of_truth(distances: torch.Tensor, random: np.random.Generator) -> list[int]:
     """The rank of candidate 0 among N, 1 for the nearest; ties are broken by lot.
 
@@ -163,11 +145,11 @@ def match(
 ) -> list[int]:
     """The ceiling: ranks the truth by the matching distance of the candidates themselves.
 
-    Under Gaussian noise the squared l2 distance orders candidates by likelihood, so no
+    Where the likelihood under the declared noise is known, it orders the candidates, so no
     reconstruction identifies the truth better (Bayes, with equal prior odds).
 
     Args:
-        matching: with the declared defense and the l2 distance.
+        matching: with the declared defense, by likelihood.
         trials: t trials.
         observed: what the attacker sees of each truth, tensors with a leading dimension t.
         random: breaks ties.
@@ -180,17 +162,17 @@ def match(
 
 
 def reconstruction_ranks(
-    reconstructions: torch.Tensor, trials: Trials, random: np.random.Generator
+    reconstructions: torch.Tensor, trials: Trials, distance: Distances, random: np.random.Generator
 ) -> list[int]:
-    """The floor: ranks each canary by the pixel distance of the candidates to a reconstruction.
+    """The floor: ranks each canary by the distance of the candidates to a reconstruction.
 
     Args:
         reconstructions: (t, channels, height, width).
         trials: t trials.
+        distance: from images (t, N, ...) and reconstructions (t, ...) to (t, N).
         random: breaks ties.
 
     Returns:
         t ranks.
     """
-    difference = trials.images - reconstructions[:, None]
-    return rank_of_truth(difference.square().flatten(2).mean(2), random)
+    return rank_of_truth(distance(trials.images, reconstructions), random)

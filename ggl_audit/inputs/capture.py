@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
-from ggl_audit.errors import InputError
+from ggl_audit.errors import AuditError, InputError
 from ggl_audit.files import write_whole
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
@@ -28,31 +29,52 @@ def read_capture(path: Path, model: ClientModel) -> Gradient:
         InputError: names, shapes, count or dtypes do not fit, a value is NaN or infinite, or every
             value is zero.
     """
-    captured = read_tensors(path)
-    _check_names(path, captured, model)
+
+    def misfit(problem: str, hint: str = "") -> AuditError:
+        return InputError(path, problem, hint)
+
+    return fit_gradient(read_tensors(path), model, misfit)
+
+
+def fit_gradient(
+    captured: Tensors, model: ClientModel, misfit: Callable[[str, str], AuditError]
+) -> Gradient:
+    """Checks that named tensors are a gradient of the model, and puts them in its order.
+
+    Args:
+        captured: by parameter name.
+        model: the model that it must fit.
+        misfit: makes the error from a problem and a hint.
+
+    Returns:
+        The gradient in the model's order, on the model's device, float32.
+
+    Raises:
+        AuditError: names, shapes, count or dtypes do not fit, a value is NaN or infinite, or every
+            value is zero.
+    """
+    _check_names(captured, model, misfit)
     gradient: Gradient = {}
     for name, parameter in model.parameters.items():
         tensor = captured[name]
         if tensor.shape != parameter.shape:
-            raise InputError(
-                path,
+            raise misfit(
                 f"{name!r} has the shape {tuple(tensor.shape)}; "
                 f"the model's is {tuple(parameter.shape)}",
                 _same_shape_hint(tuple(tensor.shape), model),
             )
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(
-                path,
+            raise misfit(
                 f"{name!r} is {kind}; expected floating point",
                 "Capture the gradient after dequantization.",
             )
         gradient[name] = tensor.to(device=model.device, dtype=torch.float32)
         bad = int((~torch.isfinite(gradient[name])).sum())
         if bad:
-            raise InputError(path, f"{name!r} holds {bad} values that are NaN or infinite")
+            raise misfit(f"{name!r} holds {bad} values that are NaN or infinite", "")
     if not any(bool(tensor.any()) for tensor in gradient.values()):
-        raise InputError(path, "every value is zero: there is nothing in it to audit")
+        raise misfit("every value is zero: there is nothing in it to audit", "")
     return gradient
 
 
@@ -68,21 +90,21 @@ def write_capture(path: Path, gradient: Gradient) -> None:
     write_whole(path, save(tensors))
 
 
-def _check_names(path: Path, captured: Tensors, model: ClientModel) -> None:
+def _check_names(
+    captured: Tensors, model: ClientModel, misfit: Callable[[str, str], AuditError]
+) -> None:
     missing = [name for name in model.parameters if name not in captured]
     unknown = [name for name in captured if name not in model.parameters]
     if unknown:
         name = unknown[0]
-        raise InputError(
-            path,
+        raise misfit(
             f"holds {name!r} {tuple(captured[name].shape)}, which is no trained parameter of the "
             f"model ({len(captured)} tensors captured, the model has {len(model.parameters)})",
             _same_shape_hint(tuple(captured[name].shape), model, missing),
         )
     if missing:
         name = missing[0]
-        raise InputError(
-            path,
+        raise misfit(
             f"has no {name!r} {tuple(model.parameters[name].shape)} "
             f"({len(captured)} tensors captured, the model has {len(model.parameters)})",
             "Capture the gradient of every trained parameter.",

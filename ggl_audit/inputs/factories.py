@@ -50,6 +50,23 @@ def build_module(factory: str, kwargs: dict[str, Any], folder: Path, section: st
     return module
 
 
+def find_callable(named: str, folder: Path, key: Key) -> Callable[..., Any]:
+    """Finds a function of the user's own code.
+
+    Args:
+        named: ``file.py:callable`` (looked up in ``folder``) or ``package.module:callable``.
+        folder: the folder of the spec.
+        key: for messages.
+
+    Raises:
+        SpecError: it is not there.
+    """
+    source, separator, name = named.rpartition(":")
+    if not separator or not source or not name:
+        raise SpecError(key, f"{named!r} is not file.py:callable or package.module:callable")
+    return _named(source, name, folder, key)
+
+
 def _torchvision(name: str, key: Key) -> Callable[..., Any]:
     import torchvision.models
 

@@ -14,6 +14,7 @@ from ggl_audit.validation import first_problem
 CARD_NAME = "card.yaml"
 WEIGHTS_NAME = "generator.safetensors"
 SHEET_NAME = "samples.png"
+SEEN_NAME = "seen.safetensors"
 
 
 class Inversion(BaseModel):

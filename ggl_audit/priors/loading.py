@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ggl_audit.errors import InputError, SpecError, nearest
 from ggl_audit.inputs.factories import build_module
+from ggl_audit.inputs.images import ImageSet, fingerprints, read_image_set
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.tensors import read_tensors
-from ggl_audit.priors.card import CARD_NAME, WEIGHTS_NAME, read_card
+from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME, read_card
 from ggl_audit.priors.generator import Generator
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import LatentSpec, PriorSpec, Spec
+
+SAMPLES_TOGETHER = 256
 
 
 def bundled_folder() -> Path:
@@ -97,7 +101,17 @@ def load_trained(folder: Path) -> Prior:
         classes=card.architecture.classes,
         output_range=(-1.0, 1.0),
         source=f"prior {folder.name}",
+        seen=_seen(folder / SEEN_NAME),
     )
+
+
+def _seen(path: Path) -> frozenset[int] | None:
+    if not path.is_file():
+        return None
+    marks = read_tensors(path).get("fingerprints")
+    if marks is None or marks.ndim != 1 or marks.dtype != torch.int64:
+        raise InputError(path, "holds no fingerprints of the images that the prior was trained on")
+    return frozenset(marks.tolist())
 
 
 def _from_factory(spec: Spec, classes: int) -> Prior:
@@ -115,10 +129,33 @@ def _from_factory(spec: Spec, classes: int) -> Prior:
             raise InputError(
                 path, f"does not fit {declared.factory}: {first[-1].strip()}"
             ) from None
+    trained_on = None
+    if declared.trained_on is not None:
+        key = ("prior", "trained_on")
+        trained_on = read_image_set(declared.trained_on, spec.folder, key, "prior")
     return Prior(
         generator=generator,
         latent=declared.latent,
         classes=classes if declared.conditional else None,
         output_range=declared.output_range,
         source=f"prior {declared.factory}",
+        seen=None if trained_on is None else frozenset(fingerprints(trained_on.images)),
     )
+
+
+def sample_images(prior: Prior, labels: torch.Tensor, random: np.random.Generator) -> ImageSet:
+    """Draws images from the prior, for audits without a reference set.
+
+    Args:
+        prior: the generator.
+        labels: (n,), the class of each image; an unconditional prior draws any image for it.
+        random: draws the latents.
+    """
+    latents = torch.as_tensor(random.standard_normal((len(labels), prior.size)))
+    images = [
+        prior.decode(latent.to(labels.device, torch.float32), label)
+        for latent, label in zip(
+            latents.split(SAMPLES_TOGETHER), labels.split(SAMPLES_TOGETHER), strict=True
+        )
+    ]
+    return ImageSet(torch.cat(images), labels, f"samples of {prior.source}")

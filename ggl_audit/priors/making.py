@@ -13,8 +13,8 @@ from safetensors.torch import save
 
 from ggl_audit.errors import AuditError
 from ggl_audit.files import write_whole
-from ggl_audit.inputs.images import ImageSet, to_picture
-from ggl_audit.priors.card import CARD_NAME, SHEET_NAME, WEIGHTS_NAME, Card, render_card
+from ggl_audit.inputs.images import ImageSet, fingerprints, to_picture
+from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, SHEET_NAME, WEIGHTS_NAME, Card, render_card
 from ggl_audit.priors.generator import Architecture, Generator
 from ggl_audit.priors.training import Schedule, invert, train_generator
 from ggl_audit.validation import first_problem
@@ -77,6 +77,7 @@ def make_prior(
     weights = {name: t.cpu().contiguous() for name, t in generator.state_dict().items()}
     write_whole(folder / WEIGHTS_NAME, save(weights))
     write_whole(folder / SHEET_NAME, _sample_sheet(generator))
+    write_whole(folder / SEEN_NAME, save({"fingerprints": _fingerprints(seen)}))
     write_whole(folder / CARD_NAME, render_card(card).encode())
     return card
 
@@ -108,6 +109,11 @@ def _balanced(data: ImageSet, count: int) -> ImageSet:
         turns.append(seen[label])
     order = torch.tensor(turns).argsort(stable=True)[:count]
     return ImageSet(data.images[order], data.labels[order], data.source)
+
+
+def _fingerprints(seen: ImageSet) -> torch.Tensor:
+    """By which an audit keeps the training images out of its candidates, (n,), int64."""
+    return torch.tensor(sorted(set(fingerprints(seen.images))), dtype=torch.int64)
 
 
 def _sample_sheet(generator: Generator) -> bytes:

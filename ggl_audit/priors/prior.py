@@ -25,6 +25,7 @@ class Prior:
         classes: the number of labels it knows, or None when it takes no label.
         output_range: the generator's values for black and white.
         source: what it is, for the report.
+        seen: fingerprints of the images it was trained on; None where they are not known.
     """
 
     generator: nn.Module
@@ -32,6 +33,7 @@ class Prior:
     classes: int | None
     output_range: tuple[float, float]
     source: str
+    seen: frozenset[int] | None = None
 
     @property
     def size(self) -> int:

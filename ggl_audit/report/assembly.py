@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from ggl_audit import __version__
+from ggl_audit.clients import OwnClient
 from ggl_audit.environment import describe, peak_memory_bytes
-from ggl_audit.evidence.bounds import account, empirical_mu
+from ggl_audit.evidence.bounds import empirical_mu
+from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.fidelity import compare
-from ggl_audit.evidence.findings import find
+from ggl_audit.evidence.findings import find, promise_is_broken
 from ggl_audit.evidence.grade import decide, doubts_about_ceiling
-from ggl_audit.experiments import Measurements, Reconstructed
+from ggl_audit.evidence.guarantee import largest_advantage
+from ggl_audit.experiments import SEARCHES_COMPARED, Measurements, Reconstructed
 from ggl_audit.gradient import norm
 from ggl_audit.report.assumptions import assumptions
 from ggl_audit.report.model import (
+    Agreement,
     Captured,
     CheckedStep,
     Controls,
     Cost,
     EvidenceReport,
     InputFile,
+    LossPlace,
     Reconstruction,
     Report,
     Tool,
@@ -37,24 +42,43 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
         seconds: since the start.
     """
     spec = setting.spec
-    mechanism = setting.defense.guarantee()
-    chance = 1 / spec.evidence.candidates
-    guarantee = account(mechanism, spec.evidence.delta, chance) if mechanism else None
+    floor = measured.floor.get(setting.distance)
+    proven = not setting.defense.adds_noise() and any(
+        check.step == PRIVATE_IMAGE and check.outcome == "agrees" for check in setting.checks
+    )
+    likeness = measured.likeness
+    fits = proven or (likeness is not None and likeness.rules_out_larger)
+    bound = largest_advantage(setting.defense.guarantee(), 1 / spec.evidence.candidates)
+    rates = [rate for rate in (measured.ceiling, measured.promise) if rate is not None]
     return Report(
         tool=Tool(version=__version__),
         verdict=decide(
-            measured.floor,
+            floor,
             measured.ceiling,
             setting.checks,
+            None if proven else measured.likeness,
             doubts_about_ceiling(
-                measured.matching_control, setting.checks, setting.defense.noise_is_last()
+                measured.matching_control,
+                setting.checks,
+                measured.likeness,
+                has_likelihood=setting.defense.has_likelihood(),
+                bound_for_any_model=bound,
+                fit_is_proven=proven,
+                real_images=spec.evidence.reference is not None,
+                promise_is_broken=promise_is_broken(
+                    measured.ceiling, measured.promise, setting.guarantee
+                ),
+                about_the_client=setting.client_doubts,
             ),
             measured.stage,
             spec.gate.fail_on,
+            0.0 if fits else bound,
         ),
         captured=_captured(setting, measured),
         evidence=EvidenceReport(
-            floor=measured.floor,
+            floor=floor,
+            floor_distance=setting.distance,
+            floor_by_distance=measured.floor,
             ceiling=measured.ceiling,
             label=measured.label,
             controls=Controls(
@@ -62,8 +86,9 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
                 undefended=measured.undefended,
                 undefended_matching=measured.matching_control,
             ),
-            guarantee=guarantee,
-            empirical_mu=empirical_mu(measured.ceiling) if measured.ceiling else None,
+            promise=measured.promise,
+            guarantee=setting.guarantee,
+            empirical_mu=max(map(empirical_mu, rates), default=None),
             checks=[
                 CheckedStep(step=check.step, outcome=check.outcome, detail=check.detail)
                 for check in setting.checks
@@ -71,14 +96,16 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             not_measured=_not_measured(setting, measured),
         ),
         findings=find(
-            measured.floor,
+            floor,
             measured.ceiling,
             measured.label,
             measured.undefended,
             setting.checks,
-            guarantee,
+            None if proven else measured.likeness,
+            setting.guarantee,
+            measured.promise,
         ),
-        assumptions=assumptions(setting),
+        assumptions=assumptions(setting, measured),
         cost=Cost(
             evaluations=measured.evaluations,
             seconds=round(seconds, 3),
@@ -100,8 +127,19 @@ def _captured(setting: Setting, measured: Measurements) -> Captured:
             f"{setting.reference.source} has fewer than {setting.spec.evidence.candidates - 1} "
             f"images of class {setting.label}"
         )
+    elif setting.prior_saw_truth:
+        reasons["rank"] = (
+            "the prior was trained on the private image itself, but not on the other candidates, "
+            "so its rank by the reconstruction would be no evidence"
+        )
+    cut = f"the audit was cut short during {measured.stage}"
     if measured.captured is None:
-        reasons["reconstructions"] = f"the audit was cut short during {measured.stage}"
+        reasons["reconstructions"] = cut
+    if measured.agreement_db is None:
+        reasons["agreement"] = cut
+    if measured.likeness is None:
+        no_trials = setting.spec.evidence.reconstruction_trials == 0
+        reasons["likeness"] = "evidence.reconstruction_trials is 0" if no_trials else cut
     inferred = setting.spec.capture.labels == "infer"
     return Captured(
         labels=[setting.label],
@@ -120,7 +158,32 @@ def _captured(setting: Setting, measured: Measurements) -> Captured:
         if measured.captured
         else [],
         null=_reconstruction(measured.captured_null, setting) if measured.captured_null else None,
+        agreement=_agreement(measured),
+        loss_place=_loss_place(measured),
+        likeness=measured.likeness,
         not_measured=reasons,
+    )
+
+
+def _agreement(measured: Measurements) -> Agreement | None:
+    if measured.agreement_db is None or measured.null_agreement_db is None:
+        return None
+    return Agreement(
+        searches=SEARCHES_COMPARED,
+        psnr_db=measured.agreement_db,
+        null_psnr_db=measured.null_agreement_db,
+    )
+
+
+def _loss_place(measured: Measurements) -> LossPlace | None:
+    if measured.captured is None or not measured.canary_losses:
+        return None
+    loss = measured.captured.loss
+    return LossPlace(
+        canaries=len(measured.canary_losses),
+        canaries_above=sum(other > loss for other in measured.canary_losses),
+        nulls=len(measured.null_losses),
+        nulls_above=sum(other > loss for other in measured.null_losses),
     )
 
 
@@ -145,17 +208,47 @@ def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
     no_reconstruction = "evidence.reconstruction_trials is 0" if no_trials else cut
     no_control = "evidence.control_trials is 0" if evidence.control_trials == 0 else cut
     no_head = "" if setting.model.head else "the model has no linear head"
-    raw = setting.spec.capture.stage == "raw" and setting.defense.steps
+    applied = "the tool applied the defense itself (capture.stage is raw)"
+    raw = applied if setting.spec.capture.stage == "raw" and setting.defense.steps else ""
     reasons = {
-        "ceiling": measured.ceiling is None and no_matching,
-        "floor": measured.floor is None and no_reconstruction,
-        "label": measured.label is None and (no_head or no_matching),
-        "controls.null": measured.null is None and no_reconstruction,
-        "controls.undefended": measured.undefended is None and (no_reconstruction or no_control),
-        "controls.undefended_matching": measured.matching_control is None and no_matching,
-        "guarantee": setting.defense.guarantee() is None
-        and "the declared defense gives no differential privacy: that takes a clip of the whole "
-        "gradient and Gaussian noise after it",
-        "checks": raw and "the tool applied the defense itself (capture.stage is raw)",
+        "ceiling": "" if measured.ceiling else no_matching,
+        "floor": "" if measured.floor else no_reconstruction,
+        "label": "" if measured.label else no_head or no_matching,
+        "promise": "" if measured.promise else _no_promise(setting) or no_matching,
+        "controls.null": "" if measured.null else no_reconstruction,
+        "controls.undefended": "" if measured.undefended else no_reconstruction or no_control,
+        "controls.undefended_matching": "" if measured.matching_control else no_matching,
+        "guarantee": "" if setting.guarantee else _no_guarantee(setting),
+        "checks": raw,
     }
     return {part: reason for part, reason in reasons.items() if reason}
+
+
+def _no_guarantee(setting: Setting) -> str:
+    if setting.defense.guarantee() is not None:
+        return (
+            "a clip and noise are declared, but not whom they protect and how often: that takes "
+            "guarantee: {unit, reduction, rounds, sampling_rate, delta}"
+        )
+    if not setting.defense.steps:
+        return "no defense is declared"
+    if not setting.defense.adds_noise():
+        return (
+            f"{setting.defense} is not random, and only randomness makes a gradient differentially "
+            "private"
+        )
+    return (
+        f"{setting.defense} is not differentially private: that takes a bound on the norm of the "
+        "whole gradient and Gaussian noise after it"
+    )
+
+
+def _no_promise(setting: Setting) -> str:
+    if setting.guarantee is None:
+        return "no guarantee is declared"
+    if not isinstance(setting.client, OwnClient):
+        return (
+            "the client's own code was not given (client.step), and this tool's own defense cannot "
+            "break the promise"
+        )
+    return ""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ggl_audit.experiments import Measurements
 from ggl_audit.setting import Setting
 
 
-def assumptions(setting: Setting) -> list[str]:
+def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     """Lists what was assumed and not measured, one sentence each."""
     spec, model = setting.spec, setting.model
     evidence = spec.evidence
@@ -15,16 +16,19 @@ def assumptions(setting: Setting) -> list[str]:
         f"The capture is the gradient of one image in one step, model in {spec.model.mode} mode, "
         f"cross-entropy times {spec.model.loss.scale:g}, images normalized with mean "
         f"{spec.model.input.mean} and std {spec.model.input.std}.",
-        f"The private images are like those of {setting.reference.source}; the rates are measured "
-        "on canaries from there, with candidates of the canary's own class.",
     ]
-    if spec.prior.bundled is not None and spec.prior.bundled == evidence.reference.bundled:
-        said.append("The prior has seen none of the reference images: the parts are disjoint.")
+    if evidence.reference is None:
+        said.append(
+            f"No reference set was given: canaries and candidates are {setting.reference.source}. "
+            "They are within its reach, so the floor is too high for images that are not; and they "
+            "may be more alike than real images are, so a low ceiling is no pass."
+        )
     else:
         said.append(
-            f"Whether {setting.prior.source} was trained on any of the reference images is not "
-            "known; if it was, the floor is too high."
+            f"The private images are like those of {setting.reference.source}; the rates are "
+            "measured on canaries from there, with candidates of the canary's own class."
         )
+        said.append(_seen(setting))
     if spec.capture.labels == "infer":
         said.append(f"The captured image's label is {setting.label}, as inferred.")
     else:
@@ -41,9 +45,24 @@ def assumptions(setting: Setting) -> list[str]:
         for check in setting.checks
         if check.outcome == "hidden"
     ]
-    if setting.defense.guarantee() is not None:
+    said += _guarantee(setting)
+    if spec.client is None:
+        said.append("Canaries' gradients are defended by this tool, as declared.")
+    else:
         said.append(
-            "The guarantee is for one image and one release; over several rounds it weakens."
+            f"Canaries' gradients are made by the client's own code ({spec.client.step}), in "
+            f"batches of {spec.client.batch_size}, of which the attacker knows all but one image."
+        )
+    likeness = measured.likeness
+    if likeness is not None and likeness.outcome == "hidden":
+        said.append(
+            "That the capture belongs to the declared weights, mode, loss and normalization is "
+            f"taken for granted: {likeness.detail}."
+        )
+    if likeness is not None and likeness.outcome == "like":
+        said.append(
+            "The capture is like the canaries' gradients in every tensor that tells; a slightly "
+            "different normalization, or a loss scaled by a constant, may be too small to show."
         )
     said.append(
         f"The floor is that of one attack, {spec.attack.optimizer} with "
@@ -53,3 +72,33 @@ def assumptions(setting: Setting) -> list[str]:
     if model.head is None and spec.capture.labels != "infer":
         said.append("The model has no linear head: label recovery was not measured.")
     return said
+
+
+def _seen(setting: Setting) -> str:
+    source, prior = setting.reference.source, setting.prior
+    if prior.seen is None:
+        return (
+            f"Whether {prior.source} was trained on any of the reference images is not known; if "
+            "it was, the floor is too high."
+        )
+    if setting.left_out:
+        return (
+            f"{prior.source} was trained on {setting.left_out} images of {source}; these are "
+            "neither canaries nor candidates."
+        )
+    return f"None of the reference images is among those that {prior.source} was trained on."
+
+
+def _guarantee(setting: Setting) -> list[str]:
+    guarantee = setting.guarantee
+    if guarantee is None:
+        return []
+    rounds = "one release" if guarantee.rounds == 1 else f"{guarantee.rounds} rounds"
+    said = f"The guarantee is for adding or removing one {guarantee.unit}, over {rounds}"
+    if guarantee.sampling_rate < 1:
+        said += (
+            f", each {guarantee.unit} taking part with probability {guarantee.sampling_rate:g}, "
+            "drawn independently in every round (Poisson sampling; shuffled batches are not "
+            "covered)"
+        )
+    return [f"{said}. The measured rates are for one release that the image takes part in."]

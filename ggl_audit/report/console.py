@@ -45,10 +45,13 @@ def render_console(report: Report, console: Console) -> None:
     console.print()
     _print_pictures(report, console)
     console.print(_rates(report))
-    said = wording.identification(report)
-    if said:
-        console.print(Text(said))
+    distances = wording.other_distances(report)
+    if distances:
+        console.print(Text(distances))
     console.print(Text(wording.privacy(report)))
+    console.print()
+    for sentence in wording.captured(report):
+        console.print(Text(sentence))
     console.print()
     for check in report.evidence.checks:
         console.print(Text(f"The capture and {check.step}: {check.outcome} ({check.detail})."))

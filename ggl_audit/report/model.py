@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ggl_audit.evidence.bounds import Guarantee, Rate, ReconstructionRate
+from ggl_audit.evidence.bounds import Rate, ReconstructionRate
 from ggl_audit.evidence.fidelity import Fidelity
 from ggl_audit.evidence.findings import Finding
 from ggl_audit.evidence.grade import Verdict
+from ggl_audit.evidence.guarantee import Guarantee
+from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.inputs.images import to_picture
 
 PNG_URI = "data:image/png;base64,"
@@ -83,6 +85,36 @@ class Reconstruction(_Part):
     candidates: int | None = None
 
 
+class Agreement(_Part):
+    """How alike the pictures of independent searches are, as mean PSNR between pairs, in dB.
+
+    Attributes:
+        searches: of the captured gradient, and as many of the random one.
+        psnr_db: of the captured gradient's pictures.
+        null_psnr_db: of the random gradient's.
+    """
+
+    searches: int
+    psnr_db: float
+    null_psnr_db: float
+
+
+class LossPlace(_Part):
+    """Where the capture's matching loss stands among those of known kind.
+
+    Attributes:
+        canaries: how many canaries were attacked.
+        canaries_above: of these, how many have a higher loss than the capture.
+        nulls: how many random gradients were attacked.
+        nulls_above: of these, how many have a higher loss than the capture.
+    """
+
+    canaries: int
+    canaries_above: int
+    nulls: int
+    nulls_above: int
+
+
 class Captured(_Part):
     """The captured gradient, and what came out of it.
 
@@ -93,6 +125,9 @@ class Captured(_Part):
         truth: the private image as a PNG data URI, where it is held.
         reconstructions: one for each image of the batch.
         null: what the same attack makes of a random gradient of the same norm.
+        agreement: between independent searches.
+        loss_place: the matching loss among those of canaries and of random gradients.
+        likeness: whether it is like the canaries' gradients, so that their rates speak for it.
         not_measured: the reason for what is null or missing.
     """
 
@@ -102,6 +137,9 @@ class Captured(_Part):
     truth: PngUri | None = None
     reconstructions: list[Reconstruction] = []
     null: Reconstruction | None = None
+    agreement: Agreement | None = None
+    loss_place: LossPlace | None = None
+    likeness: Likeness | None = None
     not_measured: dict[str, str] = {}
 
 
@@ -131,20 +169,28 @@ class EvidenceReport(_Part):
     """What the grade rests on; what was not measured is null, with the reason.
 
     Attributes:
-        floor: canaries reconstructed beyond the null control.
+        floor: canaries reconstructed beyond the null control, by ``floor_distance``.
+        floor_distance: by which pictures pick candidates; declared before anything was measured.
+        floor_by_distance: the floor by every distance that can be computed; only the declared one
+            counts.
         ceiling: canaries identified by candidate matching.
         label: canaries whose label was inferred.
         controls: null and undefended.
+        promise: worst-case images identified in what the client's own code sends.
         guarantee: of the declared defense, or None.
-        empirical_mu: the least Gaussian-DP parameter that the ceiling's rate allows.
+        empirical_mu: the least Gaussian-DP parameter that the rates of ceiling and promise allow,
+            each with 97.5 % confidence.
         checks: the capture against each declared step.
         not_measured: the reason for each part that is null.
     """
 
     floor: ReconstructionRate | None = None
+    floor_distance: str = "pixels"
+    floor_by_distance: dict[str, ReconstructionRate] = {}
     ceiling: Rate | None = None
     label: Rate | None = None
     controls: Controls = Controls()
+    promise: Rate | None = None
     guarantee: Guarantee | None = None
     empirical_mu: float | None = None
     checks: list[CheckedStep] = []

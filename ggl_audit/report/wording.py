@@ -29,7 +29,7 @@ def rate_rows(report: Report) -> list[RateRow]:
         psnr = getattr(rate, "psnr_db", None)
         return RateRow(name, meaning, rate, reasons.get(key, "not measured"), psnr)
 
-    return [
+    rows = [
         row("ceiling", "ceiling (matching)", "identified by candidate matching", evidence.ceiling),
         row(
             "floor",
@@ -52,6 +52,10 @@ def rate_rows(report: Report) -> list[RateRow]:
         ),
         row("label", "label inference", "label read off the last layer", evidence.label),
     ]
+    if evidence.promise is not None:
+        among = f"worst-case images, among {round(1 / evidence.promise.chance)}"
+        rows.append(row("promise", "promise (client's code)", among, evidence.promise))
+    return rows
 
 
 def identification(report: Report) -> str | None:
@@ -72,19 +76,69 @@ def identification(report: Report) -> str | None:
     )
 
 
+def captured(report: Report) -> list[str]:
+    """What is known of the captured gradient itself, a sentence each."""
+    about = report.captured
+    said = []
+    found = identification(report)
+    if found:
+        said.append(found)
+    if about.agreement:
+        said.append(
+            f"{about.agreement.searches} independent searches agree with each other to "
+            f"{about.agreement.psnr_db:.1f} dB; on a random gradient of the same norm to "
+            f"{about.agreement.null_psnr_db:.1f} dB."
+        )
+    if about.loss_place:
+        place = about.loss_place
+        said.append(
+            f"Its matching loss is below that of {place.canaries_above} of {place.canaries} "
+            f"canaries and of {place.nulls_above} of {place.nulls} random gradients."
+        )
+    if about.likeness:
+        outcome = {
+            "like": "It is like the canaries' gradients",
+            "unlike": "It is unlike the canaries' gradients",
+            "hidden": "Whether it is like the canaries' gradients cannot be told",
+        }[about.likeness.outcome]
+        said.append(f"{outcome}: {about.likeness.detail}.")
+        if about.likeness.cause:
+            said.append(f"Likely cause: {about.likeness.cause}.")
+    return said
+
+
+def other_distances(report: Report) -> str | None:
+    """The floor by the distances that do not count."""
+    evidence = report.evidence
+    others = [
+        f"{rate.successes}/{rate.trials} by {name}"
+        for name, rate in evidence.floor_by_distance.items()
+        if name != evidence.floor_distance
+    ]
+    if not others:
+        return None
+    return (
+        f"The floor is by {evidence.floor_distance}, as declared; it would be {', '.join(others)}."
+    )
+
+
 def privacy(report: Report) -> str:
     """The declared guarantee beside what was measured, or why there is none."""
     guarantee = report.evidence.guarantee
     if guarantee is None:
         reason = report.evidence.not_measured.get("guarantee", "not measured")
         return f"No guarantee: {reason}."
+    rounds = "one release" if guarantee.rounds == 1 else f"{guarantee.rounds} rounds"
     text = (
-        f"Declared: epsilon {guarantee.epsilon:.3g} at delta {guarantee.delta:g}, "
-        f"mu {guarantee.mu:.3g}; no attack identifies more often than "
-        f"{guarantee.reconstruction_bound:.1%}."
+        f"Declared, for one {guarantee.unit}: epsilon {guarantee.epsilon:.3g} at delta "
+        f"{guarantee.delta:g} over {rounds}; mu {guarantee.mu:.3g} in one release, on which no "
+        f"attack identifies more often than {guarantee.reconstruction_bound:.1%}."
     )
     if report.evidence.empirical_mu is not None:
-        text += f" Measured: mu is at least {report.evidence.empirical_mu:.2f}."
+        text += f" Measured: mu is at least {report.evidence.empirical_mu:.2f}"
+        if report.evidence.ceiling is not None:
+            text += f", and matching identifies {report.evidence.ceiling.rate:.1%}"
+        text += "."
     return text
 
 

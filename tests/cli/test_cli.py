@@ -81,6 +81,8 @@ def test_flags_alone_declare_an_audit(samples: Path) -> None:
         "--set", "model.input.std=[0.5]",
         "--gradient", samples / "captures" / "dp.safetensors",
         "--defense", "clip:bound=1+noise:std=1",
+        "--set",
+        "guarantee={unit: sample, reduction: sum, rounds: 1, sampling_rate: 1, delta: 1.0e-5}",
         "--prior", "digits",
         "--reference", "digits",
         *SMALL,
@@ -300,12 +302,15 @@ def test_a_trained_prior_can_be_audited_with(spec: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert trained.exit_code == 0, trained.output
     assert {p.name for p in folder.iterdir()} == {
-        "card.yaml", "generator.safetensors", "samples.png",
+        "card.yaml", "generator.safetensors", "samples.png", "seen.safetensors",
     }  # fmt: skip
     assert str(tmp_path) not in (folder / "card.yaml").read_text()
     result = call("run", spec, *SMALL, "--prior", folder)
     assert result.exit_code in (0, 1, 3), result.output
-    assert "is not known" in " ".join(result.stdout.split())
+    said = " ".join(result.stdout.split())
+    assert "None of the reference images is among those that prior prior was trained on" in said
+    seen = call("run", spec, *SMALL, "--prior", folder, "--reference", tmp_path / "public.npz")
+    assert "holds only images that prior prior was trained on" in refused(seen)
 
 
 def program(*arguments: object) -> subprocess.Popen[str]:
@@ -327,7 +332,7 @@ def test_an_interrupt_ends_with_a_partial_report(
     process = program("run", spec, "--device=cpu", "--set=attack.evaluations=1000000", "-o", out)
     assert process.stderr is not None
     for line in process.stderr:
-        if "reconstruction" in line:
+        if "attack on the capture" in line:
             break
     time.sleep(2)
     process.send_signal(kind)
@@ -337,7 +342,7 @@ def test_an_interrupt_ends_with_a_partial_report(
         process.kill()
     assert process.returncode == 3, stderr
     assert "Traceback" not in stderr
-    assert "cut short during reconstruction" in " ".join(stdout.split())
+    assert "cut short during the attack on the capture" in " ".join(stdout.split())
     report = json.loads(out.read_text())
     assert report["verdict"]["grade"] == "inconclusive"
     assert report["evidence"]["ceiling"]["trials"] == 200

@@ -291,3 +291,13 @@ def test_noise_left_out_of_one_layer_is_found_and_named() -> None:
     accused, detail = Noise(std=1.0).contradiction(sent, lambda *_: 0.0)
     assert accused
     assert "values of b are within 0.01" in detail
+
+
+def test_all_the_noise_after_the_clip_counts_for_the_guarantee() -> None:
+    mechanism = Pipeline([Clip(bound=1), Noise(std=3), Noise(std=4)]).guarantee()
+    assert mechanism is not None
+    assert mechanism.mu == pytest.approx(0.2)
+    apart = Pipeline([Clip(bound=1), Noise(std=3), Sign(), Noise(std=4)]).guarantee()
+    assert apart is not None
+    assert apart.mu == pytest.approx(1 / 3)
+    assert Pipeline([Clip(bound=1), Noise(std=3, distribution="laplace")]).guarantee() is None

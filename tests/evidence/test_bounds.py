@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
-from scipy.stats import beta
-from scipy.stats import norm as normal
+from scipy.stats import beta, binom
 
-from ggl_audit.defenses import GaussianMechanism
 from ggl_audit.evidence.bounds import (
-    account,
     empirical_mu,
+    hits_needed,
     measure_rate,
     paired_p_value,
     trials_needed,
@@ -46,26 +42,6 @@ def test_enough_trials_are_enough_and_fewer_are_not() -> None:
     assert trials_needed(0.05, 1 / 32) <= 200
 
 
-@pytest.mark.parametrize(("multiplier", "bound"), [(0.5, 0.372), (1.0, 0.092), (2.0, 0.034)])
-def test_the_reconstruction_bound_at_one_percent(multiplier: float, bound: float) -> None:
-    guarantee = account(GaussianMechanism(bound=1.0, std=multiplier), 1e-5, 0.01)
-    assert guarantee.reconstruction_bound == pytest.approx(bound, abs=5e-4)
-
-
-def test_epsilon_is_the_published_one_and_solves_its_equation() -> None:
-    guarantee = account(GaussianMechanism(bound=1.0, std=1.0), 1e-5, 1 / 32)
-    assert guarantee.mu == 1.0
-    assert guarantee.epsilon == pytest.approx(4.3772, abs=1e-4)
-    for std in (0.3, 2.5):
-        found = account(GaussianMechanism(bound=1.0, std=std), 1e-5, 1 / 32)
-        mu, epsilon = 1 / std, found.epsilon
-        # Balle and Wang 2018, theorem 8.
-        delta = normal.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * normal.cdf(
-            -mu / 2 - epsilon / mu
-        )
-        assert delta == pytest.approx(1e-5, rel=1e-3)
-
-
 def test_the_empirical_mu_of_the_best_attack_stays_below_the_truth() -> None:
     """The Bayes-optimal identification of one of N orthogonal signals of norm 1."""
     random = np.random.default_rng(0)
@@ -91,3 +67,35 @@ def test_the_paired_test_is_mcnemars_exact_one() -> None:
     only_null = (null & ~attack).sum(axis=1)
     p = [paired_p_value(int(a), int(n)) for a, n in zip(only_attack, only_null, strict=True)]
     assert np.mean(np.array(p) <= 0.025) <= 0.025
+
+
+@pytest.mark.parametrize("chance", [1 / 32, 1 / 8, 0.5])
+@pytest.mark.parametrize("trials", [20, 60, 200])
+def test_rate_and_advantage_are_covered_for_every_true_rate(trials: int, chance: float) -> None:
+    """Exactly, by the binomial distribution, over a grid of true rates."""
+    rates = [measure_rate(k, trials, chance) for k in range(trials + 1)]
+    for truth in np.linspace(0.001, 0.999, 97):
+        covering = [rate.lower <= truth <= rate.upper for rate in rates]
+        advantage = (truth - chance) / (1 - chance)
+        covering_advantage = [r.advantage_lower <= advantage <= r.advantage_upper for r in rates]
+        assert covering == covering_advantage
+        assert float(binom.pmf(np.flatnonzero(covering), trials, truth).sum()) >= 0.95
+
+
+def test_fewest_hits_are_enough_and_one_less_is_not() -> None:
+    for advantage in (0.05, 0.5):
+        needed = hits_needed(advantage, 1 / 32)
+        assert measure_rate(needed, needed, 1 / 32).advantage_lower > advantage
+        fewer = needed - 1
+        assert measure_rate(fewer, fewer, 1 / 32).advantage_lower <= advantage
+
+
+@pytest.mark.parametrize("stop", [1, 7, 20, 50])
+def test_an_interval_after_an_early_end_holds_that_of_the_full_run(stop: int) -> None:
+    random = np.random.default_rng(0)
+    for truth in (0.03, 0.3, 0.8):
+        drawn = random.random(60) < truth
+        early = measure_rate(int(drawn[:stop].sum()), stop, 1 / 32, planned=60)
+        full = measure_rate(int(drawn.sum()), 60, 1 / 32)
+        assert early.lower <= full.lower <= full.upper <= early.upper
+        assert early.rate == pytest.approx(drawn[:stop].mean())

@@ -10,7 +10,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from ggl_audit.errors import InputError
-from ggl_audit.evidence.fidelity import compare, load_lpips, mean_psnr
+from ggl_audit.evidence.fidelity import candidate_distances, compare, load_lpips, mean_psnr
+from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.spec import LpipsSpec
 
@@ -82,16 +83,17 @@ def test_lpips_gives_the_published_figures(
         pixels = np.asarray(Image.open(folder / name).convert("RGB"), dtype=np.float32) / 255
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    assert distance(read("ex_p0.png"), read("ex_ref.png")) == pytest.approx(far, abs=2e-5)
-    assert distance(read("ex_p1.png"), read("ex_ref.png")) == pytest.approx(near, abs=2e-5)
+    pictures = torch.stack([read("ex_p0.png"), read("ex_p1.png")])
+    references = torch.stack([read("ex_ref.png")] * 2)
+    assert distance(pictures, references).tolist() == pytest.approx([far, near], abs=2e-5)
 
 
 def test_lpips_takes_small_grey_images(shared: Path) -> None:
     path = shared / "lpips" / "alexnet_features.pth"
     distance = load_lpips(LpipsSpec(net="alex", weights=path), path, CPU)
     image, truth = images()
-    assert distance(truth, truth) == pytest.approx(0, abs=1e-6)
-    assert distance(image, truth) > 0.01
+    assert float(distance(truth[None], truth[None])) == pytest.approx(0, abs=1e-6)
+    assert float(distance(image[None], truth[None])) > 0.01
 
 
 def test_lpips_weights_of_another_network_are_refused(shared: Path, tmp_path: Path) -> None:
@@ -101,3 +103,33 @@ def test_lpips_weights_of_another_network_are_refused(shared: Path, tmp_path: Pa
     missing = tmp_path / "none.pth"
     with pytest.raises(InputError, match="no such file"):
         load_lpips(LpipsSpec(net="alex", weights=missing), missing, CPU)
+
+
+def test_each_distance_picks_the_candidate_that_the_picture_shows(
+    model: ClientModel, shared: Path
+) -> None:
+    path = shared / "lpips" / "squeezenet1_1_features.pth"
+    lpips = load_lpips(LpipsSpec(net="squeeze", weights=path), path, CPU)
+    candidates = digits("reference").images[:12].reshape(3, 4, 1, 16, 16)
+    shown = torch.tensor([2, 0, 3])
+    pictures = (candidates[torch.arange(3), shown] + 0.02).clamp(0, 1)
+    distances = candidate_distances(model, lpips)
+    assert list(distances) == ["pixels", "representation", "lpips"]
+    for distance in distances.values():
+        found = distance(candidates, pictures)
+        assert found.shape == (3, 4)
+        assert torch.equal(found.argmin(1), shown)
+
+
+def test_distances_are_those_of_a_plain_loop(model: ClientModel) -> None:
+    candidates = digits("reference").images[:6].reshape(2, 3, 1, 16, 16)
+    pictures = digits("private").images[:2]
+    distances = candidate_distances(model, None)
+    assert list(distances) == ["pixels", "representation"]
+    for t in range(2):
+        for n in range(3):
+            metrics = compare(pictures[t], candidates[t, n], model, None)
+            pixels = distances["pixels"](candidates, pictures)[t, n]
+            features = distances["representation"](candidates, pictures)[t, n]
+            assert float(pixels) == pytest.approx(metrics.mse, rel=1e-5)
+            assert float(features) == pytest.approx(metrics.mse_representation, rel=1e-4)

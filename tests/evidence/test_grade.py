@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from ggl_audit.defenses import Check
 from ggl_audit.evidence.bounds import (
-    Guarantee,
     Rate,
     ReconstructionRate,
     measure_rate,
     paired_p_value,
 )
 from ggl_audit.evidence.findings import find
-from ggl_audit.evidence.grade import decide, doubts_about_ceiling
+from ggl_audit.evidence.grade import (
+    Grade,
+    ceiling_is_settled,
+    decide,
+    doubts_about_ceiling,
+    floor_is_settled,
+)
+from ggl_audit.evidence.guarantee import Guarantee
+from ggl_audit.evidence.likeness import Likeness
 
 CHANCE = 1 / 32
 CONTRADICTION = Check("sign()", "contradicts", "magnitudes from 0 to 1")
@@ -46,42 +56,164 @@ def rate(successes: int, trials: int, null: int = 0) -> ReconstructionRate:
 def test_the_grades_are_those_of_the_table(
     floor: ReconstructionRate | None, ceiling: Rate | None, grade: str, code: int
 ) -> None:
-    verdict = decide(floor, ceiling, [], [], None, "C")
+    verdict = decide(floor, ceiling, [], None, [], None, "C")
     assert (verdict.grade, verdict.exit_code) == (grade, code)
     assert verdict.reason.endswith(".")
 
 
 @pytest.mark.parametrize(("fail_on", "code"), [("A", 1), ("B", 1), ("C", 0), ("D", 0)])
 def test_the_gate_fails_at_its_grade_or_a_worse_one(fail_on: str, code: int) -> None:
-    assert decide(rate(0, 20), rate(12, 200), [], [], None, fail_on).exit_code == code
+    assert decide(rate(0, 20), rate(12, 200), [], None, [], None, fail_on).exit_code == code
 
 
 def test_a_contradiction_or_an_interrupt_is_never_safe() -> None:
-    contradicted = decide(rate(0, 20), rate(6, 200), [CONTRADICTION], [], None, "C")
+    contradicted = decide(rate(0, 20), rate(6, 200), [CONTRADICTION], None, [], None, "C")
     assert (contradicted.grade, contradicted.exit_code) == ("inconclusive", 3)
     assert "sign()" in contradicted.reason
-    cut = decide(rate(0, 20), rate(6, 200), [], [], "the undefended control", "C")
+    cut = decide(rate(0, 20), rate(6, 200), [], None, [], "the undefended control", "C")
     assert (cut.grade, cut.exit_code) == ("inconclusive", 3)
     assert "cut short" in cut.reason
 
 
 HIDDEN = Check("sparsify(fraction=0.9)", "hidden", "noise after it hides its trace")
+LIKE = Likeness(outcome="like", detail="0.9", rules_out_larger=True)
+UNLIKE = Likeness(outcome="unlike", detail="0.1", cause="another model")
+CANNOT_TELL = Likeness(outcome="hidden", detail="noise")
 
 
-def test_no_low_ceiling_passes_while_it_is_in_doubt() -> None:
-    assert doubts_about_ceiling(rate(50, 50), [], noise_is_last=True) == []
-    for doubts in (
-        doubts_about_ceiling(rate(3, 50), [], noise_is_last=True),
-        doubts_about_ceiling(rate(50, 50), [HIDDEN], noise_is_last=True),
-        doubts_about_ceiling(rate(50, 50), [], noise_is_last=False),
-    ):
-        assert len(doubts) == 1
-        for ceiling in (rate(6, 200), rate(12, 200)):
-            verdict = decide(rate(0, 20), ceiling, [], doubts, None, "C")
-            assert (verdict.grade, verdict.exit_code) == ("inconclusive", 3)
-            assert doubts[0] in verdict.reason
-        assert decide(rate(0, 20), rate(150, 200), [], doubts, None, "C").grade == "C"
-        assert decide(rate(20, 20), rate(200, 200), [], doubts, None, "C").grade == "F"
+def doubts(**given: Any) -> list[str]:
+    """Of a ceiling beyond doubt, but for what is given."""
+    fine: dict[str, Any] = {
+        "matching_control": rate(50, 50),
+        "checks": [],
+        "likeness": LIKE,
+        "has_likelihood": True,
+        "bound_for_any_model": 1.0,
+        "fit_is_proven": False,
+        "real_images": True,
+        "promise_is_broken": False,
+    }
+    return doubts_about_ceiling(**{**fine, **given})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"matching_control": rate(3, 50)},
+        {"checks": [HIDDEN]},
+        {"has_likelihood": False},
+        {"likeness": CANNOT_TELL},
+        {"likeness": None},
+        {"real_images": False},
+        {"promise_is_broken": True},
+        {"likeness": LIKE.model_copy(update={"rules_out_larger": False})},
+        {"likeness": CANNOT_TELL, "bound_for_any_model": 0.3},
+        {"about_the_client": ["it contradicts the clip"]},
+    ],
+)
+def test_no_low_ceiling_passes_while_it_is_in_doubt(given: dict[str, Any]) -> None:
+    found = doubts(**given)
+    assert len(found) == 1
+    for ceiling in (rate(6, 200), rate(12, 200)):
+        verdict = decide(rate(0, 20), ceiling, [], None, found, None, "C")
+        assert (verdict.grade, verdict.exit_code) == ("inconclusive", 3)
+        assert found[0] in verdict.reason
+    assert decide(rate(0, 20), rate(150, 200), [], None, found, None, "C").grade == "C"
+    assert decide(rate(20, 20), rate(200, 200), [], None, found, None, "C").grade == "F"
+
+
+def test_a_ceiling_beyond_doubt_passes() -> None:
+    assert doubts() == []
+    assert doubts(likeness=CANNOT_TELL, bound_for_any_model=0.2) == []
+    for bound, grade in ((0.2, "B"), (0.04, "A")):
+        verdict = decide(rate(0, 20), rate(6, 200), [], None, [], None, "C", bound)
+        assert verdict.grade == grade
+    assert doubts(likeness=CANNOT_TELL, fit_is_proven=True) == []
+
+
+def test_a_capture_that_is_unlike_the_canaries_has_no_grade() -> None:
+    for ceiling in (rate(6, 200), rate(200, 200)):
+        verdict = decide(rate(20, 20), ceiling, [], UNLIKE, [], None, "C")
+        assert (verdict.grade, verdict.exit_code) == ("inconclusive", 3)
+        assert "another model" in verdict.reason
+
+
+def full_grade(ceiling_hits: list[bool], floor_hits: list[bool], nulls: list[bool]) -> Grade:
+    pairs = list(zip(floor_hits, nulls, strict=True))
+    floor = rate(pairs.count((True, False)), len(floor_hits), null=pairs.count((False, True)))
+    ceiling = rate(sum(ceiling_hits), len(ceiling_hits))
+    return decide(floor, ceiling, [], None, [], None, "C").grade
+
+
+def early_grade(
+    ceiling_hits: list[bool], floor_hits: list[bool], nulls: list[bool]
+) -> tuple[Grade, int]:
+    """The grade when both experiments end as soon as they are settled, and the trials left out."""
+    planned = len(ceiling_hits)
+    done = next(
+        n
+        for n in range(1, planned + 1)
+        if ceiling_is_settled(sum(ceiling_hits[:n]), n, planned, CHANCE)
+    )
+    ceiling = measure_rate(sum(ceiling_hits[:done]), done, CHANCE, planned)
+    planned = len(floor_hits)
+    for count in range(1, planned + 1):
+        pairs = list(zip(floor_hits[:count], nulls[:count], strict=True))
+        beyond, only_null = pairs.count((True, False)), pairs.count((False, True))
+        if floor_is_settled(beyond, only_null, count, planned, CHANCE):
+            break
+    p_value = paired_p_value(beyond, only_null + planned - count)
+    measured = dict(measure_rate(beyond, count, CHANCE, planned))
+    floor = ReconstructionRate(**measured, psnr_db=20, null_p_value=p_value)
+    left = len(ceiling_hits) - done + planned - count
+    return decide(floor, ceiling, [], None, [], None, "C").grade, left
+
+
+@pytest.mark.parametrize("rate_of_matching", [1 / 32, 0.06, 0.12, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("rate_of_pictures", [1 / 32, 0.3, 0.55, 0.95])
+def test_ending_early_gives_the_grade_of_the_full_run(
+    rate_of_matching: float, rate_of_pictures: float
+) -> None:
+    """In every simulated audit, so that what the error was, it stays."""
+    random = np.random.default_rng(0)
+    saved = 0
+    for _ in range(40):
+        ceiling = (random.random(200) < rate_of_matching).tolist()
+        floor = (random.random(20) < rate_of_pictures).tolist()
+        nulls = (random.random(20) < CHANCE).tolist()
+        early, left = early_grade(ceiling, floor, nulls)
+        assert early == full_grade(ceiling, floor, nulls)
+        saved += left
+    assert saved > 0
+
+
+def test_a_wrong_grade_is_rarer_than_one_in_twenty_whether_ended_early_or_not() -> None:
+    """At the true rates where an A, a B, a D or an F would be just wrong."""
+    random = np.random.default_rng(1)
+    runs = 400
+
+    def share(wrong: set[Grade], matching: float, pictures: float) -> float:
+        found = 0
+        for _ in range(runs):
+            ceiling = (random.random(200) < matching).tolist()
+            floor = (random.random(20) < pictures).tolist()
+            nulls = (random.random(20) < CHANCE).tolist()
+            found += early_grade(ceiling, floor, nulls)[0] in wrong
+        return found / runs
+
+    def at(advantage: float) -> float:
+        return CHANCE + advantage * (1 - CHANCE)
+
+    slack = 1.65 * (0.05 * 0.95 / runs) ** 0.5
+    assert share({"A"}, at(0.0501), CHANCE) <= 0.05 + slack
+    assert share({"A", "B"}, at(0.2501), CHANCE) <= 0.05 + slack
+    assert share({"D", "F"}, 1.0, at(0.05)) <= 0.05 + slack
+    assert share({"F"}, 1.0, at(0.5)) <= 0.05 + slack
+
+
+def guarantee(mu: float, **given: Any) -> Guarantee:
+    described = {"unit": "sample", "rounds": 1, "sampling_rate": 1, "delta": 1e-5}
+    return Guarantee(**described, epsilon=1, mu=mu, reconstruction_bound=0.1, **given)
 
 
 def ids(**given: object) -> list[str]:
@@ -91,7 +223,9 @@ def ids(**given: object) -> list[str]:
         "label": None,
         "undefended": None,
         "checks": [],
+        "likeness": None,
         "guarantee": None,
+        "promise": None,
     }
     return [finding.id for finding in find(**{**nothing, **given})]
 
@@ -105,16 +239,20 @@ def test_every_finding_is_found_when_it_is_there_and_only_then() -> None:
     assert ids(label=measure_rate(200, 200, 0.1)) == ["GGL003"]
     assert ids(label=measure_rate(20, 200, 0.1)) == []
     assert ids(checks=[CONTRADICTION]) == ["GGL005"]
-    promise = Guarantee(epsilon=1, delta=1e-5, mu=0.5, reconstruction_bound=0.1)
-    assert ids(ceiling=rate(150, 200), guarantee=promise) == ["GGL006", "GGL002"]
-    kept = Guarantee(epsilon=1, delta=1e-5, mu=9, reconstruction_bound=1)
-    assert "GGL006" not in ids(ceiling=rate(150, 200), guarantee=kept)
+    assert ids(likeness=UNLIKE) == ["GGL005"]
+    assert ids(likeness=LIKE) == ids(likeness=CANNOT_TELL) == []
+    assert ids(ceiling=rate(150, 200), guarantee=guarantee(0.5)) == ["GGL006", "GGL002"]
+    assert "GGL006" not in ids(ceiling=rate(150, 200), guarantee=guarantee(9))
+    broken = measure_rate(190, 200, 1 / 8)
+    assert ids(promise=broken, guarantee=guarantee(1)) == ["GGL006"]
+    assert ids(promise=broken, guarantee=guarantee(4)) == []
+    assert ids(guarantee=guarantee(1, claimed_epsilon=0.5)) == ["GGL006"]
     assert ids(undefended=rate(0, 10)) == ["GGL007"]
     assert ids(undefended=rate(10, 10)) == []
     assert ids(ceiling=rate(1, 60)) == ["GGL008"]
 
 
 def test_more_trials_are_only_asked_for_where_they_can_help() -> None:
-    few = find(None, rate(0, 5), None, None, [], None)[0]
+    few = find(None, rate(0, 5), None, None, [], None, None, None)[0]
     assert "evidence.matching_trials=" in few.remedy
     assert ids(ceiling=rate(14, 200)) == []

@@ -68,7 +68,7 @@ def test_the_report_survives_json(report: Report, tmp_path: Path) -> None:
 
 
 def test_inputs_are_named_as_declared_and_not_by_this_machine(report: Report) -> None:
-    assert [Path(file.path).is_absolute() for file in report.inputs] == [False] * 6
+    assert [Path(file.path).is_absolute() for file in report.inputs] == [False] * 7
     weights = Path(__file__).parents[2] / "gan_weights" / "digits" / "generator.safetensors"
     digests = {file.path: file.sha256 for file in report.inputs}
     expected = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -89,7 +89,7 @@ def test_nothing_that_was_not_measured_is_a_number(sample: Callable[..., Spec]) 
     assert evidence.controls.null is evidence.controls.undefended is evidence.guarantee is None
     assert set(evidence.not_measured) == {
         "ceiling", "floor", "controls.null", "controls.undefended", "label", "guarantee",
-        "controls.undefended_matching",
+        "controls.undefended_matching", "promise",
     }  # fmt: skip
     assert all(evidence.not_measured.values())
     found = report.captured.reconstructions[0]

@@ -1,4 +1,4 @@
-"""The client's side: what a client of the declared model sends for one image."""
+"""Makes a capture: what a client of the declared model sends for one picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.images import read_image
 from ggl_audit.inputs.model import load_model
-from ggl_audit.setting import client_context
+from ggl_audit.randomness import client_context
 from ggl_audit.spec import Spec
 
 

@@ -1,0 +1,140 @@
+"""What clients send for single images: by the declaration, or by the client's own code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ggl_audit.attack.matching import Matching
+from ggl_audit.defenses import Context, Pipeline
+from ggl_audit.errors import AuditError, SpecError
+from ggl_audit.gradient import Gradient, each, stack, take
+from ggl_audit.inputs.capture import fit_gradient
+from ggl_audit.inputs.images import ImageSet
+
+Step = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]
+"""The client's own training step: from (model, images, labels) to what it sends."""
+
+
+class Client(Protocol):
+    """Whose gradients are audited."""
+
+    def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
+        """What the attacker sees of n images, each sent on its own.
+
+        Args:
+            images: (n, channels, height, width) in [0, 1].
+            labels: (n,).
+            context: the clients' randomness.
+
+        Returns:
+            Tensors with a leading dimension n.
+
+        Raises:
+            AuditError: a value is NaN or infinite, or the client's own code fails.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DeclaredClient:
+    """A client that does what was declared, as this tool does it.
+
+    Attributes:
+        matching: of the client's model.
+        defense: what it applies.
+    """
+
+    matching: Matching
+    defense: Pipeline
+
+    def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
+        """The declared defense on each image's gradient."""
+        gradients = self.matching.gradients(images, labels)
+        sent = stack([self.defense.apply(take(gradients, i), context) for i in range(len(labels))])
+        for name, tensor in sent.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise AuditError(
+                    f"the gradient of {name} on a reference image is NaN or infinite",
+                    "Look at the model's weights and at model.input.mean and std.",
+                )
+        return sent
+
+
+@dataclass(frozen=True)
+class OwnClient:
+    """A client that runs its own code.
+
+    In a batch the image has companions, which the attacker knows, as differential privacy allows
+    him to (the informed adversary of Balle, Cherubin and Hayes, S&P 2022). Their share, as it would
+    be under the declaration, is taken out, so that what is left is as if sent for the image alone.
+
+    Attributes:
+        step: the client's code.
+        matching: of the client's model.
+        defense: as declared.
+        companions: the images that companions are drawn from.
+        batch_size: images in a step.
+        averaged: whether the step sends a mean over the batch, and not a sum.
+        always_the_same: whether the companions are drawn once for all, from the first of them.
+    """
+
+    step: Step
+    matching: Matching
+    defense: Pipeline
+    companions: ImageSet
+    batch_size: int
+    averaged: bool
+    always_the_same: bool = False
+
+    def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
+        """What the client's own code sends for each image, less its companions' share."""
+        pairs = zip(images, labels, strict=True)
+        return stack([self._send_one(image, label, context) for image, label in pairs])
+
+    def _send_one(self, image: torch.Tensor, label: torch.Tensor, context: Context) -> Gradient:
+        model, generator = self.matching.model, context.generator
+        drawn = torch.arange(self.batch_size - 1, device=generator.device)
+        if not self.always_the_same:
+            drawn.random_(0, len(self.companions), generator=generator)
+        others, other_labels = self.companions.images[drawn], self.companions.labels[drawn]
+        images, labels = torch.cat([image[None], others]), torch.cat([label[None], other_labels])
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                sent = self.step(
+                    copy.deepcopy(model.module), (images - model.mean) / model.std, labels
+                )
+            except (Exception, SystemExit) as error:
+                # Whatever the user's own code raises is a fault in the input.
+                raise _fault(f"failed with {type(error).__name__}: {error}") from error
+        if not isinstance(sent, dict) or not all(
+            isinstance(t, torch.Tensor) for t in sent.values()
+        ):
+            raise _fault(f"returned a {type(sent).__name__}; expected tensors by parameter name")
+        gradient = fit_gradient({n: t.detach() for n, t in sent.items()}, model, _fault)
+        if self.batch_size == 1:
+            return gradient
+        factor = self.batch_size if self.averaged else 1
+        gradients = self.matching.gradients(others, other_labels)
+        shares = stack(
+            [
+                self.defense.without_noise(take(gradients, i), context)
+                for i in range(self.batch_size - 1)
+            ]
+        )
+        known = each(lambda tensor: tensor.sum(0), shares)
+        return {name: factor * tensor - known[name] for name, tensor in gradient.items()}
+
+
+def _fault(problem: str, hint: str = "") -> SpecError:
+    return SpecError(
+        ("client", "step"),
+        f"the client's code {problem}",
+        hint or "It is called as step(model, images, labels, **client.kwargs), images normalized.",
+    )

@@ -1,0 +1,138 @@
+"""Is the captured gradient like the canaries', so that their rates speak for it?
+
+Where the private image is not held, nothing says directly that the capture belongs to the declared
+model. But the attack's best picture has a gradient too. If the capture is what was declared, that
+gradient agrees with it about as well as those of the canaries' pictures agree with theirs; if it is
+of another model, mode, normalization or order, some tensors agree no better than for a random
+gradient, for which the null control's searches are the measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+FEWEST_CANARIES = 5
+WORST, CLEAR, HALFWAY = 1.0, 0.9, 0.5
+WHOLE = "the whole gradient"
+NONE, SOME = 1e-10, 1e-7
+
+
+class Likeness(BaseModel):
+    """What became of the comparison.
+
+    Attributes:
+        outcome: ``like`` the canaries' gradients, ``unlike`` them, or ``hidden`` where even theirs
+            cannot be told from random ones, or there were too few.
+        detail: the figures, as a sentence without a full stop.
+        place: of the tensor that agrees least: 1 where the worst canary is, 0 where the best random
+            gradient is.
+        cause: what is likely wrong with a capture that is unlike.
+        rules_out_larger: it is like, which the gradient as a whole shows, and its norm is not above
+            that of every canary, so that no larger gradient was sent than the canaries' are.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    outcome: Literal["like", "unlike", "hidden"]
+    detail: str
+    place: float | None = None
+    cause: str | None = None
+    rules_out_larger: bool = False
+
+
+def judge_zeros(
+    captured: torch.Tensor, canaries: torch.Tensor, names: Sequence[str]
+) -> Likeness | None:
+    """Finds a tensor that holds nothing in all canaries and something in the capture, or reversed.
+
+    What is zero up to rounding is so for a reason in the model's structure: a bias before batch
+    norm has no gradient in train mode and has one in eval mode.
+
+    Args:
+        captured: (k,), the share of each tensor in the squared norm of the capture.
+        canaries: (n, k), the same for the canaries.
+        names: of the k tensors.
+
+    Returns:
+        None where there is no such tensor.
+    """
+    if len(canaries) < FEWEST_CANARIES:
+        return None
+    pairs = (
+        (captured > SOME, (canaries < NONE).all(0), "something", "nothing"),
+        (captured < NONE, (canaries > SOME).all(0), "nothing", "something"),
+    )
+    for own, theirs, has, have in pairs:
+        different = torch.nonzero(own & theirs).flatten().tolist()
+        if different:
+            listed = ", ".join(names[i] for i in different)
+            return Likeness(
+                outcome="unlike",
+                detail=f"it holds {has} in {listed}, where every canary's gradient holds {have}",
+                cause="the mode: a bias before batch norm has a gradient in eval mode only",
+            )
+    return None
+
+
+def judge(
+    captured: torch.Tensor, canaries: torch.Tensor, nulls: torch.Tensor, names: Sequence[str]
+) -> Likeness:
+    """Places the capture between the canaries and the null control, tensor by tensor.
+
+    A tensor counts if every canary's agreement is above every null's by more than the nulls spread.
+    There the capture is at 1 where the worst canary is and at 0 where the best null is; it is
+    unlike if any tensor is below one half. If the capture is exchangeable with n canaries, a tensor
+    falls below the worst of them with a probability of 1/(n+1), and below one half less often.
+    Between one half and 0.9 it is only said to be unlike if it reaches 1 under another
+    declaration, which the caller tries.
+
+    Args:
+        captured: (k,), the cosine between the capture and the best picture's replica, for each of
+            k - 1 tensors and for the whole gradient.
+        canaries: (n, k), the same for the canaries.
+        nulls: (m, k), the same for random gradients of the same norms.
+        names: of the k - 1 tensors.
+    """
+    if len(canaries) < FEWEST_CANARIES:
+        return Likeness(
+            outcome="hidden",
+            detail=f"fewer than {FEWEST_CANARIES} canaries were reconstructed",
+        )
+    worst, best = canaries.amin(0), nulls.amax(0)
+    gap = worst - best
+    counted = gap > best - nulls.amin(0)
+    if not bool(counted.any()):
+        return Likeness(
+            outcome="hidden",
+            detail="the best pictures of canaries explain their gradients no better than those of "
+            "random gradients do",
+        )
+    place = torch.where(counted, (captured - best) / gap.clamp(min=1e-9), torch.inf)
+    named = [*names, WHOLE]
+    lowest = int(place.argmin())
+    detail = (
+        f"in {named[lowest]} its best picture's gradient has a cosine of {captured[lowest]:.2f} "
+        f"with it; canaries reach {worst[lowest]:.2f} or more, random gradients {best[lowest]:.2f} "
+        "or less"
+    )
+    if bool(place[lowest] >= HALFWAY):
+        return Likeness(
+            outcome="like",
+            detail=detail,
+            place=float(place[lowest]),
+            rules_out_larger=bool(counted[-1]),
+        )
+    low = [name for name, at in zip(named, place.tolist(), strict=True) if at < HALFWAY]
+    right = int(counted.sum()) - len(low)
+    if WHOLE not in low and right >= len(low):
+        cause = f"the order or layout of the values in {', '.join(low)}"
+    else:
+        cause = (
+            "the weights are of another model or round, the loss, mode or normalization is "
+            "another, or it is no gradient of such an image"
+        )
+    return Likeness(outcome="unlike", detail=detail, place=float(place[lowest]), cause=cause)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ggl_audit.evidence.likeness import WHOLE, judge, judge_zeros
+
+NAMES = ["first", "second", "bias"]
+
+
+def agreements(count: int, first: float, second: float, bias: float, whole: float) -> torch.Tensor:
+    """Rows that spread by 0.05 around the given cosines."""
+    torch.manual_seed(count)
+    spread = 0.05 * (torch.rand(count, 4) - 0.5)
+    return torch.tensor([first, second, bias, whole]) + spread
+
+
+CANARIES = agreements(20, 0.9, 0.8, 0.3, 0.85)
+NULLS = agreements(21, 0.0, 0.0, 0.3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("captured", "outcome", "cause"),
+    [
+        ([0.9, 0.8, 0.3, 0.85], "like", None),
+        ([0.9, 0.8, -0.9, 0.85], "like", None),
+        ([0.5, 0.8, 0.3, 0.85], "like", None),
+        ([0.2, 0.8, 0.3, 0.85], "unlike", "order or layout of the values in first"),
+        ([0.9, 0.1, 0.3, 0.85], "unlike", "order or layout of the values in second"),
+        ([0.1, 0.1, 0.3, 0.1], "unlike", "another model or round"),
+    ],
+)
+def test_the_tensor_that_agrees_least_decides(
+    captured: list[float], outcome: str, cause: str | None
+) -> None:
+    found = judge(torch.tensor(captured), CANARIES, NULLS, NAMES)
+    assert found.outcome == outcome
+    if cause is None:
+        assert found.cause is None
+    else:
+        assert found.cause is not None
+        assert cause in found.cause
+
+
+def test_where_canaries_cannot_be_told_from_noise_nothing_is_said() -> None:
+    found = judge(NULLS[0], NULLS[:10], NULLS[10:], NAMES)
+    assert found.outcome == "hidden"
+    found = judge(CANARIES[0], CANARIES[:4], NULLS, NAMES)
+    assert found.outcome == "hidden"
+    assert "fewer than 5" in found.detail
+
+
+def test_a_capture_of_the_canaries_kind_is_rarely_unlike() -> None:
+    """Exchangeable with the canaries, whatever their distribution."""
+    unlike = 0
+    for seed in range(300):
+        torch.manual_seed(seed)
+        rows = 1 - 0.6 * torch.rand(9, 4) ** 3
+        unlike += judge(rows[0], rows[1:], NULLS, NAMES).outcome == "unlike"
+    assert unlike <= 300 * 2 * 4 / 9 * 0.1
+
+
+def test_a_tensor_that_is_empty_by_structure_tells_the_mode() -> None:
+    canaries = torch.tensor([[0.7, 0.3, 1e-15]]).repeat(8, 1)
+    assert judge_zeros(torch.tensor([0.6, 0.4, 1e-14]), canaries, NAMES) is None
+    found = judge_zeros(torch.tensor([0.6, 0.39, 0.01]), canaries, NAMES)
+    assert found is not None
+    assert found.outcome == "unlike"
+    assert "something in bias" in found.detail
+    full = torch.tensor([[0.7, 0.29, 0.01]]).repeat(8, 1)
+    found = judge_zeros(torch.tensor([0.7, 0.3, 1e-15]), full, NAMES)
+    assert found is not None
+    assert "nothing in bias" in found.detail
+    assert judge_zeros(torch.tensor([0.7, 0.3, 1e-15]), full[:3], NAMES) is None
+
+
+def test_the_whole_gradient_counts_as_a_tensor() -> None:
+    found = judge(torch.tensor([0.9, 0.8, 0.3, 0.2]), CANARIES, NULLS, NAMES)
+    assert found.outcome == "unlike"
+    assert WHOLE in found.detail

@@ -9,11 +9,11 @@ from ggl_audit.experiments import (
     Measurements,
     attack_capture,
     match_candidates,
-    planned_evaluations,
     reconstruct,
     reconstruct_undefended,
-    test_promise,
+    try_promise,
 )
+from ggl_audit.forecast import planned_evaluations
 from ggl_audit.report.assembly import assemble
 from ggl_audit.report.model import Report
 from ggl_audit.setting import prepare
@@ -70,7 +70,7 @@ def run_audit(spec: Spec, progress: Progress) -> Report:
         match_candidates(setting, trials.first(evidence.matching_trials), measured, advance)
 
         begin("the test of the promise")
-        test_promise(setting, evidence.matching_trials, measured, advance)
+        try_promise(setting, evidence.matching_trials, measured, advance)
 
         begin("the attack on the capture")
         attack_capture(setting, measured, advance)

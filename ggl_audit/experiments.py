@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -35,7 +34,6 @@ CANARIES_TOGETHER = 25
 CANARIES_BETWEEN_LOOKS = 5
 MATCHING_CONTROL_TRIALS = 50
 SEARCHES_COMPARED = 4
-STEPS_TO_PREDICT = (2, 8)
 
 Advance = Callable[[int], None]
 
@@ -104,37 +102,6 @@ class Measurements:
     undefended: ReconstructionRate | None = None
 
 
-def planned_evaluations(setting: Setting) -> int:
-    """The candidates that an audit evaluates, but for the search for a misfit's cause."""
-    return planned_matching(setting) + planned_searches(setting) * evaluations_each(setting)
-
-
-def planned_matching(setting: Setting) -> int:
-    """The candidates of the ceiling, its control and the promise."""
-    evidence = setting.spec.evidence
-    matched = min(evidence.matching_trials, len(setting.trials()))
-    tests_promise = isinstance(setting.client, OwnClient) and setting.guarantee is not None
-    promised = evidence.matching_trials if tests_promise else 0
-    if setting.defense.steps:
-        matched += min(matched, MATCHING_CONTROL_TRIALS)
-    return matched * (evidence.candidates + 1) + promised
-
-
-def planned_searches(setting: Setting) -> int:
-    """The searches of the capture, the canaries, the null control and the undefended control."""
-    evidence = setting.spec.evidence
-    canaries = len(setting.trials().first(evidence.reconstruction_trials))
-    controls = min(evidence.control_trials, canaries) if setting.defense.steps else 0
-    return 2 * (SEARCHES_COMPARED + canaries) + controls
-
-
-def evaluations_each(setting: Setting) -> int:
-    """The candidates of one search."""
-    attack = setting.spec.attack
-    rounds = (attack.evaluations // attack.restarts - 1) // attack.population
-    return attack.restarts * (rounds * attack.population + 1)
-
-
 def match_candidates(
     setting: Setting, trials: Trials, measured: Measurements, advance: Advance
 ) -> None:
@@ -149,7 +116,7 @@ def match_candidates(
         return
     chance = 1 / setting.spec.evidence.candidates
     planned = len(trials)
-    hits, labels_right, done = _match(
+    hits, labels_right, done = run_matching(
         setting, setting.client, setting.defense, trials, "matching", advance
     )
     measured.ceiling = measure_rate(hits, done, chance, planned)
@@ -158,7 +125,7 @@ def match_candidates(
     if setting.defense.steps:
         control = trials.first(MATCHING_CONTROL_TRIALS)
         client = DeclaredClient(Matching(setting.model, Pipeline()), Pipeline())
-        hits, _, done = _match(
+        hits, _, done = run_matching(
             setting, client, Pipeline(), control, "matching control", advance, to_the_end=True
         )
         measured.matching_control = measure_rate(hits, done, chance)
@@ -166,7 +133,7 @@ def match_candidates(
         measured.matching_control = measured.ceiling
 
 
-def test_promise(setting: Setting, trials: int, measured: Measurements, advance: Advance) -> None:
+def try_promise(setting: Setting, trials: int, measured: Measurements, advance: Advance) -> None:
     """Identifies worst-case images in what the client's own code sends, against its guarantee."""
     if not isinstance(setting.client, OwnClient) or setting.guarantee is None or trials == 0:
         return
@@ -206,7 +173,9 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
     null = null_gradient(setting.observed, setting.defense, context)
     observed = stack([setting.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
     labels = torch.full((2 * SEARCHES_COMPARED,), setting.label, device=setting.model.device)
-    result, images = _search(setting, setting.defense, observed, labels, "captured search", advance)
+    result, images = run_search(
+        setting, setting.defense, observed, labels, "captured search", advance
+    )
     measured.captured = _reconstructed(result, images, 0, setting)
     measured.captured_null = _reconstructed(result, images, SEARCHES_COMPARED, setting)
     if not result.complete:
@@ -242,8 +211,7 @@ def reconstruct(
     null_pictures: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
     agreements: list[torch.Tensor] = []
-    canary_shares: list[torch.Tensor] = []
-    largest = 0.0
+    gradients: list[Gradient] = []
     together = CANARIES_BETWEEN_LOOKS if setting.spec.evidence.stop_early else planned
     for part in canaries.batches(together):
         sent = setting.client.send(part.canaries, part.labels, context)
@@ -251,13 +219,12 @@ def reconstruct(
         nulls = [null_gradient(take(sent, i), setting.defense, context) for i in range(len(part))]
         observed = concatenate([sent, stack(nulls)])
         purpose = f"canary search {len(pictures)}"
-        result, images = _search(setting, setting.defense, observed, labels, purpose, advance)
+        result, images = run_search(setting, setting.defense, observed, labels, purpose, advance)
         if not result.complete:
             raise KeyboardInterrupt
         matching = Matching(setting.model, setting.defense)
         agreements.append(matching.agreement(images, labels, observed).unflatten(0, (2, -1)))
-        canary_shares.append(shares(sent))
-        largest = max(largest, *(float(norm(take(sent, i))) for i in range(len(part))))
+        gradients.append(sent)
         losses.append(result.losses.unflatten(0, (2, -1)))
         found, null_found = images.unflatten(0, (2, -1))
         pictures.append(found)
@@ -290,10 +257,8 @@ def reconstruct(
             controls_planned = min(planned, setting.spec.evidence.control_trials)
             measured.undefended = _rate(right, found, controls, controls_planned)
     measured.likeness = _likeness(
-        setting, measured, torch.cat(agreements, dim=1), torch.cat(canary_shares), advance
+        setting, measured, torch.cat(agreements, dim=1), concatenate(gradients), advance
     )
-    if float(norm(setting.observed)) > largest:
-        measured.likeness = measured.likeness.model_copy(update={"rules_out_larger": False})
 
 
 def reconstruct_undefended(
@@ -308,7 +273,9 @@ def reconstruct_undefended(
         return
     gradients = Matching(setting.model, Pipeline()).gradients(canaries.canaries, canaries.labels)
     labels = setting.labels_seen(gradients, canaries.labels)
-    result, images = _search(setting, Pipeline(), gradients, labels, "undefended search", advance)
+    result, images = run_search(
+        setting, Pipeline(), gradients, labels, "undefended search", advance
+    )
     if not result.complete:
         raise KeyboardInterrupt
     distance = candidate_distances(setting.model, setting.lpips)[setting.distance]
@@ -316,7 +283,7 @@ def reconstruct_undefended(
     measured.undefended = _rate(ranks.count(1), images, canaries, len(canaries))
 
 
-def _match(
+def run_matching(
     setting: Setting,
     client: Client,
     defense: Pipeline,
@@ -343,7 +310,7 @@ def _match(
     return hits, labels_right, done
 
 
-def _search(
+def run_search(
     setting: Setting,
     defense: Pipeline,
     observed: Gradient,
@@ -352,6 +319,20 @@ def _search(
     advance: Advance,
     evaluations: int | None = None,
 ) -> tuple[SearchResult, torch.Tensor]:
+    """Searches the latents of t observed gradients, each on its own, as the spec declares.
+
+    Args:
+        setting: what was handed in.
+        defense: to replicate; not the declared one in the undefended control.
+        observed: tensors with a leading dimension t.
+        labels: (t,), what the attacker takes the labels for.
+        purpose: names the stream of randomness.
+        advance: told of the candidates that are evaluated.
+        evaluations: for each gradient, if not as declared.
+
+    Returns:
+        What was found, and its pictures (t, channels, height, width) in [0, 1].
+    """
     attack = setting.spec.attack
     matching = Matching(setting.model, defense, attack.distance)
     objective = LatentObjective(matching, setting.prior, observed, labels, attack.regularizer)
@@ -366,16 +347,16 @@ def _likeness(
     setting: Setting,
     measured: Measurements,
     agreements: torch.Tensor,
-    canary_shares: torch.Tensor,
+    gradients: Gradient,
     advance: Advance,
 ) -> Likeness:
     """Judges the capture, and where it is unlike the canaries looks for the cause.
 
     Args:
         setting: what was handed in.
-        measured: holds the capture's picture and its null's.
+        measured: holds the pictures of the capture.
         agreements: (2, n, k), of the canaries and of their null control.
-        canary_shares: (n, k - 1), of each tensor in the squared norm of the canaries' gradients.
+        gradients: of the canaries, k - 1 tensors with a leading dimension n.
         advance: told of the candidates that are evaluated.
     """
     assert measured.repeated is not None
@@ -392,15 +373,18 @@ def _likeness(
         return max(judged, key=lambda one: -math.inf if one.place is None else one.place)
 
     likeness = place(setting, measured.repeated)
-    own_shares = shares(stack([setting.observed]))[0]
+    largest = max(float(norm(take(gradients, i))) for i in range(len(canaries)))
+    if float(norm(setting.observed)) > largest:
+        likeness = likeness.model_copy(update={"rules_out_larger": False})
     if has_batch_norm(setting.model.module) and not setting.defense.empties_tensors():
-        likeness = judge_zeros(own_shares, canary_shares, names) or likeness
+        own_shares = shares(stack([setting.observed]))[0]
+        likeness = judge_zeros(own_shares, shares(gradients), names) or likeness
     if likeness.outcome == "hidden" or (likeness.place is not None and likeness.place >= CLEAR):
         return likeness
     best, best_cause = WORST if likeness.outcome == "like" else HALFWAY, None
     for cause, other in alternatives(setting):
         observed = stack([other.observed])
-        result, images = _search(other, other.defense, observed, label, "alternative", advance)
+        result, images = run_search(other, other.defense, observed, label, "alternative", advance)
         if not result.complete:
             raise KeyboardInterrupt
         elsewhere = place(other, images)
@@ -445,41 +429,3 @@ def _rate(
     rate = measure_rate(hits, len(canaries), 1 / canaries.candidates.shape[1], planned)
     psnr = mean_psnr(pictures, canaries.canaries)
     return ReconstructionRate(**dict(rate), psnr_db=psnr, null_p_value=null_p_value)
-
-
-def predict_seconds(setting: Setting) -> tuple[float, float]:
-    """Predicts the seconds that a candidate takes in matching and in a search, from a few of each.
-
-    Returns:
-        Seconds for each candidate of the matching trials, and of the searches.
-    """
-    attack, evidence = setting.spec.attack, setting.spec.evidence
-    trials = setting.trials().first(CANARIES_TOGETHER)
-    count = 2 * max(1, evidence.reconstruction_trials)
-    observed = stack([setting.observed] * count)
-    labels = torch.full((count,), setting.label, device=setting.model.device)
-
-    def matched() -> int:
-        _match(setting, setting.client, setting.defense, trials, "prediction", lambda _: None)
-        return trials.candidates.numel() + len(trials)
-
-    def searched(steps: int) -> int:
-        budget = attack.restarts * (steps * attack.population + 1)
-        found, _ = _search(
-            setting, setting.defense, observed, labels, "prediction", lambda _: None, budget
-        )
-        return found.evaluations
-
-    def timed(experiment: Callable[[], int]) -> tuple[float, int]:
-        started = time.perf_counter()
-        evaluated = experiment()
-        return time.perf_counter() - started, evaluated
-
-    matched()  # warms up
-    match_seconds, match_count = timed(matched)
-    # The difference of two lengths leaves out what a search costs once.
-    searched(STEPS_TO_PREDICT[1])
-    short_seconds, short_count = timed(lambda: searched(STEPS_TO_PREDICT[0]))
-    long_seconds, long_count = timed(lambda: searched(STEPS_TO_PREDICT[1]))
-    search_seconds = max(long_seconds - short_seconds, 0.0) / (long_count - short_count)
-    return match_seconds / max(match_count, 1), search_seconds

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from ggl_audit.clients import OwnClient
 from ggl_audit.evidence.bounds import hits_needed, trials_needed
 from ggl_audit.evidence.grade import (
     LITTLE_LEAKAGE,
@@ -13,12 +18,16 @@ from ggl_audit.evidence.grade import (
     fewest_significant,
 )
 from ggl_audit.experiments import (
-    evaluations_each,
-    planned_matching,
-    planned_searches,
-    predict_seconds,
+    CANARIES_TOGETHER,
+    MATCHING_CONTROL_TRIALS,
+    SEARCHES_COMPARED,
+    run_matching,
+    run_search,
 )
+from ggl_audit.gradient import stack
 from ggl_audit.setting import Setting
+
+STEPS_TO_PREDICT = (2, 8)
 
 
 @dataclass(frozen=True)
@@ -88,3 +97,72 @@ def forecast(setting: Setting) -> Forecast:
     whole = matching * planned_matching(setting)
     whole += searching * planned_searches(setting) * evaluations_each(setting)
     return Forecast(needs, whole)
+
+
+def planned_evaluations(setting: Setting) -> int:
+    """The candidates that an audit evaluates, but for the search for a misfit's cause."""
+    return planned_matching(setting) + planned_searches(setting) * evaluations_each(setting)
+
+
+def planned_matching(setting: Setting) -> int:
+    """The candidates of the ceiling, its control and the promise."""
+    evidence = setting.spec.evidence
+    matched = min(evidence.matching_trials, len(setting.trials()))
+    tests_promise = isinstance(setting.client, OwnClient) and setting.guarantee is not None
+    promised = evidence.matching_trials if tests_promise else 0
+    if setting.defense.steps:
+        matched += min(matched, MATCHING_CONTROL_TRIALS)
+    return matched * (evidence.candidates + 1) + promised
+
+
+def planned_searches(setting: Setting) -> int:
+    """The searches of the capture, the canaries, the null control and the undefended control."""
+    evidence = setting.spec.evidence
+    canaries = len(setting.trials().first(evidence.reconstruction_trials))
+    controls = min(evidence.control_trials, canaries) if setting.defense.steps else 0
+    return 2 * (SEARCHES_COMPARED + canaries) + controls
+
+
+def evaluations_each(setting: Setting) -> int:
+    """The candidates of one search."""
+    attack = setting.spec.attack
+    rounds = (attack.evaluations // attack.restarts - 1) // attack.population
+    return attack.restarts * (rounds * attack.population + 1)
+
+
+def predict_seconds(setting: Setting) -> tuple[float, float]:
+    """Predicts the seconds that a candidate takes in matching and in a search, from a few of each.
+
+    Returns:
+        Seconds for each candidate of the matching trials, and of the searches.
+    """
+    attack, evidence = setting.spec.attack, setting.spec.evidence
+    trials = setting.trials().first(CANARIES_TOGETHER)
+    count = 2 * max(1, evidence.reconstruction_trials)
+    observed = stack([setting.observed] * count)
+    labels = torch.full((count,), setting.label, device=setting.model.device)
+
+    def matched() -> int:
+        run_matching(setting, setting.client, setting.defense, trials, "prediction", lambda _: None)
+        return trials.candidates.numel() + len(trials)
+
+    def searched(steps: int) -> int:
+        budget = attack.restarts * (steps * attack.population + 1)
+        found, _ = run_search(
+            setting, setting.defense, observed, labels, "prediction", lambda _: None, budget
+        )
+        return found.evaluations
+
+    def timed(experiment: Callable[[], int]) -> tuple[float, int]:
+        started = time.perf_counter()
+        evaluated = experiment()
+        return time.perf_counter() - started, evaluated
+
+    matched()  # warms up
+    match_seconds, match_count = timed(matched)
+    # The difference of two lengths leaves out what a search costs once.
+    searched(STEPS_TO_PREDICT[1])
+    short_seconds, short_count = timed(lambda: searched(STEPS_TO_PREDICT[0]))
+    long_seconds, long_count = timed(lambda: searched(STEPS_TO_PREDICT[1]))
+    search_seconds = max(long_seconds - short_seconds, 0.0) / (long_count - short_count)
+    return match_seconds / max(match_count, 1), search_seconds

@@ -99,9 +99,8 @@ class Setting:
 
     @property
     def distance(self) -> str:
-        """The distance by which a picture picks its candidate, pixels where there is no head."""
-        declared = self.spec.evidence.distance
-        return "pixels" if declared == "representation" and not self.model.head else declared
+        """The name of the distance by which a picture picks its candidate."""
+        return self.spec.evidence.distance
 
     def context(self, purpose: str) -> Context:
         """A client's randomness for one purpose, on the model's device."""
@@ -153,6 +152,12 @@ def prepare(spec: Spec) -> Setting:
         checks = []
     else:
         checks = defense.verify(gradient)
+    if spec.evidence.distance == "representation" and model.head is None:
+        raise SpecError(
+            ("evidence", "distance"),
+            "representation, but the model does not end in a trained linear layer that takes one",
+            "Declare pixels, or lpips with its weights.",
+        )
     label = _label(spec, model, gradient)
     prior = load_prior(spec, model)
     lpips = spec.evidence.lpips

@@ -30,8 +30,7 @@ def check(
     from rich.markup import escape
     from rich.table import Table
 
-    from ggl_audit.experiments import planned_evaluations
-    from ggl_audit.forecast import forecast
+    from ggl_audit.forecast import forecast, planned_evaluations
     from ggl_audit.setting import prepare
 
     declared = options.load_spec(

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ggl_audit.audit import run_audit
 from ggl_audit.errors import AuditError, InputError
-from ggl_audit.experiments import planned_evaluations
+from ggl_audit.forecast import planned_evaluations
 from ggl_audit.inputs.images import read_image
 from ggl_audit.report.compare import render_comparison
 from ggl_audit.report.console import render_console

@@ -6,8 +6,10 @@ import time
 from typing import Protocol
 
 from ggl_audit.experiments import (
+    MEMBERSHIP_TRIALS,
     Measurements,
     attack_capture,
+    identify_members,
     match_candidates,
     reconstruct,
     reconstruct_undefended,
@@ -68,6 +70,9 @@ def run_audit(spec: Spec, progress: Progress) -> Report:
 
         begin("candidate matching")
         match_candidates(setting, trials.first(evidence.matching_trials), measured, advance)
+
+        begin("membership")
+        identify_members(setting, trials.first(MEMBERSHIP_TRIALS), measured, advance)
 
         begin("the test of the promise")
         try_promise(setting, evidence.matching_trials, measured, advance)

@@ -1,10 +1,10 @@
-"""What clients send for single images: by the declaration, or by the client's own code."""
+"""What clients send: by the declaration, or by the client's own code."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import AuditError, SpecError
-from ggl_audit.gradient import Gradient, each, stack, take
+from ggl_audit.gradient import Gradient, each, stack, take, unstack
 from ggl_audit.inputs.capture import fit_gradient
 from ggl_audit.inputs.images import ImageSet
 
@@ -24,11 +24,11 @@ class Client(Protocol):
     """Whose gradients are audited."""
 
     def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
-        """What the attacker sees of n images, each sent on its own.
+        """What the attacker sees of n releases, each made on its own.
 
         Args:
-            images: (n, channels, height, width) in [0, 1].
-            labels: (n,).
+            images: (n, channels, height, width) in [0, 1], or (n, k, ...) for k images each.
+            labels: (n,) or (n, k).
             context: the clients' randomness.
 
         Returns:
@@ -42,20 +42,38 @@ class Client(Protocol):
 
 @dataclass(frozen=True)
 class DeclaredClient:
-    """A client that does what was declared, as this tool does it.
+    """Clients that do what was declared, as this tool does it.
 
     Attributes:
-        matching: of the client's model.
-        defense: what it applies.
+        matching: of the clients' model.
+        defense: what they apply.
+        history: the images that a client's earlier rounds are made up of, where the defense carries
+            something over from them.
     """
 
     matching: Matching
     defense: Pipeline
+    history: ImageSet | None = None
 
     def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
-        """The declared defense on each image's gradient."""
-        gradients = self.matching.gradients(images, labels)
-        sent = stack([self.defense.apply(take(gradients, i), context) for i in range(len(labels))])
+        """The declared defense on what each client computes."""
+        batch_size = self.matching.model.batch_size
+        releases = len(labels)
+        images = images.reshape(-1, batch_size, *self.matching.model.shape)
+        labels = labels.reshape(-1, batch_size)
+        cohort = len(labels) // releases
+        drawn = self.matching.draw(context, len(labels))
+        computed = unstack(self.matching.gradients(images, labels, drawn))
+        contexts = [
+            replace(context, images=own, drawn=take(drawn, i), earlier=self._earlier(context))
+            for i, own in enumerate(images)
+        ]
+        sent = stack(
+            [
+                self.defense.release(computed[i : i + cohort], contexts[i : i + cohort])
+                for i in range(0, len(computed), cohort)
+            ]
+        )
         for name, tensor in sent.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise AuditError(
@@ -63,6 +81,19 @@ class DeclaredClient:
                     "Look at the model's weights and at model.input.mean and std.",
                 )
         return sent
+
+    def _earlier(self, context: Context) -> list[Gradient]:
+        rounds = self.defense.earlier_rounds
+        if rounds == 0:
+            return []
+        assert self.history is not None
+        shape, generator = (rounds, self.matching.model.batch_size), context.generator
+        drawn = torch.randint(
+            len(self.history), shape, generator=generator, device=generator.device
+        )
+        return unstack(
+            self.matching.gradients(self.history.images[drawn], self.history.labels[drawn])
+        )
 
 
 @dataclass(frozen=True)
@@ -92,17 +123,35 @@ class OwnClient:
     always_the_same: bool = False
 
     def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
-        """What the client's own code sends for each image, less its companions' share."""
+        """What the client's own code sends: for each set, or each image less its companions."""
         pairs = zip(images, labels, strict=True)
+        if labels.ndim == 2:
+            return stack([self._step(*pair, context) for pair in pairs])
         return stack([self._send_one(image, label, context) for image, label in pairs])
 
     def _send_one(self, image: torch.Tensor, label: torch.Tensor, context: Context) -> Gradient:
-        model, generator = self.matching.model, context.generator
+        generator = context.generator
         drawn = torch.arange(self.batch_size - 1, device=generator.device)
         if not self.always_the_same:
             drawn.random_(0, len(self.companions), generator=generator)
         others, other_labels = self.companions.images[drawn], self.companions.labels[drawn]
         images, labels = torch.cat([image[None], others]), torch.cat([label[None], other_labels])
+        gradient = self._step(images, labels, context)
+        if self.batch_size == 1:
+            return gradient
+        factor = self.batch_size if self.averaged else 1
+        gradients = self.matching.gradients(others, other_labels)
+        shares = stack(
+            [
+                self.defense.without_noise(take(gradients, i), context)
+                for i in range(self.batch_size - 1)
+            ]
+        )
+        known = each(lambda tensor: tensor.sum(0), shares)
+        return {name: factor * tensor - known[name] for name, tensor in gradient.items()}
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
+        model, generator = self.matching.model, context.generator
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -117,19 +166,7 @@ class OwnClient:
             isinstance(t, torch.Tensor) for t in sent.values()
         ):
             raise _fault(f"returned a {type(sent).__name__}; expected tensors by parameter name")
-        gradient = fit_gradient({n: t.detach() for n, t in sent.items()}, model, _fault)
-        if self.batch_size == 1:
-            return gradient
-        factor = self.batch_size if self.averaged else 1
-        gradients = self.matching.gradients(others, other_labels)
-        shares = stack(
-            [
-                self.defense.without_noise(take(gradients, i), context)
-                for i in range(self.batch_size - 1)
-            ]
-        )
-        known = each(lambda tensor: tensor.sum(0), shares)
-        return {name: factor * tensor - known[name] for name, tensor in gradient.items()}
+        return fit_gradient({n: t.detach() for n, t in sent.items()}, model, _fault)
 
 
 def _fault(problem: str, hint: str = "") -> SpecError:

@@ -1,6 +1,7 @@
 """The few errors that a user can meet, each of which the user can mend.
 
-They all end the program with exit code 2 and one message: where, what was wrong, what to do.
+They end the program with exit code 2 (3 where nothing can be measured) and one message: where,
+what was wrong, what to do.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class SpecError(AuditError):
     def where(self) -> str:
         """File, line and key."""
         return " ".join(part for part in (self.location, dotted(self.key)) if part)
+
+
+class NothingToMeasureError(SpecError):
+    """What was declared leaves nothing that could be measured: inconclusive, exit code 3."""
 
 
 def dotted(key: Key) -> str:

@@ -8,17 +8,23 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ggl_audit.attack.labels import infer_labels
-from ggl_audit.attack.matching import LatentObjective, Matching
+from ggl_audit.attack.matching import LatentObjective, Matching, pictures
 from ggl_audit.attack.search import SearchResult, search
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
-from ggl_audit.defenses import Pipeline
+from ggl_audit.defenses import Pipeline, SecureAggregation
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate, measure_rate, paired_p_value
 from ggl_audit.evidence.controls import null_gradient
-from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr
+from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr, nearest
 from ggl_audit.evidence.grade import ceiling_is_settled, floor_is_settled
-from ggl_audit.evidence.identification import Trials, match, reconstruction_ranks
+from ggl_audit.evidence.identification import (
+    Trials,
+    blind_labels,
+    match,
+    rank_of_truth,
+    reconstruction_ranks,
+)
 from ggl_audit.evidence.likeness import CLEAR, HALFWAY, WORST, Likeness, judge, judge_zeros
+from ggl_audit.evidence.membership import UnknownMembers, public_images
 from ggl_audit.evidence.promise import (
     CANDIDATES,
     Identifier,
@@ -26,13 +32,15 @@ from ggl_audit.evidence.promise import (
     farthest,
     pool_size,
 )
-from ggl_audit.gradient import Gradient, concatenate, flat, norm, shares, stack, take
+from ggl_audit.gradient import Gradient, concatenate, flat, norm, shares, stack, take, unstack
 from ggl_audit.inputs.images import ImageSet
-from ggl_audit.setting import Setting, alternatives, has_batch_norm
+from ggl_audit.inputs.model import has_batch_norm
+from ggl_audit.setting import Setting, alternatives
 
 CANARIES_TOGETHER = 25
 CANARIES_BETWEEN_LOOKS = 5
 MATCHING_CONTROL_TRIALS = 50
+MEMBERSHIP_TRIALS = 100
 SEARCHES_COMPARED = 4
 
 Advance = Callable[[int], None]
@@ -40,15 +48,15 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """A picture that a search found.
+    """The pictures that a search found.
 
     Attributes:
-        image: (channels, height, width) in [0, 1].
+        images: (k, channels, height, width) in [0, 1], one for each image of the release.
         loss: the loss of its latent.
         curve: (evaluations, best loss so far) after each step.
     """
 
-    image: torch.Tensor
+    images: torch.Tensor
     loss: float
     curve: list[tuple[int, float]]
 
@@ -63,6 +71,7 @@ class Measurements:
         ceiling: canaries identified by candidate matching.
         label: canaries whose label was inferred.
         matching_control: canaries identified by candidate matching without the defense.
+        membership: canaries identified in releases whose other images are unknown.
         promise: worst-case images identified in what the client's own code sends.
         captured: what the attack made of the captured gradient.
         captured_null: what it made of a random gradient of the same norm.
@@ -85,6 +94,7 @@ class Measurements:
     ceiling: Rate | None = None
     label: Rate | None = None
     matching_control: Rate | None = None
+    membership: Rate | None = None
     promise: Rate | None = None
     captured: Reconstructed | None = None
     captured_null: Reconstructed | None = None
@@ -121,22 +131,75 @@ def match_candidates(
     )
     measured.ceiling = measure_rate(hits, done, chance, planned)
     if setting.model.head is not None:
-        measured.label = measure_rate(labels_right, done, 1 / setting.model.classes, planned)
+        guessed = blind_labels(setting.model.classes, setting.members)
+        measured.label = measure_rate(labels_right, done, guessed, planned)
     if setting.defense.steps:
         control = trials.first(MATCHING_CONTROL_TRIALS)
-        client = DeclaredClient(Matching(setting.model, Pipeline()), Pipeline())
+        without = undefended(setting)
+        client = DeclaredClient(Matching(setting.model, without), without)
         hits, _, done = run_matching(
-            setting, client, Pipeline(), control, "matching control", advance, to_the_end=True
+            setting, client, without, control, "matching control", advance, to_the_end=True
         )
         measured.matching_control = measure_rate(hits, done, chance)
     else:
         measured.matching_control = measured.ceiling
 
 
+def undefended(setting: Setting) -> Pipeline:
+    """The cohort without its defense."""
+    clients = setting.defense.aggregation.clients
+    return Pipeline([SecureAggregation(clients=clients)] if clients > 1 else [])
+
+
+def identify_members(
+    setting: Setting, trials: Trials, measured: Measurements, advance: Advance
+) -> None:
+    """Asks of releases of several images whether a canary is in them, the others being unknown."""
+    if len(trials) == 0 or not can_identify_members(setting):
+        return
+    model, random, members = setting.model, setting.random("members"), setting.members
+    order = random.permutation(len(setting.reference))
+    count = min(public_images(model.size), len(order) // 2)
+    public, rest = (
+        torch.as_tensor(part, device=model.device) for part in (order[:count], order[count:])
+    )
+    matching = Matching(model, setting.defense)
+
+    def contributed(chosen: torch.Tensor) -> torch.Tensor:
+        images, labels = setting.reference.images[chosen], setting.reference.labels[chosen]
+        each = unstack(matching.gradients(images, labels))
+        return torch.stack([flat(setting.defense.share_of_one(gradient)) for gradient in each])
+
+    noise = setting.defense.total_noise()
+    # A sum over each client's images is a mean over clients of sums.
+    whole = members if not model.loss_sum else setting.defense.aggregation.clients
+    unknown = UnknownMembers(contributed(public), members, whole, noise.std if noise else 0.0)
+    context, hits = setting.context("members clients"), 0
+    for one in trials.batches(1):
+        companions = rest[~torch.isin(rest, one.candidates)]
+        drawn = torch.as_tensor(random.permutation(len(companions)), device=model.device)
+        trial = replace(one, companions=companions[drawn[: members - 1]][None])
+        release = flat(take(setting.client.send(*trial.members, context), 0))
+        scores = unknown.log_likelihoods(contributed(trial.candidates[0]), release)
+        hits += rank_of_truth(-scores[None], random)[0] == 1
+        advance(trial.candidates.numel() + 1)
+    measured.membership = measure_rate(hits, len(trials), 1 / setting.spec.evidence.candidates)
+
+
+def can_identify_members(setting: Setting) -> bool:
+    """Whether a release is of several images whose shares add up."""
+    local, batch_size = setting.model.local, setting.model.batch_size
+    adds_up = setting.defense.adds_up() and (local is None or batch_size == 1)
+    mixed = has_batch_norm(setting.model.module) and setting.model.module.training
+    enough = len(setting.reference) // 2 >= setting.members + setting.spec.evidence.candidates
+    return setting.members > 1 and adds_up and enough and not (mixed and batch_size > 1)
+
+
 def try_promise(setting: Setting, trials: int, measured: Measurements, advance: Advance) -> None:
     """Identifies worst-case images in what the client's own code sends, against its guarantee."""
-    if not isinstance(setting.client, OwnClient) or setting.guarantee is None or trials == 0:
+    if not tests_promise(setting) or trials == 0:
         return
+    assert isinstance(setting.client, OwnClient)
     model, random = setting.model, setting.random("promise")
     pool = pool_size(model.size)
     drawn = torch.as_tensor(random.integers(len(setting.reference), size=pool), device=model.device)
@@ -161,6 +224,12 @@ def try_promise(setting: Setting, trials: int, measured: Measurements, advance: 
     measured.promise = measure_rate(hits, trials, 1 / CANDIDATES)
 
 
+def tests_promise(setting: Setting) -> bool:
+    """Whether there is a promise, and a client that could break it."""
+    own = isinstance(setting.client, OwnClient) and setting.members == 1
+    return own and setting.guarantee is not None
+
+
 def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -> None:
     """Attacks the captured gradient, and a random one of its norm, each in several searches.
 
@@ -172,7 +241,7 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
     context = setting.context("captured null")
     null = null_gradient(setting.observed, setting.defense, context)
     observed = stack([setting.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
-    labels = torch.full((2 * SEARCHES_COMPARED,), setting.label, device=setting.model.device)
+    labels = captured_labels(setting, 2 * SEARCHES_COMPARED)
     result, images = run_search(
         setting, setting.defense, observed, labels, "captured search", advance
     )
@@ -207,18 +276,18 @@ def reconstruct(
     context, random = setting.context("canary clients"), setting.random("reconstruction ties")
     hits: dict[str, list[bool]] = {name: [] for name in distances}
     null_hits: dict[str, list[bool]] = {name: [] for name in distances}
-    pictures: list[torch.Tensor] = []
+    all_found: list[torch.Tensor] = []
     null_pictures: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
     agreements: list[torch.Tensor] = []
     gradients: list[Gradient] = []
     together = CANARIES_BETWEEN_LOOKS if setting.spec.evidence.stop_early else planned
     for part in canaries.batches(together):
-        sent = setting.client.send(part.canaries, part.labels, context)
-        labels = setting.labels_seen(sent, part.labels).repeat(2)
+        sent = setting.client.send(*part.members, context)
+        labels = torch.cat([setting.labels_seen(sent, part.members[1])] * 2)
         nulls = [null_gradient(take(sent, i), setting.defense, context) for i in range(len(part))]
         observed = concatenate([sent, stack(nulls)])
-        purpose = f"canary search {len(pictures)}"
+        purpose = f"canary search {len(all_found)}"
         result, images = run_search(setting, setting.defense, observed, labels, purpose, advance)
         if not result.complete:
             raise KeyboardInterrupt
@@ -227,7 +296,7 @@ def reconstruct(
         gradients.append(sent)
         losses.append(result.losses.unflatten(0, (2, -1)))
         found, null_found = images.unflatten(0, (2, -1))
-        pictures.append(found)
+        all_found.append(found)
         null_pictures.append(null_found)
         for name, distance in distances.items():
             for made, kept in ((found, hits), (null_found, null_hits)):
@@ -243,7 +312,7 @@ def reconstruct(
         beyond, only_null = _paired(hits[name], null_hits[name])
         left = planned - len(hits[name])
         p_value = paired_p_value(beyond, only_null + left)
-        measured.floor[name] = _rate(beyond, torch.cat(pictures), done_canaries, planned, p_value)
+        measured.floor[name] = _rate(beyond, torch.cat(all_found), done_canaries, planned, p_value)
     null = sum(null_hits[setting.distance])
     measured.null = _rate(null, torch.cat(null_pictures), done_canaries, planned)
     canary_losses, null_losses = torch.cat(losses, dim=1).tolist()
@@ -252,7 +321,7 @@ def reconstruct(
     if not setting.defense.steps:
         controls = done_canaries.first(setting.spec.evidence.control_trials)
         if len(controls):
-            found = torch.cat(pictures)[: len(controls)]
+            found = torch.cat(all_found)[: len(controls)]
             right = sum(hits[setting.distance][: len(controls)])
             controls_planned = min(planned, setting.spec.evidence.control_trials)
             measured.undefended = _rate(right, found, controls, controls_planned)
@@ -271,10 +340,11 @@ def reconstruct_undefended(
     """
     if len(canaries) == 0 or not setting.defense.steps:
         return
-    gradients = Matching(setting.model, Pipeline()).gradients(canaries.canaries, canaries.labels)
-    labels = setting.labels_seen(gradients, canaries.labels)
+    client = DeclaredClient(Matching(setting.model, undefended(setting)), undefended(setting))
+    gradients = client.send(*canaries.members, setting.context("undefended clients"))
+    labels = setting.labels_seen(gradients, canaries.members[1])
     result, images = run_search(
-        setting, Pipeline(), gradients, labels, "undefended search", advance
+        setting, undefended(setting), gradients, labels, "undefended search", advance
     )
     if not result.complete:
         raise KeyboardInterrupt
@@ -298,10 +368,12 @@ def run_matching(
     head, evidence = setting.model.head, setting.spec.evidence
     hits = labels_right = done = 0
     for part in trials.batches(CANARIES_TOGETHER):
-        observed = client.send(part.canaries, part.labels, context)
+        observed = client.send(*part.members, context)
         hits += match(matching, part, observed, random).count(1)
         if head is not None:
-            labels_right += int((infer_labels(observed, head) == part.labels).sum())
+            inferred = setting.infer(observed).reshape(len(part), -1).sort(dim=1).values
+            true = part.members[1].reshape(len(part), -1).sort(dim=1).values
+            labels_right += int((inferred == true).all(1).sum())
         done += len(part)
         advance(part.candidates.numel() + len(part))
         settled = ceiling_is_settled(hits, done, len(trials), 1 / evidence.candidates)
@@ -325,13 +397,13 @@ def run_search(
         setting: what was handed in.
         defense: to replicate; not the declared one in the undefended control.
         observed: tensors with a leading dimension t.
-        labels: (t,), what the attacker takes the labels for.
+        labels: (t,) or (t, k), what the attacker takes the labels for.
         purpose: names the stream of randomness.
         advance: told of the candidates that are evaluated.
         evaluations: for each gradient, if not as declared.
 
     Returns:
-        What was found, and its pictures (t, channels, height, width) in [0, 1].
+        What was found, and its pictures (t, channels, height, width) or (t, k, ...) in [0, 1].
     """
     attack = setting.spec.attack
     matching = Matching(setting.model, defense, attack.distance)
@@ -340,7 +412,8 @@ def run_search(
     seeds = random.integers(2**32, size=(len(labels), attack.restarts)).tolist()
     budget = evaluations or attack.evaluations
     result = search(objective, setting.make_optimizer, seeds, budget, advance)
-    return result, setting.prior.decode(result.latents, labels)
+    found = pictures(setting.prior, result.latents, labels.reshape(len(labels), -1))
+    return result, found if labels.ndim == 2 else found[:, 0]
 
 
 def _likeness(
@@ -362,13 +435,13 @@ def _likeness(
     assert measured.repeated is not None
     canaries, nulls = agreements
     names = list(setting.observed)
-    label = torch.tensor([setting.label], device=setting.model.device)
 
-    def place(of: Setting, pictures: torch.Tensor) -> Likeness:
+    def place(of: Setting, images: torch.Tensor) -> Likeness:
         """Of the picture that places the capture highest: a single search may fail."""
-        count = len(pictures)
+        count = len(images)
         matching = Matching(of.model, of.defense)
-        found = matching.agreement(pictures, label.expand(count), stack([of.observed] * count))
+        labels = captured_labels(setting, count)
+        found = matching.agreement(images, labels, stack([of.observed] * count))
         judged = [judge(row, canaries, nulls, names) for row in found]
         return max(judged, key=lambda one: -math.inf if one.place is None else one.place)
 
@@ -384,7 +457,8 @@ def _likeness(
     best, best_cause = WORST if likeness.outcome == "like" else HALFWAY, None
     for cause, other in alternatives(setting):
         observed = stack([other.observed])
-        result, images = run_search(other, other.defense, observed, label, "alternative", advance)
+        labels = captured_labels(setting, 1)
+        result, images = run_search(other, other.defense, observed, labels, "alternative", advance)
         if not result.complete:
             raise KeyboardInterrupt
         elsewhere = place(other, images)
@@ -405,12 +479,25 @@ def _reconstructed(
     curve = [
         (min(step * (i + 1), spent), float(loss)) for i, loss in enumerate(result.curves[index])
     ]
-    return Reconstructed(images[index], float(result.losses[index]), curve)
+    own = images[index].reshape(-1, *setting.model.shape)
+    return Reconstructed(own, float(result.losses[index]), curve)
+
+
+def captured_labels(setting: Setting, count: int) -> torch.Tensor:
+    """The captured labels for so many searches: (count,) or (count, k)."""
+    labels = torch.tensor(setting.labels, device=setting.model.device)
+    return labels.expand(count, -1) if setting.members > 1 else labels.expand(count)
 
 
 def _agreement_db(images: torch.Tensor) -> float:
-    first, second = torch.combinations(torch.arange(len(images))).unbind(1)
-    return mean_psnr(images[first], images[second])
+    """The mean PSNR between searches; of sets by each picture's best partner, as order is idle."""
+    pairs = torch.combinations(torch.arange(len(images))).tolist()
+    found = []
+    for first, second in pairs:
+        own = images[first].reshape(-1, *images.shape[-3:])
+        other = images[second].reshape(-1, *images.shape[-3:])
+        found.append(mean_psnr(nearest(other.expand(len(own), *other.shape), own), own))
+    return sum(found) / len(found)
 
 
 def _paired(hits: list[bool], null_hits: list[bool]) -> tuple[int, int]:
@@ -427,5 +514,5 @@ def _rate(
     null_p_value: float | None = None,
 ) -> ReconstructionRate:
     rate = measure_rate(hits, len(canaries), 1 / canaries.candidates.shape[1], planned)
-    psnr = mean_psnr(pictures, canaries.canaries)
+    psnr = mean_psnr(nearest(pictures, canaries.canaries), canaries.canaries)
     return ReconstructionRate(**dict(rate), psnr_db=psnr, null_p_value=null_p_value)

@@ -6,9 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from ggl_audit.clients import OwnClient
 from ggl_audit.evidence.bounds import hits_needed, trials_needed
 from ggl_audit.evidence.grade import (
     LITTLE_LEAKAGE,
@@ -20,9 +17,13 @@ from ggl_audit.evidence.grade import (
 from ggl_audit.experiments import (
     CANARIES_TOGETHER,
     MATCHING_CONTROL_TRIALS,
+    MEMBERSHIP_TRIALS,
     SEARCHES_COMPARED,
+    can_identify_members,
+    captured_labels,
     run_matching,
     run_search,
+    tests_promise,
 )
 from ggl_audit.gradient import stack
 from ggl_audit.setting import Setting
@@ -108,10 +109,11 @@ def planned_matching(setting: Setting) -> int:
     """The candidates of the ceiling, its control and the promise."""
     evidence = setting.spec.evidence
     matched = min(evidence.matching_trials, len(setting.trials()))
-    tests_promise = isinstance(setting.client, OwnClient) and setting.guarantee is not None
-    promised = evidence.matching_trials if tests_promise else 0
+    promised = evidence.matching_trials if tests_promise(setting) else 0
     if setting.defense.steps:
         matched += min(matched, MATCHING_CONTROL_TRIALS)
+    if can_identify_members(setting):
+        matched += min(len(setting.trials()), MEMBERSHIP_TRIALS)
     return matched * (evidence.candidates + 1) + promised
 
 
@@ -140,7 +142,7 @@ def predict_seconds(setting: Setting) -> tuple[float, float]:
     trials = setting.trials().first(CANARIES_TOGETHER)
     count = 2 * max(1, evidence.reconstruction_trials)
     observed = stack([setting.observed] * count)
-    labels = torch.full((count,), setting.label, device=setting.model.device)
+    labels = captured_labels(setting, count)
 
     def matched() -> int:
         run_matching(setting, setting.client, setting.defense, trials, "prediction", lambda _: None)

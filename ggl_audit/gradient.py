@@ -47,3 +47,9 @@ def shares(gradients: Gradient) -> torch.Tensor:
 def take(gradients: Gradient, index: int) -> Gradient:
     """One gradient of a stack."""
     return {name: tensor[index] for name, tensor in gradients.items()}
+
+
+def unstack(gradients: Gradient) -> list[Gradient]:
+    """The gradients of a stack."""
+    count = len(next(iter(gradients.values())))
+    return [take(gradients, index) for index in range(count)]

@@ -13,22 +13,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from ggl_audit.attack.labels import infer_labels
+from ggl_audit.attack.labels import infer_labels, infer_several
 from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
-from ggl_audit.defenses import Check, Context, Pipeline, build_pipeline
+from ggl_audit.defenses import Check, Context, Pipeline, build_pipeline, relative_l2
+from ggl_audit.defenses.sec_adam import last_gradient
 from ggl_audit.environment import choose_device
-from ggl_audit.errors import SpecError
+from ggl_audit.errors import NothingToMeasureError, SpecError
 from ggl_audit.evidence.consistency import check_truth
 from ggl_audit.evidence.fidelity import Perceptual, load_lpips
 from ggl_audit.evidence.guarantee import Guarantee, account
 from ggl_audit.evidence.identification import Trials, captured_trial, draw_trials
 from ggl_audit.files import sha256
-from ggl_audit.gradient import Gradient, stack, take
+from ggl_audit.gradient import Gradient, each, norm, stack, take
 from ggl_audit.inputs.capture import read_capture
 from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image, read_image_set
-from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.model import ClientModel, has_batch_norm, load_model
 from ggl_audit.optimizers import Optimizer, optimizer_factory
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME
 from ggl_audit.priors.loading import load_prior, prior_folder, sample_images
@@ -47,8 +48,9 @@ USUAL_NORMALIZATIONS = {
     ),
 }
 MOST_SWAPS = 10
+PUBLIC_IMAGES = 256
+REPLICA_IS_CLOSE = 0.05
 CLIENT_TRIALS = 3
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Setting:
         left_out: how many reference images are not used, as the prior was trained on them.
         observed: the captured gradient as the attacker sees it, defended.
         checks: the capture against each declared step.
-        label: of the captured image, inferred or declared.
+        labels: of the images that the capture is made of, inferred or declared.
         truth: (channels, height, width), or None where the auditor does not hold it.
         prior_saw_truth: whether the prior was trained on the truth.
         make_optimizer: from a seed to a fresh optimizer.
@@ -86,7 +88,7 @@ class Setting:
     left_out: int
     observed: Gradient
     checks: list[Check]
-    label: int
+    labels: list[int]
     truth: torch.Tensor | None
     prior_saw_truth: bool
     make_optimizer: Callable[[int], Optimizer]
@@ -96,6 +98,18 @@ class Setting:
     def random(self, purpose: str) -> np.random.Generator:
         """A stream of randomness for one purpose, decided by the spec's seed alone."""
         return stream(self.spec.seed, purpose)
+
+    @property
+    def members(self) -> int:
+        """How many images a release is made of, those of all clients together."""
+        return self.spec.capture.batch_size * self.defense.aggregation.clients
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether candidate matching is by the likelihood of the capture."""
+        local, batch_size = self.model.local, self.model.batch_size
+        knows_order = local is None or local.order == "fixed" or batch_size == 1
+        return knows_order and self.defense.has_likelihood()
 
     @property
     def distance(self) -> str:
@@ -110,27 +124,38 @@ class Setting:
         """The canaries of the ceiling; those of the floor are the first of them."""
         evidence = self.spec.evidence
         most = max(evidence.matching_trials, evidence.reconstruction_trials)
-        return draw_trials(self.reference, most, evidence.candidates, self.random("trials"))
+        random = self.random("trials")
+        return draw_trials(
+            self.reference, most, evidence.candidates, random, companions=self.members - 1
+        )
 
     def captured_trial(self) -> Trials | None:
-        """The truth among candidates of its class; None where it or they are lacking."""
-        if self.truth is None:
+        """The truth among candidates of its class; None where it or they are lacking.
+
+        Nor is there one for a release of more images, as nobody says which class is the truth's.
+        """
+        if self.truth is None or self.members > 1:
             return None
         wanted = self.spec.evidence.candidates
         random = self.random("captured candidates")
-        return captured_trial(self.truth, self.label, self.reference, wanted, random)
+        return captured_trial(self.truth, self.labels[0], self.reference, wanted, random)
 
     def labels_seen(self, observed: Gradient, true_labels: torch.Tensor) -> torch.Tensor:
         """The labels that the attacker assigns to t gradients, in the way of the captured one.
 
         Args:
             observed: tensors with a leading dimension t.
-            true_labels: (t,), what an attacker who is told the label is told.
+            true_labels: (t,) or (t, k), what an attacker who is told the labels is told.
         """
-        if self.spec.capture.labels != "infer":
-            return true_labels
-        assert self.model.head is not None
-        return infer_labels(observed, self.model.head)
+        return true_labels if self.spec.capture.labels != "infer" else self.infer(observed)
+
+    def infer(self, observed: Gradient) -> torch.Tensor:
+        """The labels that t gradients give away, (t,) or (t, k).
+
+        Args:
+            observed: tensors with a leading dimension t.
+        """
+        return _infer(self.model, observed, self.members, self.reference)
 
 
 def prepare(spec: Spec) -> Setting:
@@ -143,12 +168,13 @@ def prepare(spec: Spec) -> Setting:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-    defense = build_pipeline(spec.defense)
-    model = load_model(spec, device)
+    capture = spec.capture
+    defense, model = load_client(spec, device)
     Matching(model, defense).try_out()
-    gradient = read_capture(spec.resolve(spec.capture.gradient), model)
-    if spec.capture.stage == "raw":
-        gradient = defense.apply(gradient, client_context(spec.seed, "captured client", device))
+    gradient = _captured(spec, model, defense)
+    if capture.stage == "raw":
+        context = client_context(spec.seed, "captured client", device)
+        gradient = defense.apply(gradient, context)
         checks = []
     else:
         checks = defense.verify(gradient)
@@ -158,14 +184,13 @@ def prepare(spec: Spec) -> Setting:
             "representation, but the model does not end in a trained linear layer that takes one",
             "Declare pixels, or lpips with its weights.",
         )
-    label = _label(spec, model, gradient)
     prior = load_prior(spec, model)
     lpips = spec.evidence.lpips
     truth = spec.evidence.truth
     private = None if truth is None else read_image(spec.resolve(truth), model.shape).to(device)
     mark = frozenset() if private is None else frozenset(fingerprints(private[None]))
     seen = prior.seen or frozenset()
-    public = _reference(spec, model, prior, label)
+    public = _reference(spec, model, prior)
     left_out = len(public) - len(public.without(seen))
     reference = public.without(seen | mark)
     if len(reference) == 0:
@@ -174,8 +199,9 @@ def prepare(spec: Spec) -> Setting:
             f"{public.source} holds only images that {prior.source} was trained on",
             "On these the prior does better than on private images. Give others.",
         )
-    guarantee = _guarantee(spec, defense)
-    if private is not None and defense.noise_is_last():
+    guarantee = _guarantee(spec, model, defense)
+    members = capture.batch_size * defense.aggregation.clients
+    if private is not None and members == 1 and defense.noise_is_last():
         matching = Matching(model, defense)
         checks.append(check_truth(matching, defense, gradient, private, reference.images))
     client = _client(spec, model, defense, reference)
@@ -184,25 +210,23 @@ def prepare(spec: Spec) -> Setting:
         model=model,
         defense=defense,
         client=client,
-        client_doubts=_client_doubts(client, spec, defense, reference),
+        client_doubts=[
+            *_client_doubts(client, spec, defense, reference),
+            *_replica_doubts(model, defense, spec, reference),
+        ],
         guarantee=guarantee,
         prior=prior,
         reference=reference,
         left_out=left_out,
         observed=gradient,
         checks=checks,
-        label=label,
+        labels=_labels(spec, model, gradient, members, reference),
         truth=private,
         prior_saw_truth=bool(mark & seen),
-        make_optimizer=optimizer_factory(spec.attack, prior.size),
+        make_optimizer=optimizer_factory(spec.attack, members * prior.size),
         lpips=None if lpips is None else load_lpips(lpips, spec.resolve(lpips.weights), device),
         files=_files(spec, reference),
     )
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether the mode makes a difference to the statistics that a model normalizes with."""
-    return any(isinstance(layer, BATCH_NORMS) for layer in module.modules())
 
 
 def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
@@ -213,11 +237,11 @@ def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
     def other_model(cause: str, **changes: Any) -> Iterator[tuple[str, Setting]]:
         changed = spec.model_copy(update={"model": declared.model_copy(update=changes)})
         try:
-            model = load_model(changed, setting.model.device)
-            Matching(model, setting.defense).try_out()
+            defense, model = load_client(changed, setting.model.device)
+            Matching(model, defense).try_out()
         except SpecError:
             return  # as it cannot be so
-        yield cause, replace(setting, model=model)
+        yield cause, replace(setting, model=model, defense=defense)
 
     if has_batch_norm(setting.model.module):
         mode = "train" if declared.mode == "eval" else "eval"
@@ -227,6 +251,10 @@ def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
             changed = declared.input.model_copy(update={"mean": mean, "std": std})
             cause = f"the images were normalized with mean {mean} and std {std}"
             yield from other_model(cause, input=changed)
+    if spec.capture.kind == "update":
+        negative = {name: -tensor for name, tensor in setting.observed.items()}
+        cause = "the update is the weights after training minus those before"
+        yield cause, replace(setting, observed=negative)
     same = [
         (first, second)
         for first, second in itertools.combinations(setting.observed, 2)
@@ -242,14 +270,74 @@ def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield f"{first} and {second} are swapped", replace(setting, observed=swapped)
 
 
-def _reference(spec: Spec, model: ClientModel, prior: Prior, label: int) -> ImageSet:
+def load_client(
+    spec: Spec, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Pipeline, ClientModel]:
+    """Builds the declared defense and the client's model under it.
+
+    Raises:
+        AuditError: one of them cannot be built, or they do not fit each other.
+    """
+    samples = spec.capture.batch_size if spec.model.loss.reduction == "mean" else 1
+    defense = build_pipeline(spec.defense, spec.folder, samples)
+
+    def misfit(error: ValueError) -> SpecError:
+        return SpecError(("defense",), f"{defense}: {error}")
+
+    def wrap(module: nn.Module) -> nn.Module:
+        try:
+            return defense.wrap(module)
+        except ValueError as error:
+            raise misfit(error) from None
+
+    model = load_model(spec, device, dtype, wrap)
+    try:
+        defense = defense.bind(model)
+    except ValueError as error:
+        raise misfit(error) from None
+    if spec.capture.stage == "raw" and not defense.acts_on_a_gradient():
+        raise SpecError(
+            ("capture", "stage"),
+            f"raw, but {defense} acts on images, on the model, on each sample or on a cohort, and "
+            "cannot be applied to one gradient afterwards",
+            "Declare stage: defended, or make the capture with `ggl-audit capture`.",
+        )
+    return defense, model
+
+
+def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Gradient:
+    """Reads the capture; Adam's moments are taken apart into the gradient that they hold.
+
+    Raises:
+        AuditError: it cannot be read, or is a ciphertext.
+    """
+    capture = spec.capture
+    holder = defense.ciphertext_of()
+    if holder is not None:
+        raise NothingToMeasureError(
+            ("defense",),
+            f"the capture is a ciphertext and {holder} holds the key: without it there is nothing "
+            "to measure, which is not the same as safe",
+            f"Audit what {holder} sees: view: key_holder, with the decrypted gradient.",
+        )
+    gradient = read_capture(spec.resolve(capture.gradient), model)
+    if capture.kind != "moments":
+        return gradient
+    before = each(torch.zeros_like, gradient)
+    if capture.previous is not None:
+        before = read_capture(spec.resolve(capture.previous), model)
+    return last_gradient(gradient, before, capture.beta1)
+
+
+def _reference(spec: Spec, model: ClientModel, prior: Prior) -> ImageSet:
     evidence = spec.evidence
     if evidence.reference is None:
         others = np.linspace(0, model.classes - 1, min(SAMPLED_CLASSES, model.classes)).round()
-        classes = sorted({label, *map(int, others)})
+        declared = [] if spec.capture.labels == "infer" else spec.capture.labels
+        classes = sorted({*declared, *map(int, others)})
         trials = max(evidence.matching_trials, evidence.reconstruction_trials)
-        each = max(2 * evidence.candidates, -(-trials // len(classes)))
-        labels = torch.tensor(classes, device=model.device).repeat_interleave(each)
+        many = max(2 * evidence.candidates, -(-trials // len(classes)))
+        labels = torch.tensor(classes, device=model.device).repeat_interleave(many)
         return sample_images(prior, labels, stream(spec.seed, "prior samples"))
     reference = read_image_set(
         evidence.reference, spec.folder, ("evidence", "reference"), "reference", model.shape
@@ -266,7 +354,16 @@ def _reference(spec: Spec, model: ClientModel, prior: Prior, label: int) -> Imag
 def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageSet) -> Client:
     matching = Matching(model, defense)
     if spec.client is None:
-        return DeclaredClient(matching, defense)
+        return DeclaredClient(matching, defense, reference)
+    if defense.aggregation.clients > 1 or spec.capture.kind == "update":
+        raise SpecError(
+            ("client",), "a cohort or an update is not made by one step of the client's own code"
+        )
+    if spec.capture.batch_size > 1 and spec.client.batch_size not in (1, spec.capture.batch_size):
+        raise SpecError(
+            ("client", "batch_size"),
+            f"{spec.client.batch_size}, but the capture is of {spec.capture.batch_size} images",
+        )
     step = find_callable(spec.client.step, spec.folder, ("client", "step"))
     client = OwnClient(
         step=functools.partial(step, **spec.client.kwargs),
@@ -312,48 +409,108 @@ def _client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Ima
     return []
 
 
-def _guarantee(spec: Spec, defense: Pipeline) -> Guarantee | None:
+def _replica_doubts(
+    model: ClientModel, defense: Pipeline, spec: Spec, reference: ImageSet
+) -> list[str]:
+    """Tries whether the replica gives what the client sends, where nothing random is declared.
+
+    It guards against a user's own step that is random without saying so, or is replicated badly.
+    """
+    if not defense.steps or not defense.has_likelihood() or defense.adds_noise():
+        return []
+    matching = Matching(model, defense)
+    batch_size, clients = model.batch_size, defense.aggregation.clients
+    wanted = CLIENT_TRIALS * batch_size * clients
+    repeated = torch.arange(wanted, device=model.device) % len(reference)
+    images = reference.images[repeated].unflatten(0, (CLIENT_TRIALS, -1))
+    labels = reference.labels[repeated].unflatten(0, (CLIENT_TRIALS, -1))
+    context = client_context(spec.seed, "replica trial", model.device)
+    sent = DeclaredClient(matching, defense, reference).send(images, labels, context)
+    replicas = matching.replicas(images, labels, sent)
+    for index in range(CLIENT_TRIALS):
+        observed = take(sent, index)
+        away = float(relative_l2(take(replicas, index), observed))
+        if bool(norm(observed) > 0) and away > REPLICA_IS_CLOSE:
+            return [
+                f"the attacker's replica of {defense} does not give what the client sends "
+                f"(relative distance {away:.2g}), so better matching may identify more"
+            ]
+    return []
+
+
+def _guarantee(spec: Spec, model: ClientModel, defense: Pipeline) -> Guarantee | None:
     declared = spec.guarantee
     if declared is None:
         return None
-    mechanism = defense.guarantee()
+    mechanism = defense.guarantee(declared.unit)
     if mechanism is None:
         raise SpecError(
             ("guarantee",),
-            f"declared, but the defense ({defense}) is not differentially private",
-            "That takes a clip of the whole gradient and Gaussian noise after it.",
+            f"declared, but the defense ({defense}) is not differentially private for one "
+            f"{declared.unit}",
+            f"That takes a clip of each {declared.unit}'s share and Gaussian noise after it.",
         )
-    batch_size = spec.capture.batch_size if spec.client is None else spec.client.batch_size
+    capture = spec.capture
+    if capture.batch_size > 1 and declared.reduction != spec.model.loss.reduction:
+        raise SpecError(
+            ("guarantee", "reduction"),
+            f"{declared.reduction}, but model.loss.reduction is {spec.model.loss.reduction}",
+        )
+    # The mechanism's bound is on a share in the captured release; a step of the client's own code
+    # may have more images.
+    alone = spec.client is None or capture.batch_size > 1
+    batch_size = 1 if alone or spec.client is None else spec.client.batch_size
     return account(mechanism, declared, batch_size, 1 / spec.evidence.candidates)
 
 
-def _label(spec: Spec, model: ClientModel, observed: Gradient) -> int:
-    if spec.capture.labels != "infer":
-        label = spec.capture.labels[0]
+def _labels(
+    spec: Spec, model: ClientModel, observed: Gradient, members: int, reference: ImageSet
+) -> list[int]:
+    declared = spec.capture.labels
+    if declared == "infer":
+        if model.head is None:
+            raise SpecError(
+                ("capture", "labels"),
+                "the model does not end in a trained linear layer, so the label cannot be inferred",
+                "Declare it: labels: [3].",
+            )
+        return _infer(model, stack([observed]), members, reference).flatten().tolist()
+    for index, label in enumerate(declared):
         if label >= model.classes:
             raise SpecError(
-                ("capture", "labels", 0),
+                ("capture", "labels", index),
                 f"{label}; the model has {model.classes} classes, 0 to {model.classes - 1}",
             )
-        return label
-    if model.head is None:
+    if len(declared) != members:
         raise SpecError(
             ("capture", "labels"),
-            "the model does not end in a trained linear layer, so the label cannot be inferred",
-            "Declare it: labels: [3].",
+            f"labels has {len(declared)} entries; the capture is made of {members} images",
         )
-    return int(infer_labels(stack([observed]), model.head))
+    return declared
+
+
+def _infer(
+    model: ClientModel, observed: Gradient, members: int, reference: ImageSet
+) -> torch.Tensor:
+    assert model.head is not None
+    if members == 1:
+        return infer_labels(observed, model.head)
+    with torch.no_grad():
+        logits = model.logits(model.parameters, reference.images[:PUBLIC_IMAGES])
+    return infer_several(observed, model.head, logits.softmax(1).mean(0), members)
 
 
 def _files(spec: Spec, reference: ImageSet) -> list[tuple[str, str]]:
     named = [
         spec.capture.gradient,
+        spec.capture.previous,
         spec.model.weights,
         spec.prior.weights,
         spec.evidence.truth,
         spec.evidence.lpips.weights if spec.evidence.lpips else None,
         *(_factory_file(factory) for factory in (spec.model.factory, spec.prior.factory)),
         _factory_file(spec.client.step) if spec.client else None,
+        *(_factory_file(step.factory) for step in spec.defense),
     ]
     hashed = [(str(path), sha256([spec.resolve(path)])) for path in named if path is not None]
     folder = prior_folder(spec.prior, spec.folder)

@@ -46,6 +46,7 @@ class LossSpec(_Section):
     """The client's training loss; ``scale`` multiplies it, as a loss weight would."""
 
     name: Literal["cross_entropy"] = "cross_entropy"
+    reduction: Literal["mean", "sum"] = Field(default="mean", description="over the batch")
     scale: float = Field(default=1.0, gt=0)
 
 
@@ -73,24 +74,64 @@ class ModelSpec(_Section):
         return data
 
 
+class LocalTrainingSpec(_Section):
+    """Local training before an update is sent (FedAvg: McMahan et al., AISTATS 2017).
+
+    Plain SGD: v = momentum v + g + weight_decay w + proximal (w - w0); w = w - lr v.
+    """
+
+    lr: float = Field(gt=0, description="learning rate")
+    epochs: int = Field(default=1, ge=1, description="passes over the client's images")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="images in a local step; all of them unless declared"
+    )
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0, description="L2 regularization")
+    proximal: float = Field(
+        default=0.0, ge=0, description="FedProx's mu (Li et al., MLSys 2020, equation 2)"
+    )
+    order: Literal["fixed", "shuffled"] = Field(
+        default="fixed", description="shuffled: drawn anew in each epoch, unknown to the attacker"
+    )
+
+
 class CaptureSpec(_Section):
-    """The gradient that was captured and what is known of it."""
+    """What was captured and what is known of it."""
 
     gradient: Path = Field(description=".safetensors, .pt (weights only) or .npz")
-    kind: Literal["gradient"] = "gradient"
+    kind: Literal["gradient", "update", "moments"] = Field(
+        default="gradient",
+        description="update: weights before local training minus those after; moments: Adam's "
+        "first moment, in the clear",
+    )
+    local: LocalTrainingSpec | None = Field(default=None, description="for kind: update")
+    previous: Path | None = Field(
+        default=None, description="for kind: moments, the one before; without, the state was fresh"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="for kind: moments")
     stage: Literal["defended", "raw"] = Field(
         default="defended", description="raw: the tool applies the declared defense first"
     )
-    batch_size: Literal[1] = 1
+    batch_size: int = Field(default=1, ge=1, description="images of one client")
     labels: Literal["infer"] | list[Annotated[int, Field(ge=0)]] = "infer"
 
     @model_validator(mode="after")
-    def _one_label_an_image(self) -> CaptureSpec:
-        if self.labels != "infer" and len(self.labels) != self.batch_size:
+    def _labels_for_every_client(self) -> CaptureSpec:
+        if self.labels != "infer" and (not self.labels or len(self.labels) % self.batch_size):
             raise ValueError(
                 f"labels has {len(self.labels)} entries; expected {self.batch_size} "
-                "(capture.batch_size) or 'infer'"
+                "(capture.batch_size) for each client, or 'infer'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_belongs_to_the_kind(self) -> CaptureSpec:
+        if self.kind == "update" and self.local is None:
+            raise ValueError("kind: update needs local: {lr: ...}, how the client trained")
+        if self.kind != "update" and self.local is not None:
+            raise ValueError("local is for kind: update")
+        if self.kind != "moments" and (self.previous or "beta1" in self.model_fields_set):
+            raise ValueError("previous and beta1 are for kind: moments")
         return self
 
 
@@ -99,7 +140,16 @@ class DefenseSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str
+    name: str | None = Field(default=None, description="as `ggl-audit list defenses` has it")
+    factory: str | None = Field(
+        default=None, description="file.py:callable or package.module:callable, one's own"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DefenseSpec:
+        if (self.name is None) == (self.factory is None):
+            raise ValueError("a step needs either name or factory")
+        return self
 
 
 class ClientSpec(_Section):

@@ -32,3 +32,36 @@ def infer_labels(observed: Gradient, head: Head) -> torch.Tensor:
     orientation = feature[:, -1] if head.bias is not None else feature.sum(dim=1)
     labels: torch.Tensor = (error * torch.sign(orientation)[:, None]).argmin(dim=1)
     return labels
+
+
+def infer_several(observed: Gradient, head: Head, usual: torch.Tensor, images: int) -> torch.Tensor:
+    """Infers the labels of t gradients, each of several images; one label may come up repeatedly.
+
+    The rows of the head's gradient sum to the mean of (p - y) times the representation's sum, and
+    its bias is the mean of p - y alone. With p as public images have it, what remains is the counts
+    of the labels, up to a scale that a defense may have changed: labels are added one by one, each
+    the one that brings p - counts / B closest in direction (as iLRG and LLBG count them; Ma et
+    al., IJCAI 2023).
+
+    Args:
+        observed: captured gradients; tensors with a leading dimension t.
+        head: which parameters the linear layer has.
+        usual: (classes,), the mean prediction on public images.
+        images: B, how many labels there are.
+
+    Returns:
+        (t, B), class indices, in ascending order.
+    """
+    rows = observed[head.weight].flatten(2).sum(2) if head.bias is None else observed[head.bias]
+    rows = rows.double()
+    counts = torch.zeros_like(rows)
+    each_class = torch.eye(len(usual), dtype=rows.dtype, device=rows.device)
+    for taken in range(1, images + 1):
+        possible = counts[:, None] + each_class
+        error = taken / images * usual.double() - possible / images
+        inner = (error * rows[:, None]).sum(2)
+        closeness = inner / error.norm(dim=2).clamp(min=1e-30)
+        best = closeness.argmax(dim=1)
+        counts += each_class[best]
+    labels = [torch.repeat_interleave(row.long()) for row in counts]
+    return torch.stack(labels)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.func import grad, vmap
+from torch.func import vmap
 
-from ggl_audit.defenses import Pipeline, relative_l2
+from ggl_audit.contribution import Contribution
+from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient, concatenate, norm
+from ggl_audit.gradient import Gradient, concatenate, norm, stack, take, unstack
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import RegularizerSpec
@@ -38,8 +39,11 @@ def cosine(replica: Gradient, observed: Gradient) -> torch.Tensor:
 class Matching:
     """Compares candidate images with observed gradients.
 
+    A candidate is one image, or a set of n x B images where each of n clients has B. Labels tell
+    which: (..., ) for images, (..., n x B) for sets.
+
     Args:
-        model: the client's model.
+        model: the client's model, and how it is trained.
         defense: the declared defense, replicated on each candidate's gradient.
         distance: ``likelihood``, the best statistic under the declared noise
             (:meth:`Pipeline.mismatch`); or ``l2`` or ``cosine``, between replica and capture.
@@ -50,87 +54,116 @@ class Matching:
     ) -> None:
         self.model = model
         self._defense = defense
-        self._gradients = vmap(grad(model.loss), in_dims=(None, 0, 0))
+        self._contribution = Contribution(model, defense)
+        self._shares = vmap(self._contribution)
         measure = relative_l2 if distance == "l2" else cosine
 
-        def compare(gradient: Gradient, observed: Gradient) -> torch.Tensor:
+        def compare(gradients: Gradient, observed: Gradient, known: Gradient) -> torch.Tensor:
+            clients = unstack(gradients)
             if distance == "likelihood":
-                return defense.mismatch(gradient, observed)
-            return measure(defense.replicate(gradient, observed), observed)
+                return defense.mismatch(clients, observed, known or None)
+            return measure(defense.replicate(clients, observed, known or None), observed)
 
         # The inner map runs over the candidates of one observation, the outer over observations.
-        self._distances = vmap(vmap(compare, in_dims=(0, None)))
+        self._distances = vmap(vmap(compare, in_dims=(0, None, None)))
         bytes_each = COPIES_OF_A_GRADIENT * 4 * model.size
         self._chunk = max(1, BATCH_BYTES // bytes_each)
 
-    def gradients(self, images: torch.Tensor, labels: torch.Tensor) -> Gradient:
-        """The undefended gradients of single images.
+    def draw(self, context: Context, clients: int) -> Drawn:
+        """What each of several clients draws before it begins, with a leading dimension."""
+        drawn = [
+            self._contribution.draw(context, self.model.batch_size) for _ in range(max(clients, 1))
+        ]
+        return {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
+
+    def gradients(
+        self, images: torch.Tensor, labels: torch.Tensor, drawn: Drawn | None = None
+    ) -> Gradient:
+        """What each of n clients computes, before the defense of the whole.
 
         Args:
-            images: (n, channels, height, width) in [0, 1].
-            labels: (n,).
+            images: (n, B, channels, height, width) in [0, 1], or without B for one image each.
+            labels: (n, B) or (n,).
+            drawn: with a leading dimension n; guessed blindly unless given.
 
         Returns:
             Tensors with a leading dimension n, in the model's order.
         """
+        if labels.ndim == 1:
+            images, labels = images[:, None], labels[:, None]
+        if drawn is None:
+            blind = self._defense.blind_guess()
+            drawn = {
+                name: tensor.expand(len(labels), *tensor.shape) for name, tensor in blind.items()
+            }
         parts: list[Gradient] = []
-        for part, part_labels in zip(
-            images.split(self._chunk), labels.split(self._chunk), strict=True
-        ):
+        for start in range(0, len(labels), self._chunk):
+            part = slice(start, start + self._chunk)
+            mine = {name: tensor[part] for name, tensor in drawn.items()}
             with torch.no_grad():
-                parts.append(self._gradients(self.model.parameters, part, part_labels))
+                parts.append(self._shares(images[part], labels[part], mine))
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
     def distances(
-        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        observed: Gradient,
+        others: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The distances of n candidates to each of t observed gradients, every one its own n.
 
         Args:
-            images: (t, n, channels, height, width) in [0, 1].
-            labels: (t, n).
+            images: (t, n, channels, height, width) in [0, 1], or (t, n, k, ...) for sets.
+            labels: (t, n) or (t, n, k).
             observed: tensors with a leading dimension t.
+            others: images (t, m, ...) and labels (t, m) of the clients that are known; the
+                candidates are then sets for those that are not.
 
         Returns:
             (t, n).
         """
-        trials, candidates = labels.shape
-        if candidates > self._chunk:
+        if labels.ndim == 2:
+            images, labels = images[:, :, None], labels[:, :, None]
+        trials, candidates, members = labels.shape
+        each = max(1, self._chunk // max(1, members // self.model.batch_size))
+        if candidates > each:
             parts = [
-                self.distances(
-                    images[:, i : i + self._chunk], labels[:, i : i + self._chunk], observed
-                )
-                for i in range(0, candidates, self._chunk)
+                self.distances(images[:, i : i + each], labels[:, i : i + each], observed, others)
+                for i in range(0, candidates, each)
             ]
             return torch.cat(parts, dim=1)
-        together = max(1, self._chunk // candidates)
+        together = max(1, each // candidates)
         distances = []
         for start in range(0, trials, together):
             part = slice(start, start + together)
-            gradients = self.gradients(images[part].flatten(0, 1), labels[part].flatten())
-            grouped = {n: g.unflatten(0, (-1, candidates)) for n, g in gradients.items()}
+            seen = {name: tensor[part] for name, tensor in observed.items()}
+            known = {} if others is None else self._known(others[0][part], others[1][part], seen)
             with torch.no_grad():
-                distances.append(
-                    self._distances(grouped, {n: g[part] for n, g in observed.items()})
-                )
+                guesses = vmap(self._defense.guesses)(seen)
+                tried = [
+                    self._distances(
+                        self._of_clients(images[part], labels[part], guess), seen, known
+                    )
+                    for guess in guesses
+                ]
+            distances.append(torch.stack(tried).amin(0))
         return torch.cat(distances)
 
     def agreement(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
     ) -> torch.Tensor:
-        """How well the replica of one image's gradient agrees with each of t observed ones.
+        """How well the replica of one candidate's gradient agrees with each of t observed ones.
 
         Args:
-            images: (t, channels, height, width) in [0, 1].
-            labels: (t,).
+            images: (t, channels, height, width) in [0, 1], or (t, k, ...) for sets.
+            labels: (t,) or (t, k).
             observed: k - 1 tensors with a leading dimension t.
 
         Returns:
             (t, k), the cosine for each tensor in the model's order, and for the whole gradient.
         """
-        gradients = self.gradients(images, labels)
-        with torch.no_grad():
-            replicas = vmap(self._defense.replicate)(gradients, observed)
+        replicas = self.replicas(images, labels, observed)
         inner = [(replicas[name] * observed[name]).flatten(1).sum(1) for name in observed]
         squares = [
             [tensor[name].flatten(1).square().sum(1) for name in observed]
@@ -140,16 +173,45 @@ class Matching:
         lengths = [torch.stack([*s, torch.stack(s).sum(0)], dim=1).sqrt() for s in squares]
         return products / (lengths[0] * lengths[1]).clamp(min=1e-30)
 
+    def replicas(self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient) -> Gradient:
+        """What t candidates give under the attacker's replica, by the best guess of the draws.
+
+        Args:
+            images: (t, channels, height, width) in [0, 1], or (t, k, ...) for sets.
+            labels: (t,) or (t, k).
+            observed: tensors with a leading dimension t.
+
+        Returns:
+            Tensors with a leading dimension t.
+        """
+        if labels.ndim == 1:
+            images, labels = images[:, None], labels[:, None]
+
+        def replicate(gradients: Gradient, observed: Gradient) -> Gradient:
+            return self._defense.replicate(unstack(take(gradients, 0)), observed)
+
+        with torch.no_grad():
+            guesses = vmap(self._defense.guesses)(observed)
+            found: list[Gradient] = [
+                vmap(replicate)(self._of_clients(images[:, None], labels[:, None], guess), observed)
+                for guess in guesses
+            ]
+            if len(found) == 1:
+                return found[0]
+            away = torch.stack([vmap(relative_l2)(one, observed) for one in found])
+            best = away.argmin(0).tolist()
+            return stack([take(found[guess], index) for index, guess in enumerate(best)])
+
     def try_out(self) -> None:
         """Evaluates two candidates, to find out whether the model can be mapped over.
 
         Raises:
             SpecError: it cannot.
         """
-        image = torch.rand(2, *self.model.shape, device=self.model.device)
-        labels = torch.zeros(2, dtype=torch.long, device=self.model.device)
+        images = torch.rand(2, self.model.batch_size, *self.model.shape, device=self.model.device)
+        labels = torch.zeros(2, self.model.batch_size, dtype=torch.long, device=self.model.device)
         try:
-            self.gradients(image, labels)
+            self.gradients(images, labels)
         except (Exception, SystemExit) as error:
             # The forward pass is the user's own code.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -159,6 +221,31 @@ class Matching:
                 "torch.func.vmap needs a forward pass without data-dependent branches, random "
                 "draws, or buffers that it changes.",
             ) from None
+
+    def _of_clients(self, images: torch.Tensor, labels: torch.Tensor, guess: Drawn) -> Gradient:
+        """Of (t, n, k) images with what is guessed of each of t draws: tensors (t, n, k / B)."""
+        batch_size = self.model.batch_size
+        trials, candidates, members = labels.shape
+        shape = (trials, candidates, max(1, members // batch_size))
+        each = shape[1] * shape[2]
+        drawn = {name: tensor.repeat_interleave(each, dim=0) for name, tensor in guess.items()}
+        size = members // shape[2]
+        gradients = self.gradients(
+            images.reshape(-1, size, *images.shape[3:]), labels.reshape(-1, size), drawn
+        )
+        return {name: tensor.unflatten(0, shape) for name, tensor in gradients.items()}
+
+    def _known(self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient) -> Gradient:
+        if labels.shape[1] == 0:
+            return {}
+        with torch.no_grad():
+            guess = vmap(self._defense.guesses)(observed)[0]
+            gradients = self._of_clients(images[:, None], labels[:, None], guess)
+
+            def share(gradients: Gradient, observed: Gradient) -> Gradient:
+                return self._defense.share(unstack(take(gradients, 0)), observed)
+
+            return vmap(share)(gradients, observed)
 
 
 def penalty(latents: torch.Tensor, regularizer: RegularizerSpec) -> torch.Tensor:
@@ -194,7 +281,7 @@ class LatentObjective:
         matching: compares images with gradients.
         prior: decodes latents.
         observed: t observed gradients, tensors with a leading dimension t.
-        labels: (t,), the label that the attacker assigns to each.
+        labels: (t,), the label that the attacker assigns to each; (t, k) where k images made it.
         regularizer: the penalty on latents.
     """
 
@@ -208,16 +295,32 @@ class LatentObjective:
         """The losses of n latents for each of t observed gradients.
 
         Args:
-            latents: (t, n, d), standard normal coordinates.
+            latents: (t, n, d), standard normal coordinates; (t, n, k x d) for k images.
 
         Returns:
             (t, n).
         """
         trials, candidates, _ = latents.shape
-        labels = self.labels[:, None].expand(trials, candidates)
-        with torch.no_grad():
-            images = self.prior.decode(latents.flatten(0, 1), labels.flatten())
+        labels = self.labels.reshape(trials, 1, -1).expand(trials, candidates, -1)
+        images = pictures(self.prior, latents.flatten(0, 1), labels.flatten(0, 1))
         distances = self.matching.distances(
             images.unflatten(0, (trials, candidates)), labels, self.observed
         )
         return distances + penalty(latents, self.regularizer)
+
+
+def pictures(prior: Prior, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The k images of each of n latents.
+
+    Args:
+        prior: decodes latents of size d.
+        latents: (n, k x d).
+        labels: (n, k).
+
+    Returns:
+        (n, k, channels, height, width) in [0, 1].
+    """
+    with torch.no_grad():
+        images = prior.decode(latents.reshape(labels.numel(), -1), labels.flatten())
+    shaped: torch.Tensor = images.unflatten(0, labels.shape)
+    return shaped

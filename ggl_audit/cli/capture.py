@@ -12,8 +12,12 @@ from ggl_audit.cli import options
 
 def capture(
     spec: Annotated[Path, typer.Argument(help="The spec that declares model and defense.")],
-    image: Annotated[Path, typer.Option("--image", help="The private image, a picture file.")],
-    label: Annotated[int, typer.Option("--label", help="Its class index.")],
+    image: Annotated[
+        list[Path], typer.Option("--image", help="A private image, a picture file; repeatable.")
+    ],
+    label: Annotated[
+        list[int], typer.Option("--label", help="Its class index; as often as --image.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Default: capture.gradient of the spec."),
@@ -22,7 +26,7 @@ def capture(
     seed: options.Seed = None,
     settings: options.Set = None,
 ) -> None:
-    """Write the gradient of one image under the declared model and defense, as safetensors."""
+    """Write what clients of the declared model and defense send, as safetensors."""
     from ggl_audit.capturing import capture_gradient
     from ggl_audit.inputs.capture import write_capture
 

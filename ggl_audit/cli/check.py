@@ -58,7 +58,8 @@ def check(
         )
     console.print(table)
     how = "inferred" if declared.capture.labels == "infer" else "declared"
-    console.print(f"label {setting.label}, {how}; device {setting.model.device}")
+    labels = ", ".join(map(str, setting.labels))
+    console.print(f"label {labels}, {how}; device {setting.model.device}")
     for step in setting.checks:
         console.print(f"{escape(step.step)}: {step.outcome} ({escape(step.detail)})")
     guarantee = setting.guarantee

@@ -21,6 +21,9 @@ capture:
   gradient: gradient.safetensors        # by parameter name
   stage: defended                       # raw: the tool applies the defense below first
   labels: infer                         # or [3], if it is known
+  batch_size: 1                         # images of one client
+  # kind: update                        # weights before local training minus those after, with
+  # local: {lr: 0.1, epochs: 1}
 defense:                                # in the client's order; `ggl-audit list defenses`
   - {name: clip, bound: 1.0}
   - {name: noise, std: 0.1}

@@ -23,27 +23,40 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
     from rich.text import Text
 
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("name", "parameters", "source"):
-        table.add_column(column)
-    for row in _rows(kind):
-        table.add_row(*map(Text, row))
+    if kind is Kind.DEFENSES:
+        table.add_column("name")
+        table.add_column("what to know of it")
+        for name, known in _defenses():
+            table.add_row(Text(name), Text(known))
+            table.add_row()
+    else:
+        for column in ("name", "parameters", "source"):
+            table.add_column(column)
+        for row in _rows(kind):
+            table.add_row(*map(Text, row))
     Console().print(table)
 
 
-def _rows(kind: Kind) -> list[tuple[str, str, str]]:
-    if kind is Kind.DEFENSES:
-        from ggl_audit.defenses import REGISTRY
+def _defenses() -> list[tuple[str, str]]:
+    from ggl_audit.defenses import RECIPES, REGISTRY, Defense, Recipe
 
-        return [
-            (
-                name,
-                ", ".join(
-                    f"{key}: {field.description}" for key, field in defense.model_fields.items()
-                ),
-                defense.source,
-            )
-            for name, defense in sorted(REGISTRY.items())
+    known: dict[str, type[Defense] | type[Recipe]] = {**REGISTRY, **RECIPES}
+    listed = []
+    for name, defense in sorted(known.items()):
+        said = [(defense.__doc__ or "").splitlines()[0]]
+        for key, field in defense.model_fields.items():
+            needed = "needed" if field.is_required() else f"default {field.default}"
+            said.append(f"{key}: {field.description} ({needed})")
+        said += [
+            f"source: {defense.source}",
+            f"guarantee: {defense.promise}",
+            f"broken by: {defense.broken_by}",
         ]
+        listed.append((name, "\n".join(said)))
+    return listed
+
+
+def _rows(kind: Kind) -> list[tuple[str, str, str]]:
     if kind is Kind.OPTIMIZERS:
         from ggl_audit.optimizers import FAMILIES
 

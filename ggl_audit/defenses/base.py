@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
 from ggl_audit.gradient import Gradient
+from ggl_audit.inputs.model import ClientModel
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ggl_audit.defenses.noise import Noise
 
 FALSE_ACCUSATION = 1e-6
 """The largest probability with which a correct capture is said to contradict its declaration."""
 
-Trace = Literal["norm", "zeros", "levels", "noise"]
-"""What a defense leaves in a gradient that can be read off it."""
+Trace = Literal["norm", "zeros", "levels", "values", "span", "noise", "protocol", "none"]
+"""What a defense leaves in a gradient that can be read off it: a bound on its norm, zeros, a few
+levels whatever their scale, values on their own scale, a span of few dimensions, a floor of noise.
+Or what the protocol makes certain without looking; or nothing at all."""
+
+EVERY_TRACE: frozenset[Trace] = frozenset({"norm", "zeros", "levels", "values", "span", "noise"})
+
+Drawn = dict[str, torch.Tensor]
+"""What a client draws before it has a gradient, by name; or what an attacker takes it for."""
 
 Distribution = Literal["gaussian", "laplace"]
 
@@ -33,9 +44,17 @@ class Context:
 
     Attributes:
         generator: the client's randomness, on the gradient's device.
+        images: (n, channels, height, width) in [0, 1], that the gradient is of; None where it is of
+            no image, as in the null control.
+        drawn: what it drew before it computed the gradient.
+        earlier: undefended gradients of the client's earlier rounds, the oldest first, as many as
+            :attr:`Defense.earlier_rounds` asks for.
     """
 
     generator: torch.Generator
+    images: torch.Tensor | None = None
+    drawn: Drawn = field(default_factory=dict)
+    earlier: Sequence[Gradient] = ()
 
 
 @dataclass(frozen=True)
@@ -58,15 +77,75 @@ class Defense(BaseModel, ABC):
 
     A subclass declares its parameters as fields. Its methods take one gradient, without a leading
     dimension; whoever has many maps over them (``torch.func.vmap``).
+
+    Most steps change the gradient (:meth:`apply`). A step on the model's side adds to it
+    (:meth:`wrap`), one on the data's side changes the images (:meth:`transform`); both may draw
+    something first (:meth:`draw`), which the attacker has to guess (:meth:`guesses`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ClassVar[str]
-    source: ClassVar[str]
-    trace: ClassVar[Trace]
-    preserves: ClassVar[frozenset[Trace]]
+    source: ClassVar[str] = "not given"
+    promise: ClassVar[str] = "none"
+    broken_by: ClassVar[str] = "not known"
+    trace: ClassVar[Trace] = "none"
+    preserves: ClassVar[frozenset[Trace]] = frozenset()
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset()
+    stochastic: ClassVar[bool] = False
+    random_if_hidden: ClassVar[bool] = False
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Adds to the client's model what this defense needs; before its weights are filled in.
+
+        Raises:
+            ValueError: the model has no place for it; the message says why.
+        """
+        return module
+
+    def bind(self, model: ClientModel) -> Self:
+        """This step for one model, whose parameters it may have to know by name.
+
+        Raises:
+            ValueError: it does not fit the model; the message says why.
+        """
+        return self
+
+    def draw(self, context: Context, images: int) -> Drawn:
+        """What the client draws before it computes the gradient of so many images.
+
+        A tensor named as one of the model's constants takes its place.
+        """
+        return {}
+
+    @property
+    def drawn_for_each_image(self) -> frozenset[str]:
+        """Which draws have a row for each image, or one row for all of them."""
+        return frozenset()
+
+    def guesses(self, observed: Gradient | None) -> list[Drawn]:
+        """What the attacker takes the draw for: one or more, of which the best match counts.
+
+        Args:
+            observed: the capture, or None when later steps hide this step's trace in it.
+        """
+        return [{}]
+
+    def transform(
+        self, images: torch.Tensor, targets: torch.Tensor, drawn: Drawn
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Changes a batch before the model sees it.
+
+        Args:
+            images: (n, channels, height, width) in [0, 1].
+            targets: (n, classes), probabilities.
+            drawn: by the client, or guessed by the attacker.
+        """
+        return images, targets
+
+    def penalty(self, module: nn.Module) -> torch.Tensor | float:
+        """What it adds to the client's loss, asked right after a forward pass of the module."""
+        return 0.0
 
     @abstractmethod
     def apply(self, gradient: Gradient, context: Context) -> Gradient:
@@ -81,7 +160,6 @@ class Defense(BaseModel, ABC):
             observed: the capture, or None when later steps hide this step's trace in it.
         """
 
-    @abstractmethod
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Whether the capture cannot have come out of this step, and the measured figure.
 
@@ -92,6 +170,7 @@ class Defense(BaseModel, ABC):
             later_noise: bounds the norm of the noise that later steps add. Only a step whose trace
                 survives noise is asked about a capture with any.
         """
+        return False, "it leaves nothing that could be checked"
 
     def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
         """How likely the capture is if this step came last, after noise; a scalar.
@@ -104,6 +183,37 @@ class Defense(BaseModel, ABC):
             observed: the capture.
         """
         raise NotImplementedError
+
+    def log_likelihood_alone(self, before: Gradient, observed: Gradient) -> torch.Tensor:
+        """How likely the capture is if only this step is random, and comes last; a scalar.
+
+        Only asked of a ``stochastic`` step that changes the gradient.
+
+        Args:
+            before: a candidate's gradient after the replicas of the earlier steps.
+            observed: the capture.
+        """
+        raise NotImplementedError
+
+    @property
+    def earlier_rounds(self) -> int:
+        """How many gradients of earlier rounds are mixed into what the client sends."""
+        return 0
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether it is a step on the data's side."""
+        return type(self).transform is not Defense.transform
+
+    @property
+    def acts_on_a_gradient(self) -> bool:
+        """Whether the gradient is all that it needs, and not the images, the model or others."""
+        before = self.changes_images or type(self).wrap is not Defense.wrap
+        return not before and self.earlier_rounds == 0
+
+    def leaves(self, trace: Trace) -> bool:
+        """Whether a trace of an earlier step can still be read off what this step sends."""
+        return trace == "protocol" or trace in self.preserves
 
     @property
     def keeps_every_tensor(self) -> bool:

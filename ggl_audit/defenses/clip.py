@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from ggl_audit.defenses.base import (
     FALSE_ACCUSATION,
@@ -17,6 +17,7 @@ from ggl_audit.defenses.base import (
 )
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each, flat, norm
+from ggl_audit.inputs.model import ClientModel, has_batch_norm
 
 ROUNDING = 1e-4
 
@@ -30,14 +31,32 @@ class Clip(Defense):
 
     name: ClassVar[str] = "clip"
     source: ClassVar[str] = "Abadi et al., CCS 2016"
+    promise: ClassVar[str] = "with Gaussian noise after it: differential privacy"
+    broken_by: ClassVar[str] = "alone by candidate matching, as measured in docs/defenses.md"
     trace: ClassVar[Trace] = "norm"
-    preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros", "levels"})
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros", "levels", "span"})
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian"})
 
     bound: float = Field(gt=0, description="largest l2 norm")
     scope: Literal["global", "layer"] = Field(
         default="global", description="over the whole gradient, or for each tensor"
     )
+    unit: Literal["client", "sample"] = Field(
+        default="client", description="what a client sends, or each sample's share in it"
+    )
+    _samples: int = PrivateAttr(default=1)  # whose shares are summed
+
+    def bind(self, model: ClientModel) -> Clip:
+        """For the sum or the mean over the model's batch; with one image the units are one."""
+        if self.unit == "client":
+            return self
+        if model.batch_size == 1 and model.local is None:
+            return self.model_copy(update={"unit": "client"})
+        if has_batch_norm(model.module) and model.module.training:
+            raise ValueError("clips each sample, but in train mode batch norm mixes the samples")
+        bound = self.model_copy()
+        bound._samples = model.batch_size if model.loss_sum else 1
+        return bound
 
     def apply(self, gradient: Gradient, context: Context) -> Gradient:
         """Scales by min(1, bound / norm)."""
@@ -53,14 +72,21 @@ class Clip(Defense):
         confidence = 1 - FALSE_ACCUSATION / len(parts)
 
         def most(tensor: torch.Tensor) -> float:
-            return self.bound * (1 + ROUNDING) + later_noise(tensor.numel(), confidence)
+            return self._samples * self.bound * (1 + ROUNDING) + later_noise(
+                tensor.numel(), confidence
+            )
 
         where = max(parts, key=lambda name: float(parts[name].norm()) / most(parts[name]))
         largest, allowed = float(parts[where].norm()), most(parts[where])
-        detail = f"the norm of {where} is {largest:.4g}; the bound is {self.bound:g}"
+        bound = self._samples * self.bound
+        detail = f"the norm of {where} is {largest:.4g}; the bound is {bound:g}"
         if later_noise(1, confidence):
             detail += f", with the noise after it at most {allowed:.4g}"
         return largest > allowed, detail
+
+    def leaves(self, trace: Trace) -> bool:
+        """Levels of the whole gradient are no longer so after tensors were scaled apart."""
+        return super().leaves(trace) and not (trace == "levels" and self.scope == "layer")
 
     def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
         """Of the direction, as the clip hides the scale; of the whole where nothing was clipped.

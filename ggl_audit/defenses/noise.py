@@ -35,6 +35,7 @@ class Noise(Defense):
 
     name: ClassVar[str] = "noise"
     source: ClassVar[str] = "Abadi et al., CCS 2016; Li et al., CVPR 2022, section 4.1"
+    broken_by: ClassVar[str] = "alone by candidate matching, as measured in docs/defenses.md"
     trace: ClassVar[Trace] = "noise"
     preserves: ClassVar[frozenset[Trace]] = frozenset({"norm"})  # its own norm is known
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from torch import nn
 
-from ggl_audit.defenses.base import Check, Context, Defense
+from ggl_audit.defenses.aggregation import Aggregation, SecureAggregation
+from ggl_audit.defenses.base import Check, Context, Defense, Drawn
+from ggl_audit.defenses.clip import Clip
+from ggl_audit.defenses.encryption import Encryption
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, norm
+from ggl_audit.inputs.model import ClientModel
+
+Unit = Literal["sample", "client"]
+
+ALONE = SecureAggregation(clients=1)
+"""A cohort of one, where none is declared."""
 
 
 @dataclass(frozen=True)
 class GaussianMechanism:
-    """A release that is differentially private: a bounded gradient plus Gaussian noise.
+    """A release that is differentially private: bounded shares plus Gaussian noise.
 
     Attributes:
-        bound: the l2 norm that the gradient cannot exceed before the noise.
-        std: the standard deviation of the noise.
+        bound: the l2 norm that the share of one unit in the release cannot exceed.
+        std: the standard deviation of the noise on the release.
     """
 
     bound: float
@@ -32,23 +44,169 @@ class GaussianMechanism:
 
 
 class Pipeline:
-    """Steps of a defense, applied one after the other; none is no defense."""
+    """Steps of a defense, applied one after the other; none is no defense.
 
-    def __init__(self, steps: Sequence[Defense] = ()) -> None:
+    Steps on the data, on the model and on each sample act while a client computes its gradient;
+    the others on what it has computed; those after an aggregation on the mean over the cohort.
+    """
+
+    def __init__(self, steps: Sequence[Defense] = (), model: ClientModel | None = None) -> None:
         self.steps = tuple(steps)
+        self._samples = 1 if model is None or model.loss_sum else model.batch_size
+        self._alone = model is None or model.batch_size == 1
+        self._trains = model is not None and model.local is not None
+        # Gaussian noise of each client is Gaussian noise on their mean.
+        self._steps = _noise_after_mean(self.steps)
 
-    def apply(self, gradient: Gradient, context: Context) -> Gradient:
-        """What the client sends."""
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Adds to the client's model what the steps need.
+
+        Raises:
+            ValueError: the model has no place for it.
+        """
         for step in self.steps:
-            gradient = step.apply(gradient, context)
+            module = step.wrap(module)
+        return module
+
+    def bind(self, model: ClientModel) -> Pipeline:
+        """The steps for one model.
+
+        Raises:
+            ValueError: a step does not fit the model.
+        """
+        return Pipeline([step.bind(model) for step in self.steps], model)
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """The step that joins the cohort."""
+        return next((s for s in self.steps if isinstance(s, Aggregation)), ALONE)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether a step acts on each sample's gradient."""
+        return any(_is_per_sample(step) for step in self.steps)
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether a step acts on the data."""
+        return any(step.changes_images for step in self.steps)
+
+    @property
+    def earlier_rounds(self) -> int:
+        """How many gradients of earlier rounds a client has to remember."""
+        return max((step.earlier_rounds for step in self.steps), default=0)
+
+    def draw(self, context: Context, images: int) -> Drawn:
+        """What a client draws before it computes the gradient of so many images."""
+        drawn: Drawn = {}
+        for step in self.steps:
+            drawn |= step.draw(context, images)
+        return drawn
+
+    def drawn_for(self, drawn: Drawn, images: torch.Tensor) -> Drawn:
+        """The draws for some images of a batch.
+
+        Args:
+            drawn: for all of them.
+            images: (n,), indices.
+        """
+        rows = {name for step in self.steps for name in step.drawn_for_each_image}
+        return {
+            name: tensor[images] if name in rows and len(tensor) > 1 else tensor
+            for name, tensor in drawn.items()
+        }
+
+    def guesses(self, observed: Gradient) -> list[Drawn]:
+        """What the attacker takes the draws for; every combination of the steps' guesses."""
+        each_step = [
+            step.guesses(observed if self._is_visible(index) else None)
+            for index, step in enumerate(self._steps)
+        ]
+        guesses = []
+        for combination in itertools.product(*each_step):
+            together: Drawn = {}
+            for guess in combination:
+                together |= guess
+            guesses.append(together)
+        return guesses
+
+    def blind_guess(self) -> Drawn:
+        """What somebody without a capture takes the draws for."""
+        guess: Drawn = {}
+        for step in self.steps:
+            guess |= step.guesses(None)[0]
+        return guess
+
+    def transform(
+        self, images: torch.Tensor, targets: torch.Tensor, drawn: Drawn
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the steps on the data's side make of a batch."""
+        for step in self.steps:
+            images, targets = step.transform(images, targets, drawn)
+        return images, targets
+
+    def penalty(self, module: nn.Module) -> torch.Tensor | float:
+        """What the steps on the model's side add to the loss, right after a forward pass."""
+        return sum((step.penalty(module) for step in self.steps), 0.0)
+
+    def clip_samples(self, gradient: Gradient) -> Gradient:
+        """What the steps on each sample make of one sample's gradient."""
+        for step in self.steps:
+            if _is_per_sample(step):
+                gradient = step.replicate(gradient, None)
         return gradient
 
-    def replicate(self, gradient: Gradient, observed: Gradient) -> Gradient:
-        """What the attacker compares with the capture, for one candidate's gradient."""
-        return self._replicate(gradient, observed, len(self.steps))
+    def release(self, gradients: Sequence[Gradient], contexts: Sequence[Context]) -> Gradient:
+        """What is seen of a cohort.
 
-    def mismatch(self, gradient: Gradient, observed: Gradient) -> torch.Tensor:
-        """How badly a candidate's gradient explains the capture: the statistic of the ceiling.
+        Args:
+            gradients: what each client has computed.
+            contexts: of each client.
+        """
+        server = contexts[0]
+        join = self.aggregation
+        before, after = self._around()
+        sent, histories = [], []
+        for gradient, context in zip(gradients, contexts, strict=True):
+            for step in before:
+                gradient = step.apply(gradient, context)
+                if context.earlier and not step.earlier_rounds:
+                    earlier = [step.apply(one, context) for one in context.earlier]
+                    context = replace(context, earlier=earlier)
+            sent.append(gradient)
+            histories.append(context.earlier)
+        seen = join.finish(join.share(sent, histories))
+        for step in after:
+            seen = step.apply(seen, server)
+        return seen
+
+    def apply(self, gradient: Gradient, context: Context) -> Gradient:
+        """What is seen of one gradient, as if all clients of the cohort had it."""
+        count = self.aggregation.clients
+        return self.release([gradient] * count, [context] * count)
+
+    def replicate(
+        self, gradients: Sequence[Gradient], observed: Gradient, known: Gradient | None = None
+    ) -> Gradient:
+        """What the attacker compares with the capture.
+
+        Args:
+            gradients: candidates for what clients have computed.
+            observed: the capture.
+            known: the share of all other clients (:meth:`share`).
+        """
+        return self._replicate(gradients, observed, known, len(self._steps))
+
+    def share(self, gradients: Sequence[Gradient], observed: Gradient) -> Gradient:
+        """What clients whose gradients the attacker knows add to the aggregate."""
+        join = self._join()
+        sent = [self._through(gradient, observed, 0, join) for gradient in gradients]
+        return self.aggregation.share(sent)
+
+    def mismatch(
+        self, gradients: Sequence[Gradient], observed: Gradient, known: Gradient | None = None
+    ) -> torch.Tensor:
+        """How badly candidates' gradients explain the capture: the statistic of the ceiling.
 
         With noise it falls with the likelihood of the capture, wherever :meth:`has_likelihood`, so
         that with equal prior odds no other statistic identifies more often (Neyman and Pearson).
@@ -56,18 +214,22 @@ class Pipeline:
         capture: zero for the true image, whose support and signs agree.
 
         Args:
-            gradient: of a candidate, undefended.
+            gradients: of candidates, undefended, one for each client that is not known.
             observed: the capture.
+            known: the share of all other clients (:meth:`share`).
 
         Returns:
             A scalar, to be compared between candidates for the same capture only.
         """
+        last = self._steps[-1] if self._steps else None
+        if last is not None and last.stochastic and self.has_likelihood():
+            before = self._replicate(gradients, observed, known, len(self._steps) - 1)
+            return -last.log_likelihood_alone(before, observed)
         first, noise = self._noise()
-        if noise is None or not self.has_likelihood():
-            return relative_l2(self.replicate(gradient, observed), observed)
-        before = self._replicate(gradient, observed, first)
-        last = self.steps[-1]
-        if not isinstance(last, Noise):
+        if noise is None or last is None or not self.has_likelihood():
+            return relative_l2(self.replicate(gradients, observed, known), observed)
+        before = self._replicate(gradients, observed, known, first)
+        if not isinstance(last, Noise | Encryption):
             return -last.log_likelihood(before, noise, observed)
         if noise.distribution == "gaussian":
             return relative_l2(before, observed)
@@ -75,56 +237,93 @@ class Pipeline:
 
     def has_likelihood(self) -> bool:
         """Whether the likelihood of a capture is known, or none is needed as nothing is random."""
+        hidden = (s for i, s in enumerate(self._steps) if not self._is_visible(i))
+        if self.earlier_rounds or any(step.random_if_hidden for step in hidden):
+            return False
+        stochastic = [step for step in self._steps if step.stochastic]
         first, noise = self._noise()
-        if first == len(self.steps):
+        if stochastic:
+            alone = type(stochastic[0]).log_likelihood_alone is not Defense.log_likelihood_alone
+            return first == len(self._steps) and stochastic == [self._steps[-1]] and alone
+        if first == len(self._steps):
             return True
-        after = [step for step in self.steps[first:] if not isinstance(step, Noise)]
+        after = [step for step in self._steps[first:] if not isinstance(step, Noise | Encryption)]
         if noise is None or len(after) > 1:
             return False
         if not after:
             return True
-        return after[0] is self.steps[-1] and noise.distribution in after[0].likelihood_after
+        return after[0] is self._steps[-1] and noise.distribution in after[0].likelihood_after
 
     def without_noise(self, gradient: Gradient, context: Context) -> Gradient:
         """What the steps before the noise make of a gradient."""
         first, _ = self._noise()
-        return Pipeline(self.steps[:first]).apply(gradient, context)
+        return Pipeline(self._steps[:first]).apply(gradient, context)
 
     def verify(self, observed: Gradient) -> list[Check]:
         """Compares a capture with each step, as far as later steps leave its trace visible."""
         checks = []
-        for index, step in enumerate(self.steps):
+        for index, step in enumerate(self._steps):
             if self._is_visible(index):
-                later = self.steps[index + 1 :]
+                later = self._steps[index + 1 :]
 
                 def bound(size: int, confidence: float, later: Sequence[Defense] = later) -> float:
                     return noise_norm(later, size, confidence)
 
                 contradicts, detail = step.contradiction(observed, bound)
                 checks.append(Check(str(step), "contradicts" if contradicts else "agrees", detail))
+            elif step.trace == "none":
+                checks.append(Check(str(step), "hidden", "it leaves nothing that could be checked"))
             else:
-                hiding = next(s for s in self.steps[index + 1 :] if step.trace not in s.preserves)
+                later = self._steps[index + 1 :]
+                hiding = next(s for s in later if not s.leaves(step.trace))
                 checks.append(Check(str(step), "hidden", f"{hiding} after it hides its trace"))
         return checks
 
-    def guarantee(self) -> GaussianMechanism | None:
-        """The differential privacy that the steps give to one image, or None.
+    def guarantee(self, unit: Unit | None = None) -> GaussianMechanism | None:
+        """The differential privacy that the steps give to one unit, or None.
 
-        It needs noise after a bound on the whole gradient's norm; what follows the noise changes
-        nothing (post-processing).
+        It needs noise after a bound on the unit's share; what follows the noise changes nothing
+        (post-processing). A sample's share in a batch is bounded by a clip of each sample, and
+        stays so under a clip of the whole, which brings no two gradients farther apart.
+
+        Args:
+            unit: a sample or a client; None for the better of the two, as a bound for one image.
         """
-        bound: float | None = None
-        for step in self.steps:
+        sample: float | None = None
+        client: float | None = None
+        for step in self._steps:
             if isinstance(step, Noise):
                 noise = self.total_noise() or step  # the first alone, if others stand apart
+                bounds = {"sample": [sample], "client": [client], None: [sample, client]}[unit]
+                best = min((bound for bound in bounds if bound), default=None)
                 gaussian = noise.distribution == "gaussian"
-                return GaussianMechanism(bound, noise.std) if gaussian and bound else None
-            bound = step.norm_bound(bound)
+                return GaussianMechanism(best, noise.std) if gaussian and best else None
+            if _is_per_sample(step):
+                bound = None if self._trains else step.norm_bound(None)
+                sample = None if bound is None else bound / self._samples
+                continue
+            keeps_apart = isinstance(step, Clip | SecureAggregation | Encryption)
+            client = step.norm_bound(client)
+            if self._alone:
+                sample = client
+            elif isinstance(step, SecureAggregation):
+                sample = step.norm_bound(sample)
+            elif not keeps_apart:
+                sample = None
         return None
 
+    def acts_on_a_gradient(self) -> bool:
+        """Whether it can be applied to a gradient that has been computed without it."""
+        return all(step.acts_on_a_gradient for step in self.steps) and not self.per_sample
+
+    def ciphertext_of(self) -> str | None:
+        """Who holds the key, where the capture is declared to be a ciphertext."""
+        outsiders = (s for s in self.steps if isinstance(s, Encryption) and s.view == "outsider")
+        return next((step.key_holder for step in outsiders), None)
+
     def adds_noise(self) -> bool:
-        """Whether any step is random."""
-        return any(isinstance(step, Noise) for step in self.steps)
+        """Whether any step is random in a way that the capture does not tell."""
+        return any(isinstance(s, Noise) or s.stochastic or s.earlier_rounds for s in self.steps)
 
     def empties_tensors(self) -> bool:
         """Whether a step may leave nothing of a tensor for one image and something for another."""
@@ -132,8 +331,28 @@ class Pipeline:
 
     def noise_is_last(self) -> bool:
         """Whether nothing but noise follows noise; also where there is none."""
+        if self.earlier_rounds or any(step.stochastic for step in self.steps):
+            return False
         first, _ = self._noise()
-        return all(isinstance(step, Noise) for step in self.steps[first:])
+        return all(isinstance(step, Noise | Encryption) for step in self._steps[first:])
+
+    def adds_up(self) -> bool:
+        """Whether a release is a sum of shares of single images, up to noise."""
+        before, after = self._around()
+        alone = (Noise, Encryption)
+        if self.earlier_rounds or not isinstance(self.aggregation, SecureAggregation):
+            return False
+        if any(step.stochastic for step in self.steps) or self.changes_images:
+            return False
+        own = self._alone or all(isinstance(step, alone) for step in before)
+        return own and all(isinstance(step, alone) for step in after)
+
+    def share_of_one(self, gradient: Gradient) -> Gradient:
+        """What one image adds to a sum over all, before noise; only if it :meth:`adds_up`."""
+        before, _ = self._around()
+        for step in before:
+            gradient = step.replicate(gradient, None)
+        return gradient
 
     def total_noise(self) -> Noise | None:
         """The noise of all steps together; None where there is none, or it is of several kinds."""
@@ -141,26 +360,72 @@ class Pipeline:
 
     def _noise(self) -> tuple[int, Noise | None]:
         """Where the first noise is, and all of it as one, if without a gap and of one kind."""
-        noises = [step for step in self.steps if isinstance(step, Noise)]
-        first = next((i for i, s in enumerate(self.steps) if isinstance(s, Noise)), len(self.steps))
-        together = self.steps[first : first + len(noises)] == tuple(noises)
+        steps = self._steps
+        noises = [step for step in steps if isinstance(step, Noise)]
+        first = next((i for i, s in enumerate(steps) if isinstance(s, Noise)), len(steps))
+        together = steps[first : first + len(noises)] == tuple(noises)
         if len(noises) == 1:
             return first, noises[0]
         if together and noises and all(noise.distribution == "gaussian" for noise in noises):
             return first, Noise(std=math.hypot(*(noise.std for noise in noises)))
         return first, None
 
-    def _replicate(self, gradient: Gradient, observed: Gradient, count: int) -> Gradient:
-        for index, step in enumerate(self.steps[:count]):
-            gradient = step.replicate(gradient, observed if self._is_visible(index) else None)
+    def _replicate(
+        self,
+        gradients: Sequence[Gradient],
+        observed: Gradient,
+        known: Gradient | None,
+        count: int,
+    ) -> Gradient:
+        join = self._join()
+        aggregation = self.aggregation
+        sent = [self._through(gradient, observed, 0, min(join, count)) for gradient in gradients]
+        mean = aggregation.share(sent)
+        if known is not None:
+            mean = {name: mean[name] + known[name] for name in mean}
+        return self._through(aggregation.finish(mean), observed, join + 1, count)
+
+    def _through(self, gradient: Gradient, observed: Gradient, start: int, stop: int) -> Gradient:
+        for index in range(start, stop):
+            seen = observed if self._is_visible(index) else None
+            if not _is_per_sample(self._steps[index]):
+                gradient = self._steps[index].replicate(gradient, seen)
         return gradient
 
+    def _around(self) -> tuple[list[Defense], list[Defense]]:
+        """The steps of each client and those on the aggregate, as declared."""
+        own = [step for step in self.steps if not _is_per_sample(step)]
+        join = next((i for i, s in enumerate(own) if isinstance(s, Aggregation)), len(own))
+        return own[:join], own[join + 1 :]
+
+    def _join(self) -> int:
+        steps = self._steps
+        return next((i for i, s in enumerate(steps) if isinstance(s, Aggregation)), len(steps))
+
     def _is_visible(self, index: int) -> bool:
-        trace = self.steps[index].trace
-        return all(trace in later.preserves for later in self.steps[index + 1 :])
+        trace = self._steps[index].trace
+        return trace != "none" and all(later.leaves(trace) for later in self._steps[index + 1 :])
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.steps)) or "none"
+
+
+def _is_per_sample(step: Defense) -> bool:
+    return isinstance(step, Clip) and step.unit == "sample"
+
+
+def _noise_after_mean(steps: Sequence[Defense]) -> tuple[Defense, ...]:
+    moved = list(steps)
+    for index, step in enumerate(moved[1:]):
+        noise = moved[index]
+        if (
+            isinstance(step, SecureAggregation)
+            and isinstance(noise, Noise)
+            and noise.distribution == "gaussian"
+        ):
+            mean = Noise(std=noise.std / math.sqrt(step.clients))
+            moved[index : index + 2] = [step, mean]
+    return tuple(moved)
 
 
 def relative_l2(replica: Gradient, observed: Gradient) -> torch.Tensor:

@@ -2,62 +2,93 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, Trace
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.gradient import Gradient, each, flat
+from ggl_audit.gradient import Gradient, flat
+
+SMALLEST_STEP = 1e-30
 
 
 class Quantize(Defense):
     """Rounds each value to the nearest of 2^bits levels between the smallest and the largest.
 
-    The grid spans the whole gradient (Jacob et al., Quantization and Training of Neural Networks,
-    CVPR 2018, equation 1, without the constraint that zero is a level).
+    The grid spans the whole gradient, or each tensor has its own (Jacob et al., Quantization and
+    Training of Neural Networks, CVPR 2018, equation 1, without the constraint that zero is a
+    level).
     """
 
     name: ClassVar[str] = "quantize"
     source: ClassVar[str] = "Jacob et al., CVPR 2018"
+    broken_by: ClassVar[str] = "candidate matching, as measured in docs/defenses.md"
     trace: ClassVar[Trace] = "levels"
     preserves: ClassVar[frozenset[Trace]] = frozenset()
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian", "laplace"})
 
-    bits: int = Field(ge=1, le=16, description="the gradient takes 2^bits levels")
+    bits: int = Field(ge=1, le=16, description="each grid has 2^bits levels")
+    scope: Literal["global", "layer"] = Field(
+        default="global", description="one grid over the whole gradient, or one for each tensor"
+    )
 
     def apply(self, gradient: Gradient, context: Context) -> Gradient:
         """Rounds to the gradient's own grid."""
         return self._rounded(gradient)
 
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """The same, on the candidate's own grid."""
+        """The same, on the candidate's own grid.
+
+        The capture's grid would be exact for the true image as well, but tell less: a grid shows
+        the smallest and the largest value unrounded.
+        """
         return self._rounded(gradient)
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds more levels than bits allow."""
-        values = flat(observed).double()
-        span = float(values.max() - values.min())
-        # Other implementations round the same level differently in its last bits.
-        grid = ((values - values.min()) / max(span, 1e-300) * 2**20).round()
-        levels = len(grid.unique())
-        return levels > 2**self.bits, f"{levels} levels; {self.bits} bits allow {2**self.bits}"
+        parts = {"the gradient": flat(observed)} if self.scope == "global" else observed
+        counts = {name: _levels(tensor) for name, tensor in parts.items()}
+        where = max(counts, key=lambda name: counts[name])
+        detail = f"{where} has {counts[where]} levels; {self.bits} bits allow {2**self.bits}"
+        return counts[where] > 2**self.bits, detail
 
     def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
-        """The sum of log P(value plus noise is rounded to what was observed), on its own grid."""
-        _, step = self._grid(observed)
+        """The sum of log P(value plus noise is rounded to what was observed), on its own grid.
+
+        Where the grid is a single point nothing was rounded, and it is the density.
+        """
         parts = []
-        for name, tensor in observed.items():
-            residual = (tensor - before[name]).double()
-            parts.append(noise.log_probability(residual - step / 2, residual + step / 2).sum())
+        for name, (_, step) in self._grids(observed).items():
+            residual = (observed[name] - before[name]).double()
+            rounded = noise.log_probability(residual - step / 2, residual + step / 2)
+            as_it_was = noise.log_densities(residual)
+            parts.append(torch.where(step > SMALLEST_STEP, rounded, as_it_was).sum())
         return torch.stack(parts).sum()
 
-    def _grid(self, gradient: Gradient) -> tuple[torch.Tensor, torch.Tensor]:
-        low = torch.stack([tensor.min() for tensor in gradient.values()]).min()
-        high = torch.stack([tensor.max() for tensor in gradient.values()]).max()
-        return low, ((high - low) / (2**self.bits - 1)).clamp(min=1e-30)
+    def _grids(self, gradient: Gradient) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The lowest level and the step, for each tensor."""
+        lows = {name: tensor.min() for name, tensor in gradient.items()}
+        highs = {name: tensor.max() for name, tensor in gradient.items()}
+        if self.scope == "global":
+            lows = dict.fromkeys(gradient, torch.stack([*lows.values()]).min())
+            highs = dict.fromkeys(gradient, torch.stack([*highs.values()]).max())
+        steps = 2**self.bits - 1
+        return {
+            name: (low, ((highs[name] - low) / steps).clamp(min=SMALLEST_STEP))
+            for name, low in lows.items()
+        }
 
     def _rounded(self, gradient: Gradient) -> Gradient:
-        low, step = self._grid(gradient)
-        return each(lambda tensor: low + step * ((tensor - low) / step).round(), gradient)
+        return {
+            name: low + step * ((gradient[name] - low) / step).round()
+            for name, (low, step) in self._grids(gradient).items()
+        }
+
+
+def _levels(tensor: torch.Tensor) -> int:
+    values = tensor.double()
+    span = float(values.max() - values.min())
+    # Other implementations round the same level differently in its last bits.
+    return len(((values - values.min()) / max(span, 1e-300) * 2**20).round().unique())

@@ -2,53 +2,99 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
-from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, Trace
+from ggl_audit.defenses.base import Context, Distribution, NoiseBound, Trace
+from ggl_audit.defenses.error_feedback import ErrorFeedback
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each, flat
 
 ROUNDING = 1e-5
 
 
-class Sign(Defense):
+class Sign(ErrorFeedback):
     """Sends the sign of each value: -1, 0 or 1, times a step that is common to all.
 
-    signSGD (Bernstein et al., ICML 2018).
+    signSGD (Bernstein et al., ICML 2018). Or times the mean magnitude of the gradient, or of each
+    tensor, which error feedback needs (Karimireddy et al., ICML 2019, algorithm 1).
     """
 
     name: ClassVar[str] = "sign"
     source: ClassVar[str] = "Bernstein et al., ICML 2018"
+    broken_by: ClassVar[str] = "Learning to Invert, Wu et al., UAI 2023"
     trace: ClassVar[Trace] = "levels"
     preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros"})
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian", "laplace"})
 
-    def apply(self, gradient: Gradient, context: Context) -> Gradient:
-        """Takes the sign; the sign of zero is zero."""
-        return each(torch.sign, gradient)
+    scale: Literal["none", "mean", "layer_mean"] = Field(
+        default="none",
+        description="magnitude that is sent: 1, or the mean one of the gradient or of each tensor",
+    )
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> Self:
+        if self.error_feedback and self.scale == "none":
+            raise ValueError(
+                "error_feedback needs scale: mean or scale: layer_mean, as a magnitude of 1 would "
+                "leave out more than the gradient holds"
+            )
+        return self
+
+    def compressed(self, gradient: Gradient, context: Context) -> Gradient:
+        """Takes the sign, scaled; the sign of zero is zero."""
+        return self._signs(gradient)
 
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """The same, with the step that the capture shows."""
-        if observed is None:
-            return each(torch.sign, gradient)
-        step = torch.stack([tensor.abs().max() for tensor in observed.values()]).max()
-        return each(lambda tensor: step * torch.sign(tensor), gradient)
+        """The same; with the step that the capture shows, where the candidate does not tell it."""
+        if observed is None or (self.scale != "none" and not self.error_feedback):
+            return self._signs(gradient)
+        steps = each(lambda tensor: tensor.abs().max(), observed)
+        if self.scale != "layer_mean":
+            steps = dict.fromkeys(observed, torch.stack([*steps.values()]).max())
+        return {name: steps[name] * torch.sign(tensor) for name, tensor in gradient.items()}
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds two values of different magnitude."""
-        magnitudes = flat(observed).abs()
-        magnitudes = magnitudes[magnitudes > 0]
-        least, most = float(magnitudes.min()), float(magnitudes.max())
-        detail = f"the values that are not zero have magnitudes from {least:.4g} to {most:.4g}"
+        parts = observed if self.scale == "layer_mean" else {"the gradient": flat(observed)}
+        spans = {}
+        for name, tensor in parts.items():
+            magnitudes = tensor[tensor != 0].abs()
+            if len(magnitudes):
+                spans[name] = float(magnitudes.min()), float(magnitudes.max())
+        if not spans:
+            return False, "all values are zero"
+        where = max(spans, key=lambda name: spans[name][1] / spans[name][0])
+        least, most = spans[where]
+        detail = (
+            f"the values of {where} that are not zero have magnitudes from {least:.4g} to "
+            f"{most:.4g}"
+        )
         return most > least * (1 + ROUNDING), detail
 
     def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
-        """The sum of log P(sign of value plus noise); zeros say nothing of the noise."""
+        """The sum of log P(sign of value plus noise); zeros say nothing of the noise.
+
+        Nor does the scale, which so many values make nearly the same for all candidates.
+        """
         parts = []
         for name, tensor in observed.items():
             agreement = before[name] * torch.sign(tensor)
             said = noise.log_cdf(agreement.double())
             parts.append(torch.where(tensor == 0, torch.zeros_like(said), said).sum())
         return torch.stack(parts).sum()
+
+    def norm_bound(self, before: float | None) -> float | None:
+        """The one before, if scaled: sqrt(n) times the mean magnitude is at most the norm."""
+        return None if self.scale == "none" else super().norm_bound(before)
+
+    def _signs(self, gradient: Gradient) -> Gradient:
+        if self.scale == "none":
+            return each(torch.sign, gradient)
+        if self.scale == "mean":
+            mean = flat(gradient).abs().mean()
+            return each(lambda tensor: mean * torch.sign(tensor), gradient)
+        return each(lambda tensor: tensor.abs().mean() * torch.sign(tensor), gradient)

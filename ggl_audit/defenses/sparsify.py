@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, Trace
+from ggl_audit.defenses.base import Context, Distribution, NoiseBound, Trace
+from ggl_audit.defenses.error_feedback import ErrorFeedback
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each, flat
 
 
-class Sparsify(Defense):
+class Sparsify(ErrorFeedback):
     """Sets the values of smallest magnitude to zero.
 
     Usual settings: 90 to 99 % removed, for each tensor (Aji and Heafield, EMNLP 2017; Lin et al.,
@@ -21,8 +23,11 @@ class Sparsify(Defense):
 
     name: ClassVar[str] = "sparsify"
     source: ClassVar[str] = "Lin et al., ICLR 2018"
+    broken_by: ClassVar[str] = (
+        "Generative Gradient Leakage with the observed mask, Li et al., CVPR 2022"
+    )
     trace: ClassVar[Trace] = "zeros"
-    preserves: ClassVar[frozenset[Trace]] = frozenset({"norm", "zeros"})
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"norm", "zeros", "values"})
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian", "laplace"})
 
     fraction: float = Field(gt=0, lt=1, description="share of the values that is removed")
@@ -30,14 +35,14 @@ class Sparsify(Defense):
         default="layer", description="for each tensor, or over the whole gradient"
     )
 
-    def apply(self, gradient: Gradient, context: Context) -> Gradient:
+    def compressed(self, gradient: Gradient, context: Context) -> Gradient:
         """Keeps the largest values."""
-        return self._largest(gradient)
+        return self._restricted(gradient, _largest)
 
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Keeps what the client kept, read off the capture; if hidden, the candidate's largest."""
         if observed is None:
-            return self._largest(gradient)
+            return self._restricted(gradient, _largest)
         return {n: tensor * (observed[n] != 0).to(tensor.dtype) for n, tensor in gradient.items()}
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
@@ -67,10 +72,6 @@ class Sparsify(Defense):
         """Not over the whole gradient, where a tensor of small values goes as a whole."""
         return self.scope == "layer"
 
-    def norm_bound(self, before: float | None) -> float | None:
-        """Removing values does not raise the norm."""
-        return before
-
     def _censored(self, mean: torch.Tensor, seen: torch.Tensor, noise: Noise) -> torch.Tensor:
         mean, seen = mean.double(), seen.double()
         kept = seen != 0
@@ -83,11 +84,15 @@ class Sparsify(Defense):
         # The small term undoes binary rounding: 0.9 of 10 is 9, not 8.
         return int(self.fraction * tensor.numel() + 1e-9)
 
-    def _largest(self, gradient: Gradient) -> Gradient:
+    def _restricted(
+        self, gradient: Gradient, choice: Callable[[torch.Tensor, int], torch.Tensor]
+    ) -> Gradient:
+        """Sets all values to zero but those chosen, by index in a row of values and their count."""
+
         def kept(tensor: torch.Tensor) -> torch.Tensor:
             values = tensor.flatten()
-            largest = values.abs().topk(len(values) - self._removed(tensor)).indices
-            return torch.zeros_like(values).scatter(0, largest, values[largest]).view_as(tensor)
+            chosen = choice(values, len(values) - self._removed(tensor))
+            return torch.zeros_like(values).scatter(0, chosen, values[chosen]).view_as(tensor)
 
         if self.scope == "layer":
             return each(kept, gradient)
@@ -97,3 +102,7 @@ class Sparsify(Defense):
             name: part.view_as(tensor)
             for (name, tensor), part in zip(gradient.items(), parts, strict=True)
         }
+
+
+def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    return values.abs().topk(count).indices

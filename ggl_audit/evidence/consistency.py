@@ -7,7 +7,7 @@ from scipy.stats import chi2
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline, noise_norm
-from ggl_audit.gradient import Gradient, flat, norm, take
+from ggl_audit.gradient import Gradient, flat, norm, stack, unstack
 
 PRIVATE_IMAGE = "the private image"
 LARGEST_DISTANCE, SMALLEST_LIMIT = 0.05, 1e-4
@@ -47,8 +47,7 @@ def check_truth(
         if len(labels) > TOGETHER:
             pairs = zip(images.split(TOGETHER), labels.split(TOGETHER), strict=True)
             return torch.cat([remainders(*pair) for pair in pairs])
-        gradients = matching.gradients(images, labels)
-        replicas = [defense.replicate(take(gradients, i), observed) for i in range(len(labels))]
+        replicas = unstack(matching.replicas(images, labels, stack([observed] * len(labels))))
         return torch.stack([norm({n: r[n] - observed[n] for n in observed}) for r in replicas])
 
     own = remainders(truth.expand(classes, *truth.shape), labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ggl_audit.defenses import Context, Noise, Pipeline
@@ -14,7 +16,10 @@ def null_gradient(observed: Gradient, defense: Pipeline, context: Context) -> Gr
     Guo et al. (TPAMI 2026) attack noise in place of the gradient: what still comes out is the
     prior and the label, not the gradient.
     """
-    random = Noise(std=1.0).apply(each(torch.zeros_like, observed), context)
-    defended = defense.apply(random, context)
+    nothing = each(torch.zeros_like, observed)
+    random, *earlier = (
+        Noise(std=1.0).apply(nothing, context) for _ in range(1 + defense.earlier_rounds)
+    )
+    defended = defense.apply(random, replace(context, earlier=earlier))
     scale = norm(observed) / norm(defended)
     return each(lambda tensor: tensor * scale, defended)

@@ -55,6 +55,8 @@ def find(
     likeness: Likeness | None,
     guarantee: Guarantee | None,
     promise: Rate | None,
+    membership: Rate | None = None,
+    recovered: bool = False,
 ) -> list[Finding]:
     """Collects the findings, the gravest first.
 
@@ -67,14 +69,18 @@ def find(
         likeness: of the capture to the canaries' gradients.
         guarantee: of the declared defense.
         promise: worst-case images identified in what the client's own code sends.
+        membership: canaries identified in releases whose other images are unknown.
+        recovered: the gradient was computed exactly from what was captured.
     """
     findings = [
         *_capture(checks),
         *_likeness(likeness),
         *_promise(ceiling, promise, guarantee),
         *_claim(guarantee),
+        *_recovered(recovered),
         *_floor(floor),
         *_ceiling(ceiling),
+        *_membership(membership),
         *_label(label),
         *_attack(undefended),
     ]
@@ -158,6 +164,40 @@ def _claim(guarantee: Guarantee | None) -> list[Finding]:
             f"give {guarantee.epsilon:.3g} at delta {guarantee.delta:g} over {guarantee.rounds} "
             "rounds.",
             remedy="More noise, fewer rounds or a smaller sampling rate; or an honest epsilon.",
+        )
+    ]
+
+
+def _recovered(recovered: bool) -> list[Finding]:
+    if not recovered:
+        return []
+    return [
+        Finding(
+            id="GGL004",
+            severity="high",
+            title="The gradient is recovered exactly",
+            detail="Adam's first moments were captured in the clear, and two in a row give the "
+            "gradient between them: g = (m_t - beta1 m_(t-1)) / (1 - beta1). All else here is "
+            "measured on that gradient, which nothing protects.",
+            remedy="Send no moments in the clear; under secure aggregation only their ratio is "
+            "seen (SecAdam).",
+        )
+    ]
+
+
+def _membership(membership: Rate | None) -> list[Finding]:
+    if membership is None or membership.advantage_lower <= NO_LEAKAGE:
+        return []
+    return [
+        Finding(
+            id="GGL002",
+            severity="high",
+            title="Membership in the release is identifiable",
+            detail=f"Knowing none of the other images, matching identifies {membership.successes} "
+            f"of {membership.trials} canaries among {round(1 / membership.chance)} images of their "
+            f"class (95 % interval {membership.lower:.0%} to {membership.upper:.0%}).",
+            remedy="Aggregation alone does not hide who is in it. Use a larger cohort with noise "
+            "in proportion to a clip.",
         )
     ]
 

@@ -155,7 +155,7 @@ def doubts_about_ceiling(
         )
     if not has_likelihood:
         doubts.append(
-            "steps that follow noise leave this tool without the best matching statistic, so "
+            "the client's random draws leave this tool without the best matching statistic, so "
             "better matching may identify more"
         )
     doubts += [

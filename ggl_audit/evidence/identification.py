@@ -7,6 +7,7 @@ probability of exactly 1/N, however typical an image the prior draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,24 +30,30 @@ class Trials:
         candidates: (t, N), indices into the reference set; column 0 is the canary.
         labels: (t,), the canaries' classes.
         reference: the set that the indices point into.
+        companions: (t, k - 1), the other images that the canary's gradient is made of.
     """
 
     candidates: torch.Tensor
     labels: torch.Tensor
     reference: ImageSet
+    companions: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, count: int) -> Trials:
         """The first trials."""
-        return Trials(self.candidates[:count], self.labels[:count], self.reference)
+        return self._part(slice(count))
 
     def batches(self, size: int) -> Iterator[Trials]:
         """The trials in order, a few at a time."""
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield Trials(self.candidates[part], self.labels[part], self.reference)
+            yield self._part(slice(start, start + size))
+
+    def _part(self, part: slice) -> Trials:
+        return Trials(
+            self.candidates[part], self.labels[part], self.reference, self.companions[part]
+        )
 
     @property
     def canaries(self) -> torch.Tensor:
@@ -58,9 +65,25 @@ class Trials:
         """The candidates, (t, N, channels, height, width)."""
         return self.reference.images[self.candidates]
 
+    @property
+    def members(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images that each gradient is made of, the canary first, and their labels.
+
+        Returns:
+            (t, k, channels, height, width) and (t, k); without k where the canary is alone.
+        """
+        if self.companions.shape[1] == 0:
+            return self.canaries, self.labels
+        chosen = torch.cat([self.candidates[:, :1], self.companions], dim=1)
+        return self.reference.images[chosen], self.reference.labels[chosen]
+
 
 def draw_trials(
-    reference: ImageSet, trials: int, candidates: int, random: np.random.Generator
+    reference: ImageSet,
+    trials: int,
+    candidates: int,
+    random: np.random.Generator,
+    companions: int = 0,
 ) -> Trials:
     """Draws canaries, no image twice, and candidates of their class.
 
@@ -71,6 +94,7 @@ def draw_trials(
         trials: how many canaries at most.
         candidates: N, the canary included.
         random: decides both.
+        companions: other images, of any class and none of the candidates, for each canary.
 
     Raises:
         SpecError: no class has N images.
@@ -92,9 +116,36 @@ def draw_trials(
         others = members[int(labels[canary])]
         others = random.permutation(others[others != canary])
         rows.append(np.concatenate([[canary], others[: candidates - 1]]))
-    table = np.stack(rows) if rows else np.zeros((0, candidates), dtype=np.int64)
-    indices = torch.as_tensor(table, dtype=torch.long, device=reference.labels.device)
-    return Trials(indices, reference.labels[indices[:, 0]], reference)
+    if len(reference) < candidates + companions:
+        raise SpecError(
+            ("evidence", "reference"),
+            f"{reference.source} has {len(reference)} images; {candidates} candidates and "
+            f"{companions} other members of a release are wanted",
+            "Give a larger one.",
+        )
+    others_of = [
+        random.permutation(np.setdiff1d(np.arange(len(reference)), row))[:companions]
+        for row in (rows if companions else [])
+    ]
+
+    def table(filled: list[np.ndarray], width: int) -> torch.Tensor:
+        values = np.stack(filled) if filled else np.zeros((len(rows), width), dtype=np.int64)
+        return torch.as_tensor(values, dtype=torch.long, device=reference.labels.device)
+
+    indices = table(rows, candidates)
+    return Trials(indices, reference.labels[indices[:, 0]], reference, table(others_of, companions))
+
+
+def blind_labels(classes: int, images: int) -> float:
+    """The probability that the best blind guess of the labels of so many images is right.
+
+    With equal classes that is the multinomial probability of counts as even as they can be.
+    """
+    each, more = divmod(images, classes)
+    ways = math.factorial(images) // (
+        math.factorial(each) ** (classes - more) * math.factorial(each + 1) ** more
+    )
+    return float(ways / classes**images)
 
 
 def captured_trial(
@@ -120,7 +171,8 @@ def captured_trial(
     images = torch.cat([truth[None], reference.images[others]])
     labels = torch.full((len(images),), label, device=truth.device)
     indices = torch.arange(len(images), device=truth.device)[None]
-    return Trials(indices, labels[:1], ImageSet(images, labels, "the captured image's candidates"))
+    source = ImageSet(images, labels, "the captured image's candidates")
+    return Trials(indices, labels[:1], source, indices[:, :0])
 
 
 def rank_of_truth(distances: torch.Tensor, random: np.random.Generator) -> list[int]:
@@ -146,7 +198,9 @@ def match(
     """The ceiling: ranks the truth by the matching distance of the candidates themselves.
 
     Where the likelihood under the declared noise is known, it orders the candidates, so no
-    reconstruction identifies the truth better (Bayes, with equal prior odds).
+    reconstruction identifies the truth better (Bayes, with equal prior odds). Where a release is
+    made of more images, all others are known here: the informed adversary (Balle, Cherubin and
+    Hayes, S&P 2022), who bounds every other one.
 
     Args:
         matching: with the declared defense, by likelihood.
@@ -158,7 +212,17 @@ def match(
         t ranks.
     """
     labels = trials.labels[:, None].expand_as(trials.candidates)
-    return rank_of_truth(matching.distances(trials.images, labels, observed), random)
+    companions = trials.companions.shape[1]
+    if companions == 0:
+        return rank_of_truth(matching.distances(trials.images, labels, observed), random)
+    own = matching.model.batch_size - 1
+    images, all_labels = trials.members
+    beside = images[:, None, 1 : own + 1].expand(-1, labels.shape[1], *images[0, 1 : own + 1].shape)
+    beside_labels = all_labels[:, None, 1 : own + 1].expand(*labels.shape, own)
+    sets = torch.cat([trials.images[:, :, None], beside], dim=2)
+    set_labels = torch.cat([labels[..., None], beside_labels], dim=2)
+    others = (images[:, own + 1 :], all_labels[:, own + 1 :])
+    return rank_of_truth(matching.distances(sets, set_labels, observed, others), random)
 
 
 def reconstruction_ranks(
@@ -167,7 +231,7 @@ def reconstruction_ranks(
     """The floor: ranks each canary by the distance of the candidates to a reconstruction.
 
     Args:
-        reconstructions: (t, channels, height, width).
+        reconstructions: (t, channels, height, width), or (t, k, ...) of which the nearest counts.
         trials: t trials.
         distance: from images (t, N, ...) and reconstructions (t, ...) to (t, N).
         random: breaks ties.
@@ -175,4 +239,7 @@ def reconstruction_ranks(
     Returns:
         t ranks.
     """
-    return rank_of_truth(distance(trials.images, reconstructions), random)
+    if reconstructions.ndim == 4:
+        return rank_of_truth(distance(trials.images, reconstructions), random)
+    each = [distance(trials.images, picture) for picture in reconstructions.unbind(1)]
+    return rank_of_truth(torch.stack(each).amin(0), random)

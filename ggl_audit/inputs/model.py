@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.factories import build_module
 from ggl_audit.inputs.images import Shape
 from ggl_audit.inputs.tensors import Tensors, read_tensors
-from ggl_audit.spec import Spec
+from ggl_audit.spec import LocalTrainingSpec, Spec
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -41,6 +43,9 @@ class ClientModel:
         mean: (channels, 1, 1) or (1, 1, 1), subtracted from an image in [0, 1].
         std: the same shape, divides it.
         loss_scale: multiplies the cross-entropy.
+        loss_sum: whether the cross-entropy is summed over a batch, and not averaged.
+        batch_size: images of one client.
+        local: how a client trains before it sends an update; None where it sends a gradient.
         classes: the number of logits.
         head: the linear layer that gives the logits, or None.
     """
@@ -54,6 +59,9 @@ class ClientModel:
     loss_scale: float
     classes: int
     head: Head | None
+    loss_sum: bool = False
+    batch_size: int = 1
+    local: LocalTrainingSpec | None = None
 
     @property
     def device(self) -> torch.device:
@@ -65,18 +73,41 @@ class ClientModel:
         """The number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def logits(self, parameters: Gradient, images: torch.Tensor) -> torch.Tensor:
-        """Maps (n, channels, height, width) in [0, 1] to (n, classes)."""
+    def logits(
+        self, parameters: Gradient, images: torch.Tensor, drawn: Tensors | None = None
+    ) -> torch.Tensor:
+        """Maps (n, channels, height, width) in [0, 1] to (n, classes).
+
+        Args:
+            parameters: by name.
+            images: the batch.
+            drawn: takes the place of constants of the same name.
+        """
         normalized = (images - self.mean) / self.std
+        swapped = {name: tensor for name, tensor in (drawn or {}).items() if name in self.constants}
         output: torch.Tensor = functional_call(
-            self.module, {**self.constants, **parameters}, (normalized,)
+            self.module, {**self.constants, **swapped, **parameters}, (normalized,)
         )
         return output
 
-    def loss(self, parameters: Gradient, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """The client's loss on one image (channels, height, width) with one label, a scalar."""
-        logits = self.logits(parameters, image[None])
-        return self.loss_scale * F.cross_entropy(logits, label[None])
+    def loss(
+        self,
+        parameters: Gradient,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        drawn: Tensors | None = None,
+    ) -> torch.Tensor:
+        """The client's loss on a batch, a scalar.
+
+        Args:
+            parameters: by name.
+            images: (n, channels, height, width) in [0, 1].
+            targets: (n,) labels or (n, classes) probabilities.
+            drawn: takes the place of constants of the same name.
+        """
+        logits = self.logits(parameters, images, drawn)
+        scale = self.loss_scale * (len(images) if self.loss_sum else 1)
+        return scale * F.cross_entropy(logits, targets)
 
     def representation(self, images: torch.Tensor) -> torch.Tensor | None:
         """What the head takes, (n, features), for images (n, channels, height, width)."""
@@ -94,8 +125,19 @@ class ClientModel:
         return taken[-1].flatten(1)
 
 
-def load_model(spec: Spec, device: torch.device, dtype: torch.dtype = torch.float32) -> ClientModel:
+def load_model(
+    spec: Spec,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+) -> ClientModel:
     """Builds the model of the spec, fills in its weights and tries it on one image.
+
+    Args:
+        spec: declares it.
+        device: where it is to be.
+        dtype: of its parameters.
+        wrap: adds what a defense needs, before the weights are filled in.
 
     Raises:
         SpecError: the factory fails, or the model does not take the declared images.
@@ -104,6 +146,8 @@ def load_model(spec: Spec, device: torch.device, dtype: torch.dtype = torch.floa
     declared = spec.model
     torch.manual_seed(spec.seed)
     module = build_module(declared.factory, declared.kwargs, spec.folder, "model")
+    if wrap is not None:
+        module = wrap(module)
     if declared.weights is not None:
         _fill(module, spec)
     module.to(device=device, dtype=dtype)
@@ -135,7 +179,15 @@ def load_model(spec: Spec, device: torch.device, dtype: torch.dtype = torch.floa
         loss_scale=declared.loss.scale,
         classes=logits.shape[1],
         head=head,
+        loss_sum=declared.loss.reduction == "sum",
+        batch_size=spec.capture.batch_size,
+        local=spec.capture.local,
     )
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether the mode makes a difference to the statistics that a model normalizes with."""
+    return any(isinstance(layer, BATCH_NORMS) for layer in module.modules())
 
 
 def _fill(module: nn.Module, spec: Spec) -> None:

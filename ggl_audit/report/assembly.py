@@ -11,7 +11,12 @@ from ggl_audit.evidence.fidelity import compare
 from ggl_audit.evidence.findings import find, promise_is_broken
 from ggl_audit.evidence.grade import decide, doubts_about_ceiling
 from ggl_audit.evidence.guarantee import largest_advantage
-from ggl_audit.experiments import SEARCHES_COMPARED, Measurements, Reconstructed
+from ggl_audit.experiments import (
+    SEARCHES_COMPARED,
+    Measurements,
+    Reconstructed,
+    can_identify_members,
+)
 from ggl_audit.gradient import norm
 from ggl_audit.report.assumptions import assumptions
 from ggl_audit.report.model import (
@@ -61,7 +66,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
                 measured.matching_control,
                 setting.checks,
                 measured.likeness,
-                has_likelihood=setting.defense.has_likelihood(),
+                has_likelihood=setting.has_likelihood,
                 bound_for_any_model=bound,
                 fit_is_proven=proven,
                 real_images=spec.evidence.reference is not None,
@@ -86,6 +91,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
                 undefended=measured.undefended,
                 undefended_matching=measured.matching_control,
             ),
+            membership=measured.membership,
             promise=measured.promise,
             guarantee=setting.guarantee,
             empirical_mu=max(map(empirical_mu, rates), default=None),
@@ -104,6 +110,8 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             None if proven else measured.likeness,
             setting.guarantee,
             measured.promise,
+            measured.membership,
+            recovered=spec.capture.kind == "moments",
         ),
         assumptions=assumptions(setting, measured),
         cost=Cost(
@@ -122,10 +130,15 @@ def _captured(setting: Setting, measured: Measurements) -> Captured:
     reasons = {}
     if setting.truth is None:
         reasons["truth"] = "the auditor does not hold the private image (evidence.truth)"
+    elif setting.members > 1:
+        reasons["rank"] = (
+            f"the release is made of {setting.members} images, and which class the private one is "
+            "of is not said"
+        )
     elif setting.captured_trial() is None:
         reasons["rank"] = (
             f"{setting.reference.source} has fewer than {setting.spec.evidence.candidates - 1} "
-            f"images of class {setting.label}"
+            f"images of class {setting.labels[0]}"
         )
     elif setting.prior_saw_truth:
         reasons["rank"] = (
@@ -142,22 +155,21 @@ def _captured(setting: Setting, measured: Measurements) -> Captured:
         reasons["likeness"] = "evidence.reconstruction_trials is 0" if no_trials else cut
     inferred = setting.spec.capture.labels == "infer"
     return Captured(
-        labels=[setting.label],
+        labels=setting.labels,
         label_method="inferred from the last layer's gradient" if inferred else "declared",
         norm=float(norm(setting.observed)),
         truth=None if setting.truth is None else png_uri(setting.truth),
         reconstructions=[
-            _reconstruction(measured.captured, setting).model_copy(
+            shown.model_copy(
                 update={
                     "rank": measured.rank,
                     "matching_rank": measured.matching_rank,
                     "candidates": measured.candidates,
                 }
             )
-        ]
-        if measured.captured
-        else [],
-        null=_reconstruction(measured.captured_null, setting) if measured.captured_null else None,
+            for shown in _reconstructions(measured.captured, setting)
+        ],
+        null=next(iter(_reconstructions(measured.captured_null, setting)), None),
         agreement=_agreement(measured),
         loss_place=_loss_place(measured),
         likeness=measured.likeness,
@@ -187,17 +199,29 @@ def _loss_place(measured: Measurements) -> LossPlace | None:
     )
 
 
-def _reconstruction(found: Reconstructed, setting: Setting) -> Reconstruction:
+def _reconstructions(found: Reconstructed | None, setting: Setting) -> list[Reconstruction]:
+    """The pictures, the one nearest to the truth first where that is held."""
+    if found is None:
+        return []
     every = -(-len(found.curve) // LONGEST_CURVE)
     curve = found.curve[::every]
     if curve[-1] != found.curve[-1]:
         curve.append(found.curve[-1])
-    metrics = None
-    if setting.truth is not None:
-        metrics = compare(found.image, setting.truth, setting.model, setting.lpips)
-    return Reconstruction(
-        image=png_uri(found.image), matching_loss=found.loss, curve=curve, metrics=metrics
-    )
+    truth = setting.truth
+    images = list(found.images)
+    if truth is not None:
+        images.sort(key=lambda image: float((image - truth).square().sum()))
+    return [
+        Reconstruction(
+            image=png_uri(image),
+            matching_loss=found.loss,
+            curve=curve,
+            metrics=None
+            if truth is None or index
+            else compare(image, truth, setting.model, setting.lpips),
+        )
+        for index, image in enumerate(images)
+    ]
 
 
 def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
@@ -214,6 +238,7 @@ def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
         "ceiling": "" if measured.ceiling else no_matching,
         "floor": "" if measured.floor else no_reconstruction,
         "label": "" if measured.label else no_head or no_matching,
+        "membership": "" if measured.membership else _no_membership(setting) or no_matching,
         "promise": "" if measured.promise else _no_promise(setting) or no_matching,
         "controls.null": "" if measured.null else no_reconstruction,
         "controls.undefended": "" if measured.undefended else no_reconstruction or no_control,
@@ -243,7 +268,20 @@ def _no_guarantee(setting: Setting) -> str:
     )
 
 
+def _no_membership(setting: Setting) -> str:
+    if setting.members == 1:
+        return "a release is made of one image"
+    if not can_identify_members(setting):
+        return (
+            "what single images contribute does not add up under this defense, or the reference "
+            "set is too small to tell what the others contribute"
+        )
+    return ""
+
+
 def _no_promise(setting: Setting) -> str:
+    if setting.members > 1:
+        return "the promise is tested for captures of one image"
     if setting.guarantee is None:
         return "no guarantee is declared"
     if not isinstance(setting.client, OwnClient):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ggl_audit.defenses import Encryption
 from ggl_audit.experiments import Measurements
 from ggl_audit.setting import Setting
 
@@ -13,9 +14,11 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     said = [
         "The attacker is the server: it sees this gradient, knows the model, its loss, and the "
         "declared defense with its parameters, but not the client's randomness.",
-        f"The capture is the gradient of one image in one step, model in {spec.model.mode} mode, "
-        f"cross-entropy times {spec.model.loss.scale:g}, images normalized with mean "
-        f"{spec.model.input.mean} and std {spec.model.input.std}.",
+        f"The capture is {_release(setting)}, model in {spec.model.mode} mode, cross-entropy "
+        f"times {spec.model.loss.scale:g}, images normalized with mean {spec.model.input.mean} and "
+        f"std {spec.model.input.std}.",
+        *_training(setting),
+        *_cohort(setting),
     ]
     if evidence.reference is None:
         said.append(
@@ -30,9 +33,9 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
         )
         said.append(_seen(setting))
     if spec.capture.labels == "infer":
-        said.append(f"The captured image's label is {setting.label}, as inferred.")
+        said.append(_inferred(setting))
     else:
-        said.append("The attacker knows the label.")
+        said.append(f"The attacker knows the {'labels' if setting.members > 1 else 'label'}.")
     if spec.model.weights is None:
         said.append(
             f"The model's weights are those that {spec.model.factory} makes by itself; no weights "
@@ -72,6 +75,68 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     if model.head is None and spec.capture.labels != "infer":
         said.append("The model has no linear head: label recovery was not measured.")
     return said
+
+
+def _release(setting: Setting) -> str:
+    spec, clients = setting.spec, setting.defense.aggregation.clients
+    images = f"{spec.capture.batch_size} images" if spec.capture.batch_size > 1 else "one image"
+    if spec.capture.kind == "update":
+        one = f"the update of a client's local training on {images}"
+    else:
+        reduction = f", their {spec.model.loss.reduction}" if spec.capture.batch_size > 1 else ""
+        one = f"the gradient of {images} in one step{reduction}"
+    return one if clients == 1 else f"{one}, averaged over {clients} clients"
+
+
+def _training(setting: Setting) -> list[str]:
+    local = setting.spec.capture.local
+    if local is None:
+        return []
+    size = local.batch_size or setting.spec.capture.batch_size
+    said = (
+        f"The attacker knows how a client trains: {local.epochs} epochs in batches of {size}, SGD "
+        f"with lr {local.lr:g}, momentum {local.momentum:g}, weight decay {local.weight_decay:g}, "
+        f"proximal term {local.proximal:g}"
+    )
+    if setting.members == 1:
+        return [f"{said}."]
+    known = "the order of its images" if local.order == "fixed" else "not the order of its images"
+    return [f"{said}; and {known}."]
+
+
+def _cohort(setting: Setting) -> list[str]:
+    said = []
+    if setting.members > 1:
+        said.append(
+            f"For the ceiling the attacker knows all {setting.members - 1} other images of the "
+            "release (the informed adversary), which bounds everybody who knows less; for the "
+            "floor and for membership it knows none."
+        )
+    clients = setting.defense.aggregation.clients
+    if clients > 1:
+        said.append(
+            f"The aggregate is over {clients} honest clients; nothing in it shows how many they "
+            "are."
+        )
+    said += [
+        f"{step.key_holder} holds the key; whoever lacks it sees nothing that is measured here."
+        for step in setting.defense.steps
+        if isinstance(step, Encryption)
+    ]
+    rounds = setting.defense.earlier_rounds
+    if rounds:
+        said.append(
+            f"{setting.defense} carries something over from {rounds} earlier rounds, here on "
+            "reference images at the same weights; the attacker knows nothing of it."
+        )
+    return said
+
+
+def _inferred(setting: Setting) -> str:
+    if setting.members == 1:
+        return f"The captured image's label is {setting.labels[0]}, as inferred."
+    labels = ", ".join(map(str, setting.labels))
+    return f"The captured images' labels are {labels}, as inferred."
 
 
 def _seen(setting: Setting) -> str:

@@ -26,6 +26,7 @@ GRADE_STYLE = {
 }
 SEVERITY_STYLE = {"critical": "bold red", "high": "red", "medium": "yellow", "low": "cyan"}
 SHADES = " .:-=+*#%@"
+MOST_PICTURES = 6
 WIDEST_PICTURE = 32
 BAR_WIDTH = 24
 
@@ -87,7 +88,7 @@ def _print_pictures(report: Report, console: Console) -> None:
     shown: list[tuple[str, str]] = []
     if captured.truth:
         shown.append(("the private image", captured.truth))
-    for found in captured.reconstructions:
+    for found in captured.reconstructions[:MOST_PICTURES]:
         shown.append((f"out of the gradient (label {label})", found.image))
     if captured.null:
         shown.append(("out of noise (null control)", captured.null.image))

@@ -176,6 +176,7 @@ class EvidenceReport(_Part):
         ceiling: canaries identified by candidate matching.
         label: canaries whose label was inferred.
         controls: null and undefended.
+        membership: canaries identified in releases of several images, the others being unknown.
         promise: worst-case images identified in what the client's own code sends.
         guarantee: of the declared defense, or None.
         empirical_mu: the least Gaussian-DP parameter that the rates of ceiling and promise allow,
@@ -190,6 +191,7 @@ class EvidenceReport(_Part):
     ceiling: Rate | None = None
     label: Rate | None = None
     controls: Controls = Controls()
+    membership: Rate | None = None
     promise: Rate | None = None
     guarantee: Guarantee | None = None
     empirical_mu: float | None = None

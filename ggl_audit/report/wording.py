@@ -52,6 +52,9 @@ def rate_rows(report: Report) -> list[RateRow]:
         ),
         row("label", "label inference", "label read off the last layer", evidence.label),
     ]
+    if evidence.membership is not None:
+        meaning = "identified in the release, all others unknown"
+        rows.append(row("membership", "membership", meaning, evidence.membership))
     if evidence.promise is not None:
         among = f"worst-case images, among {round(1 / evidence.promise.chance)}"
         rows.append(row("promise", "promise (client's code)", among, evidence.promise))

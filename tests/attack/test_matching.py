@@ -7,7 +7,7 @@ import torch
 
 from ggl_audit.attack import matching as matching_module
 from ggl_audit.attack.matching import LatentObjective, Matching, penalty
-from ggl_audit.defenses import Clip, Context, Defense, Pipeline, Quantize, Sign, Sparsify
+from ggl_audit.defenses import Clip, Context, Defense, Drawn, Pipeline, Quantize, Sign, Sparsify
 from ggl_audit.errors import SpecError
 from ggl_audit.gradient import Gradient, flat, stack
 from ggl_audit.inputs.model import ClientModel, load_model
@@ -56,7 +56,7 @@ def test_batched_distances_are_those_of_a_plain_loop(
     for t in range(2):
         for n in range(4):
             gradient = plain_gradient(model, images[t, n], int(labels[t, n]))
-            replica = defense.replicate(gradient, observed[t])
+            replica = defense.replicate([gradient], observed[t])
             expected = loop_distance(replica, observed[t], distance)
             # The sign of a value that is zero up to rounding may fall either way.
             tolerance = 1e-2 if any(isinstance(s, (Sign, Quantize)) for s in steps) else 1e-4
@@ -97,10 +97,10 @@ def test_chunks_bound_what_is_held_at_a_time(
     largest = 0
     whole = matching.gradients
 
-    def watched(images: torch.Tensor, labels: torch.Tensor) -> Gradient:
+    def watched(images: torch.Tensor, labels: torch.Tensor, drawn: Drawn) -> Gradient:
         nonlocal largest
         largest = max(largest, len(images))
-        return whole(images, labels)
+        return whole(images, labels, drawn)
 
     monkeypatch.setattr(matching, "gradients", watched)
     observed = plain_gradient(model, torch.rand(1, 16, 16), 3)
@@ -150,6 +150,6 @@ def test_the_objective_is_the_distance_of_the_decoded_latent(sample: Callable[..
             image = prior.decode(latents[t, n][None], labels[t][None])[0]
             gradient = plain_gradient(model, image, int(labels[t]))
             expected = loop_distance(
-                defense.replicate(gradient, observed[t]), observed[t], "l2"
+                defense.replicate([gradient], observed[t]), observed[t], "l2"
             ) + float(penalty(latents[t, n], RegularizerSpec(name="norm")))
             assert float(losses[t, n]) == pytest.approx(expected, rel=1e-4)

@@ -15,12 +15,16 @@ from ggl_audit.defenses import (
     Clip,
     Context,
     Defense,
+    FloatFormat,
     Noise,
     Pipeline,
     Quantize,
+    RandomK,
     Sign,
     Sparsify,
+    Threshold,
 )
+from ggl_audit.defenses.float_format import FORMATS
 from ggl_audit.gradient import Gradient
 
 DISTRIBUTIONS = {
@@ -109,6 +113,80 @@ def test_likelihoods_are_those_of_a_plain_loop(distribution: str) -> None:
         assert float(step.log_likelihood(before, noise, sent)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
+def test_likelihoods_of_masks_and_of_grids_are_those_of_a_plain_loop(distribution: str) -> None:
+    torch.manual_seed(0)
+    before, std = gradient(torch.randn(30)), 0.7
+    noise, reference = Noise(std=std, distribution=distribution), DISTRIBUTIONS[distribution](std)
+    noisy = noise.apply(before, context())
+
+    step = Threshold(least=0.4)
+    sent = step.apply(noisy, context())
+    expected = sum(
+        math.log(reference.cdf(0.4 - a) - reference.cdf(-0.4 - a))
+        if o == 0
+        else reference.logpdf(o - a)
+        for a, o in zip(row(before), row(sent), strict=True)
+    )
+    assert float(step.log_likelihood(before, noise, sent)) == pytest.approx(expected, rel=1e-5)
+
+    random = RandomK(fraction=0.5, scope="global")
+    sent = random.apply(noisy, context())
+    kept = row(sent) != 0
+    expected = reference.logpdf(row(sent)[kept] - row(before)[kept]).sum()
+    assert float(random.log_likelihood(before, noise, sent)) == pytest.approx(expected, rel=1e-5)
+
+    scaled = Sign(scale="layer_mean").apply(noisy, context())
+    plain = Sign().apply(noisy, context())
+    assert float(Sign(scale="layer_mean").log_likelihood(before, noise, scaled)) == pytest.approx(
+        float(Sign().log_likelihood(before, noise, plain))
+    )
+
+    layered = Quantize(bits=3, scope="layer")
+    before["one"], noisy["one"] = torch.tensor([0.3]), torch.tensor([0.5])
+    sent = layered.apply(noisy, context())
+    expected = reference.logpdf(0.5 - 0.3)  # a single value is its own grid
+    for name in ("a", "b"):
+        levels = row({name: sent[name]})
+        half = (levels.max() - levels.min()) / 7 / 2
+        expected += sum(
+            math.log(reference.cdf(o + half - a) - reference.cdf(o - half - a))
+            for a, o in zip(row({name: before[name]}), levels, strict=True)
+        )
+    found = layered.log_likelihood(before, noise, sent)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
+@pytest.mark.parametrize("name", ["float8_e4m3", "float8_e5m2"])
+@pytest.mark.parametrize("scale", ["none", "tensor"])
+def test_the_likelihood_of_a_float_format_is_that_of_its_neighbours(
+    distribution: str, name: str, scale: str
+) -> None:
+    """Of the cells between all values of the format, taken from its bits."""
+    torch.manual_seed(0)
+    values = torch.arange(256).to(torch.uint8).view(FORMATS[name]).double()
+    values = values[values.isfinite()].unique().numpy()
+    edges = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2, [np.inf]])
+    before = gradient(torch.randn(40) * torch.tensor([1e-3, 0.1, 1, 500]).repeat(10))
+    noise = Noise(std=0.3, distribution=distribution)
+    reference = DISTRIBUTIONS[distribution](0.3)
+    step = FloatFormat(format=name, scale=scale)
+    sent = step.apply(noise.apply(before, context()), context())
+    expected = 0.0
+    for part in sent:
+        mean, seen = row({part: before[part]}), row({part: sent[part]})
+        unit = 1.0 if scale == "none" else np.abs(seen).max() / values.max()
+        for a, o in zip(mean, seen, strict=True):
+            index = int(np.abs(values - o / unit).argmin())
+            low, high = edges[index] * unit - a, edges[index + 1] * unit - a
+            if scale == "tensor" and abs(o) == np.abs(seen).max():
+                expected += reference.logpdf(o - a)  # to which the scale was fitted
+                continue
+            expected += math.log(reference.cdf(high) - reference.cdf(low))
+    assert float(step.log_likelihood(before, noise, sent)) == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_clip_hides_the_scale_and_the_direction_is_integrated_over_it() -> None:
     torch.manual_seed(1)
     std, noise, clip = 0.5, Noise(std=0.5), Clip(bound=0.8)
@@ -144,7 +222,7 @@ def hits(
     for trial in range(trials):
         truth = trial % len(signals)
         sent = client.apply({"w": scale * signals[truth]}, randomness)
-        scores = [float(declared.mismatch({"w": scale * s}, sent)) for s in signals]
+        scores = [float(declared.mismatch([{"w": scale * s}], sent)) for s in signals]
         found += int(np.argmin(scores)) == truth
     return found
 
@@ -184,7 +262,15 @@ def test_a_clip_after_noise_loses_nothing_against_who_knows_the_scale() -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [Sign(), Quantize(bits=2), Sparsify(fraction=0.7), Sparsify(fraction=0.7, scope="global")],
+    [
+        Sign(),
+        Sign(scale="mean"),
+        Quantize(bits=2),
+        Quantize(bits=2, scope="layer"),
+        Sparsify(fraction=0.7),
+        Sparsify(fraction=0.7, scope="global"),
+        Threshold(least=1.5),
+    ],
 )
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
 def test_the_likelihood_identifies_more_than_the_replicas_distance(
@@ -198,7 +284,7 @@ def test_the_likelihood_identifies_more_than_the_replicas_distance(
     randomness, plain = context(7), 0
     for trial in range(300):
         sent = declared.apply({"w": signals[trial % 16]}, randomness)
-        replicas = [declared.replicate({"w": s}, sent)["w"] for s in signals]
+        replicas = [declared.replicate([{"w": s}], sent)["w"] for s in signals]
         distances = [float((replica - sent["w"]).square().sum()) for replica in replicas]
         plain += int(np.argmin(distances)) == trial % 16
     assert best > plain

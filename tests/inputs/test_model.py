@@ -81,14 +81,14 @@ def user(tmp_path: Path, sample: Callable[..., Spec]) -> Callable[..., Spec]:
 
 def test_the_loss_and_its_gradient_are_those_of_a_plain_backward_pass(model: ClientModel) -> None:
     image, label = torch.rand(1, 16, 16), 7
-    ours = grad(model.loss)(model.parameters, image, torch.tensor(label))
+    ours = grad(model.loss)(model.parameters, image[None], torch.tensor([label]))
     plain = plain_gradient(model, image, label)
     for name, tensor in plain.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-7)
 
 
 def test_the_loss_scale_scales_the_gradient(sample: Callable[..., Spec]) -> None:
-    image, label = torch.rand(1, 16, 16), torch.tensor(1)
+    image, label = torch.rand(1, 1, 16, 16), torch.tensor([1])
     once = load_model(sample("undefended"), CPU)
     twice = load_model(sample("undefended", model__loss={"scale": 2.0}), CPU)
     g1 = grad(once.loss)(once.parameters, image, label)

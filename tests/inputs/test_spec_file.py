@@ -60,7 +60,12 @@ def test_without_a_file_the_flags_are_enough() -> None:
     [
         ("  factory:", "  factroy:", 3, ["model.factroy", "unknown key", "'factory'"]),
         ("prior: {bundled", "prior: {bundeld", 9, ["prior.bundeld", "'bundled'"]),
-        ("capture: {gradient", "capture: {kind: update, gradient", 5, ["capture.kind", "update"]),
+        (
+            "capture: {gradient",
+            "capture: {kind: update, gradient",
+            5,
+            ["capture", "update", "local"],
+        ),
         ("shape: [1, 8, 8]", "shape: [1, 8]", 4, ["model.input.shape", "missing"]),
         ("shape: [1, 8, 8]", "shape: [1, 8, 8], std: [0]", 4, ["std", "greater than 0"]),
         ("version: 1", "version: 2", 1, ["version", "1"]),

@@ -1,0 +1,122 @@
+"""Rounding to a floating-point format of fewer bits."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, Trace
+from ggl_audit.defenses.noise import Noise
+from ggl_audit.gradient import Gradient, each
+
+SMALLEST_SCALE = 1e-30
+ROUNDING = 1e-5
+
+FORMATS = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
+
+
+class FloatFormat(Defense):
+    """Rounds each value to the nearest one of a format; what is too large becomes its largest.
+
+    Usual settings: float16 or bfloat16 as they are, the 8-bit formats after each tensor was scaled
+    to the format's range (Micikevicius et al., FP8 Formats for Deep Learning, 2022, section 3).
+    """
+
+    name: ClassVar[str] = "float_format"
+    source: ClassVar[str] = "Micikevicius et al., FP8 Formats for Deep Learning, 2022"
+    broken_by: ClassVar[str] = "candidate matching, as measured in docs/defenses.md"
+    trace: ClassVar[Trace] = "values"
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros"})
+    likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian", "laplace"})
+
+    format: Literal["float16", "bfloat16", "float8_e4m3", "float8_e5m2"] = Field(
+        description="float16, bfloat16, float8_e4m3 or float8_e5m2"
+    )
+    scale: Literal["none", "tensor"] = Field(
+        default="none",
+        description="none, or each tensor's largest magnitude to the largest of the format",
+    )
+
+    def apply(self, gradient: Gradient, context: Context) -> Gradient:
+        """Casts to the format and back."""
+        return each(self._rounded, gradient)
+
+    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """The same, with the candidate's own scale."""
+        return each(self._rounded, gradient)
+
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+        """Finds values that the format does not have."""
+        counts = {}
+        for name, tensor in observed.items():
+            off = (self._rounded(tensor) - tensor).abs() > ROUNDING * tensor.abs()
+            counts[name] = int(off.sum())
+        where = max(counts, key=lambda name: counts[name] / observed[name].numel())
+        detail = (
+            f"{counts[where]} of {observed[where].numel()} values of {where} are not of "
+            f"{self.format}"
+        )
+        return counts[where] > 0, detail
+
+    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+        """The sum of log P(value plus noise is rounded to what was observed).
+
+        The largest magnitude of a scaled tensor was not rounded; for it, it is the density.
+        """
+        parts = []
+        for name, tensor in observed.items():
+            seen, mean = tensor.double(), before[name].double()
+            low, high = self._cell(seen)
+            likelihood = noise.log_probability(low - mean, high - mean)
+            if self.scale == "tensor":
+                density = noise.log_densities(seen - mean)
+                likelihood = torch.where(seen.abs() < seen.abs().max(), likelihood, density)
+            parts.append(likelihood.sum())
+        return torch.stack(parts).sum()
+
+    @property
+    def keeps_every_tensor(self) -> bool:
+        """Its largest magnitude is kept if scaled; else all may be too small for the format."""
+        return self.scale == "tensor" or self.format == "bfloat16"
+
+    @property
+    def _most(self) -> float:
+        return torch.finfo(FORMATS[self.format]).max
+
+    def _unit(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What 1 in the format stands for; a scalar."""
+        if self.scale == "none":
+            return torch.ones_like(tensor).max()
+        return tensor.abs().max().clamp(min=SMALLEST_SCALE) / self._most
+
+    def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        # In double precision, where the scale of a format as wide as float32 does not underflow.
+        exact = tensor.double()
+        unit = self._unit(exact)
+        cast = (exact / unit).clamp(-self._most, self._most).to(FORMATS[self.format])
+        return (cast.to(exact.dtype) * unit).to(tensor.dtype)
+
+    def _cell(self, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the largest value that are rounded to each one that was seen."""
+        details, unit = torch.finfo(FORMATS[self.format]), self._unit(seen)
+        # The scale was rounded in its last bits; the values of the format are not.
+        magnitude = (seen.abs() / unit).to(FORMATS[self.format]).to(seen.dtype)
+        _, exponent = magnitude.clamp(min=details.smallest_normal).frexp()
+        binade = (exponent - 1).to(seen.dtype).exp2()
+        spacing = details.eps * binade
+        # Below a power of two the values lie closer together.
+        closer = (magnitude == binade) & (binade > details.smallest_normal)
+        inner = magnitude - torch.where(closer, spacing / 4, spacing / 2)
+        outer = magnitude + spacing / 2
+        if self.scale == "none":
+            outer = torch.where(magnitude >= self._most, torch.inf, outer)
+        negative = seen < 0
+        low, high = torch.where(negative, -outer, inner), torch.where(negative, -inner, outer)
+        return low * unit, high * unit

@@ -1,0 +1,48 @@
+"""Random-k sparsification."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from ggl_audit.defenses.base import Context
+from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.sparsify import Sparsify
+from ggl_audit.gradient import Gradient, each
+
+
+class RandomK(Sparsify):
+    """Sets values to zero that are chosen at random, whatever they are; the others are not scaled.
+
+    Usual settings: 75 to 99 % removed (Konecny et al., Federated Learning: Strategies for Improving
+    Communication Efficiency, 2016, section 2, random mask; Stich et al., NeurIPS 2018).
+    """
+
+    name: ClassVar[str] = "random_k"
+    source: ClassVar[str] = "Konecny et al., 2016; Stich et al., NeurIPS 2018"
+    random_if_hidden: ClassVar[bool] = True
+    broken_by: ClassVar[str] = "candidate matching, as measured in docs/defenses.md"
+
+    def compressed(self, gradient: Gradient, context: Context) -> Gradient:
+        """Keeps values at random, drawn from the client's generator."""
+
+        def at_random(values: torch.Tensor, count: int) -> torch.Tensor:
+            order = torch.randperm(len(values), generator=context.generator, device=values.device)
+            return order[:count]
+
+        return self._restricted(gradient, at_random)
+
+    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """Keeps what the client kept, read off the capture; if hidden, the mean over all masks."""
+        if observed is None:
+            return each(lambda tensor: (1 - self.fraction) * tensor, gradient)
+        return super().replicate(gradient, observed)
+
+    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+        """Kept values by their density; removed ones say nothing, as chance chose them."""
+        parts = []
+        for name, tensor in observed.items():
+            density = noise.log_densities((tensor - before[name]).double())
+            parts.append(torch.where(tensor != 0, density, torch.zeros_like(density)).sum())
+        return torch.stack(parts).sum()

@@ -1,0 +1,63 @@
+"""Is a given image among those that a release is made of, when the others are unknown?
+
+The ceiling hands the attacker all other members of a batch or a cohort, which bounds everybody. A
+server that sees a sum over clients knows none of them. To it their share is a random variable, a
+sum of many independent ones and so nearly Gaussian, whose mean and covariance public images tell.
+The likelihood under that Gaussian is the statistic; it is no bound, and earns no grade.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LARGEST_POOL = 256
+POOL_BYTES = 256 * 2**20
+
+
+def public_images(parameters: int) -> int:
+    """How many public images the population is estimated from, in the memory that they may take."""
+    return max(16, min(LARGEST_POOL, POOL_BYTES // (4 * parameters)))
+
+
+class UnknownMembers:
+    """The share of unknown members of a release, as public images have it.
+
+    The covariance is that of one half of the public images in the directions that these span, and
+    isotropic elsewhere, with the variance that the other half has there.
+
+    Args:
+        public: (r, size), what single public images contribute.
+        members: how many images a release is made of.
+        divisor: what their sum is divided by.
+        noise: the standard deviation of the noise on the release.
+    """
+
+    def __init__(self, public: torch.Tensor, members: int, divisor: int, noise: float) -> None:
+        public = public.double()
+        self._weight = 1 / divisor
+        others = self._weight * (members - 1)
+        mean = public.mean(0)
+        self._others = others * mean
+        spanning, held_out = (public - mean).chunk(2)
+        _, values, directions = torch.linalg.svd(spanning, full_matrices=False)
+        outside = held_out - held_out @ directions.T @ directions
+        spread = self._weight**2 * (members - 1)
+        self._floor = max(noise**2 + spread * float(outside.square().mean()), 1e-30)
+        self._variances = spread * values.square() / max(1, len(spanning) - 1)
+        self._directions = directions
+
+    def log_likelihoods(self, candidates: torch.Tensor, release: torch.Tensor) -> torch.Tensor:
+        """How likely a release is with each of n candidates in it, up to a constant.
+
+        Args:
+            candidates: (n, size), what each contributes.
+            release: (size,).
+
+        Returns:
+            (n,).
+        """
+        rest = release.double() - self._weight * candidates.double() - self._others
+        along = (rest @ self._directions.T).square()
+        inside = self._variances / (self._floor + self._variances)
+        distances: torch.Tensor = rest.square().sum(1) - (along * inside).sum(1)
+        return -distances / (2 * self._floor)

@@ -38,6 +38,7 @@ from ggl_audit.inputs.model import has_batch_norm
 from ggl_audit.setting import Setting, alternatives
 
 CANARIES_TOGETHER = 25
+HELD_BYTES = 2**30
 CANARIES_BETWEEN_LOOKS = 5
 MATCHING_CONTROL_TRIALS = 50
 MEMBERSHIP_TRIALS = 100
@@ -226,8 +227,7 @@ def try_promise(setting: Setting, trials: int, measured: Measurements, advance: 
 
 def tests_promise(setting: Setting) -> bool:
     """Whether there is a promise, and a client that could break it."""
-    own = isinstance(setting.client, OwnClient) and setting.members == 1
-    return own and setting.guarantee is not None
+    return isinstance(setting.client, OwnClient) and setting.guarantee is not None
 
 
 def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -> None:
@@ -239,7 +239,7 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
         KeyboardInterrupt: interrupted; the pictures found so far are kept.
     """
     context = setting.context("captured null")
-    null = null_gradient(setting.observed, setting.defense, context)
+    null = null_gradient(setting.observed, setting.defense, context, setting.usual_norm)
     observed = stack([setting.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
     labels = captured_labels(setting, 2 * SEARCHES_COMPARED)
     result, images = run_search(
@@ -285,7 +285,10 @@ def reconstruct(
     for part in canaries.batches(together):
         sent = setting.client.send(*part.members, context)
         labels = torch.cat([setting.labels_seen(sent, part.members[1])] * 2)
-        nulls = [null_gradient(take(sent, i), setting.defense, context) for i in range(len(part))]
+        nulls = [
+            null_gradient(one, setting.defense, context, setting.usual_norm)
+            for one in unstack(sent)
+        ]
         observed = concatenate([sent, stack(nulls)])
         purpose = f"canary search {len(all_found)}"
         result, images = run_search(setting, setting.defense, observed, labels, purpose, advance)
@@ -367,7 +370,8 @@ def run_matching(
     context, random = setting.context(f"{purpose} clients"), setting.random(f"{purpose} ties")
     head, evidence = setting.model.head, setting.spec.evidence
     hits = labels_right = done = 0
-    for part in trials.batches(CANARIES_TOGETHER):
+    held = 4 * setting.model.size * setting.defense.aggregation.clients
+    for part in trials.batches(max(1, min(CANARIES_TOGETHER, HELD_BYTES // held))):
         observed = client.send(*part.members, context)
         hits += match(matching, part, observed, random).count(1)
         if head is not None:
@@ -440,7 +444,7 @@ def _likeness(
         """Of the picture that places the capture highest: a single search may fail."""
         count = len(images)
         matching = Matching(of.model, of.defense)
-        labels = captured_labels(setting, count)
+        labels = captured_labels(of, count)
         found = matching.agreement(images, labels, stack([of.observed] * count))
         judged = [judge(row, canaries, nulls, names) for row in found]
         return max(judged, key=lambda one: -math.inf if one.place is None else one.place)
@@ -457,7 +461,7 @@ def _likeness(
     best, best_cause = WORST if likeness.outcome == "like" else HALFWAY, None
     for cause, other in alternatives(setting):
         observed = stack([other.observed])
-        labels = captured_labels(setting, 1)
+        labels = captured_labels(other, 1)
         result, images = run_search(other, other.defense, observed, labels, "alternative", advance)
         if not result.complete:
             raise KeyboardInterrupt

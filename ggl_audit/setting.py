@@ -12,20 +12,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.func import vmap
 
 from ggl_audit.attack.labels import infer_labels, infer_several
 from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
-from ggl_audit.defenses import Check, Context, Pipeline, build_pipeline, relative_l2
+from ggl_audit.defenses import (
+    DPSGD,
+    Check,
+    Context,
+    Pipeline,
+    build_pipeline,
+    is_own,
+    relative_l2,
+)
 from ggl_audit.defenses.sec_adam import last_gradient
 from ggl_audit.environment import choose_device
 from ggl_audit.errors import NothingToMeasureError, SpecError
-from ggl_audit.evidence.consistency import check_truth
+from ggl_audit.evidence.consistency import check_remainder, check_truth
 from ggl_audit.evidence.fidelity import Perceptual, load_lpips
 from ggl_audit.evidence.guarantee import Guarantee, account
 from ggl_audit.evidence.identification import Trials, captured_trial, draw_trials
 from ggl_audit.files import sha256
-from ggl_audit.gradient import Gradient, each, norm, stack, take
+from ggl_audit.gradient import Gradient, each, norm, stack, take, unstack
 from ggl_audit.inputs.capture import read_capture
 from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image, read_image_set
@@ -50,6 +59,8 @@ USUAL_NORMALIZATIONS = {
 MOST_SWAPS = 10
 PUBLIC_IMAGES = 256
 REPLICA_IS_CLOSE = 0.05
+MANY = 16
+NORMS_COMPARED = 8
 CLIENT_TRIALS = 3
 
 
@@ -110,6 +121,14 @@ class Setting:
         local, batch_size = self.model.local, self.model.batch_size
         knows_order = local is None or local.order == "fixed" or batch_size == 1
         return knows_order and self.defense.has_likelihood()
+
+    @functools.cached_property
+    def usual_norm(self) -> float:
+        """The median norm of what a client computes from reference images, undefended."""
+        images, labels = _sets(self.reference, self.model.batch_size, NORMS_COMPARED)
+        gradients = Matching(self.model, self.defense).gradients(images, labels)
+        norms = [float(norm(gradient)) for gradient in unstack(gradients)]
+        return float(np.median(norms))
 
     @property
     def distance(self) -> str:
@@ -254,7 +273,8 @@ def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if spec.capture.kind == "update":
         negative = {name: -tensor for name, tensor in setting.observed.items()}
         cause = "the update is the weights after training minus those before"
-        yield cause, replace(setting, observed=negative)
+        labels = _labels(spec, setting.model, negative, setting.members, setting.reference)
+        yield cause, replace(setting, observed=negative, labels=labels)
     same = [
         (first, second)
         for first, second in itertools.combinations(setting.observed, 2)
@@ -279,6 +299,8 @@ def load_client(
         AuditError: one of them cannot be built, or they do not fit each other.
     """
     samples = spec.capture.batch_size if spec.model.loss.reduction == "mean" else 1
+    if any(step.name == DPSGD.name for step in spec.defense):
+        _check_dp_sgd(spec)
     defense = build_pipeline(spec.defense, spec.folder, samples)
 
     def misfit(error: ValueError) -> SpecError:
@@ -295,6 +317,7 @@ def load_client(
         defense = defense.bind(model)
     except ValueError as error:
         raise misfit(error) from None
+    _try_own_steps(defense, model, spec)
     if spec.capture.stage == "raw" and not defense.acts_on_a_gradient():
         raise SpecError(
             ("capture", "stage"),
@@ -303,6 +326,21 @@ def load_client(
             "Declare stage: defended, or make the capture with `ggl-audit capture`.",
         )
     return defense, model
+
+
+def _check_dp_sgd(spec: Spec) -> None:
+    if spec.capture.kind == "update":
+        raise SpecError(
+            ("defense",),
+            "dp_sgd adds noise in every local step, which an update is not audited for",
+            "Audit one step's gradient, or declare what is done to the update (dp_fedavg).",
+        )
+    if spec.client is not None and spec.client.batch_size > 1 and spec.capture.batch_size == 1:
+        raise SpecError(
+            ("client", "batch_size"),
+            f"{spec.client.batch_size}, but dp_sgd divides its noise by capture.batch_size, 1",
+            "Declare the clip and the noise as separate steps, or capture a batch.",
+        )
 
 
 def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Gradient:
@@ -365,15 +403,18 @@ def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageS
             f"{spec.client.batch_size}, but the capture is of {spec.capture.batch_size} images",
         )
     step = find_callable(spec.client.step, spec.folder, ("client", "step"))
+    several = spec.capture.batch_size > 1
     client = OwnClient(
         step=functools.partial(step, **spec.client.kwargs),
         matching=matching,
         defense=defense,
         companions=reference,
-        batch_size=spec.client.batch_size,
-        averaged=spec.guarantee is not None and spec.guarantee.reduction == "mean",
+        batch_size=spec.capture.batch_size if several else spec.client.batch_size,
+        averaged=not model.loss_sum
+        if several
+        else spec.guarantee is not None and spec.guarantee.reduction == "mean",
     )
-    if client.batch_size > 1 and not defense.noise_is_last():
+    if not several and client.batch_size > 1 and not defense.noise_is_last():
         raise SpecError(
             ("client", "batch_size"),
             f"{client.batch_size}, but {defense} ends in a step after the noise, and what the "
@@ -390,8 +431,10 @@ def _client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Ima
     """
     if not isinstance(client, OwnClient):
         return []
-    images, labels = reference.images[:CLIENT_TRIALS], reference.labels[:CLIENT_TRIALS]
     context = client_context(spec.seed, "client trial", client.matching.model.device)
+    if spec.capture.batch_size > 1:
+        return _batch_doubts(client, defense, reference, context)
+    images, labels = reference.images[:CLIENT_TRIALS], reference.labels[:CLIENT_TRIALS]
     sent = client.send(images, labels, context)
     if client.averaged and client.batch_size > 1:
         return [
@@ -409,33 +452,90 @@ def _client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Ima
     return []
 
 
+def _batch_doubts(
+    client: OwnClient, defense: Pipeline, reference: ImageSet, context: Context
+) -> list[str]:
+    if not defense.noise_is_last():
+        return [f"whether the client's own code does {defense} to a batch cannot be checked"]
+    images, labels = _sets(reference, client.batch_size)
+    sent = client.send(images, labels, context)
+    replicas = client.matching.replicas(images, labels, sent)
+    for index in range(CLIENT_TRIALS):
+        check = check_remainder(defense, take(replicas, index), take(sent, index))
+        if check.outcome == "contradicts":
+            return [f"the client's own code contradicts {check.step}: {check.detail}"]
+    return []
+
+
+def _sets(
+    reference: ImageSet, size: int, sets: int = CLIENT_TRIALS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few sets of so many images, (sets, size, channels, height, width), and their labels."""
+    wanted = sets * size
+    chosen = torch.arange(wanted, device=reference.labels.device) % len(reference)
+    images, labels = reference.images[chosen], reference.labels[chosen]
+    return images.unflatten(0, (sets, size)), labels.unflatten(0, (sets, size))
+
+
 def _replica_doubts(
     model: ClientModel, defense: Pipeline, spec: Spec, reference: ImageSet
 ) -> list[str]:
-    """Tries whether the replica gives what the client sends, where nothing random is declared.
+    """Tries whether the replica gives what the client sends, but for the declared noise.
 
     It guards against a user's own step that is random without saying so, or is replicated badly.
     """
-    if not defense.steps or not defense.has_likelihood() or defense.adds_noise():
+    own = [step for step in defense.steps if is_own(step)]
+    if any(step.stochastic for step in own):
+        return [f"the likelihood of {own[0]} is taken on trust"]
+    without = defense.noiseless()
+    if not without.steps or not without.has_likelihood() or without.adds_noise():
         return []
-    matching = Matching(model, defense)
-    batch_size, clients = model.batch_size, defense.aggregation.clients
-    wanted = CLIENT_TRIALS * batch_size * clients
-    repeated = torch.arange(wanted, device=model.device) % len(reference)
-    images = reference.images[repeated].unflatten(0, (CLIENT_TRIALS, -1))
-    labels = reference.labels[repeated].unflatten(0, (CLIENT_TRIALS, -1))
+    matching = Matching(model, without)
+    members = model.batch_size * defense.aggregation.clients
+    images, labels = _sets(reference, members, CLIENT_TRIALS if members <= MANY else 1)
     context = client_context(spec.seed, "replica trial", model.device)
-    sent = DeclaredClient(matching, defense, reference).send(images, labels, context)
+    sent = DeclaredClient(matching, without, reference).send(images, labels, context)
     replicas = matching.replicas(images, labels, sent)
-    for index in range(CLIENT_TRIALS):
+    for index in range(len(labels)):
         observed = take(sent, index)
         away = float(relative_l2(take(replicas, index), observed))
-        if bool(norm(observed) > 0) and away > REPLICA_IS_CLOSE:
+        if bool(norm(observed) > 0) and not away <= REPLICA_IS_CLOSE:
             return [
-                f"the attacker's replica of {defense} does not give what the client sends "
+                f"the attacker's replica of {without} does not give what the client sends "
                 f"(relative distance {away:.2g}), so better matching may identify more"
             ]
     return []
+
+
+def _try_own_steps(defense: Pipeline, model: ClientModel, spec: Spec) -> None:
+    """Runs a user's own steps once.
+
+    Raises:
+        SpecError: one fails, or changes the names or the shapes of a gradient.
+    """
+    context = client_context(spec.seed, "own steps", model.device)
+    for index, step in enumerate(defense.steps):
+        if not is_own(step) or step.earlier_rounds:
+            continue
+        gradient = each(torch.ones_like, model.parameters)
+        try:
+            sent = step.apply(gradient, context)
+            many = each(lambda tensor: tensor[None], gradient)
+            replica = take(vmap(step.replicate, in_dims=(0, None))(many, sent), 0)
+            fits = all(
+                {n: t.shape for n, t in other.items()} == {n: t.shape for n, t in gradient.items()}
+                for other in (sent, replica)
+            )
+        except (Exception, SystemExit) as error:
+            # Whatever the user's own code raises is a fault in the input.
+            raise SpecError(
+                ("defense", index), f"{step.name} failed with {type(error).__name__}: {error}"
+            ) from error
+        if not fits:
+            raise SpecError(
+                ("defense", index),
+                f"{step.name} does not keep the names and the shapes of a gradient",
+            )
 
 
 def _guarantee(spec: Spec, model: ClientModel, defense: Pipeline) -> Guarantee | None:
@@ -451,6 +551,10 @@ def _guarantee(spec: Spec, model: ClientModel, defense: Pipeline) -> Guarantee |
             f"That takes a clip of each {declared.unit}'s share and Gaussian noise after it.",
         )
     capture = spec.capture
+    if defense.aggregation.clients > 1 and declared.reduction != "mean":
+        raise SpecError(
+            ("guarantee", "reduction"), f"{declared.reduction}, but a cohort's mean is what is seen"
+        )
     if capture.batch_size > 1 and declared.reduction != spec.model.loss.reduction:
         raise SpecError(
             ("guarantee", "reduction"),
@@ -496,7 +600,8 @@ def _infer(
     if members == 1:
         return infer_labels(observed, model.head)
     with torch.no_grad():
-        logits = model.logits(model.parameters, reference.images[:PUBLIC_IMAGES])
+        spread = torch.linspace(0, len(reference) - 1, min(PUBLIC_IMAGES, len(reference)))
+        logits = model.logits(model.parameters, reference.images[spread.long().to(model.device)])
     return infer_several(observed, model.head, logits.softmax(1).mean(0), members)
 
 

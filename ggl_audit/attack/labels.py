@@ -7,6 +7,8 @@ import torch
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import Head
 
+MOST_SWAPPED = 64
+
 
 def infer_labels(observed: Gradient, head: Head) -> torch.Tensor:
     """Infers the labels of t gradients, each of a single image.
@@ -41,7 +43,8 @@ def infer_several(observed: Gradient, head: Head, usual: torch.Tensor, images: i
     its bias is the mean of p - y alone. With p as public images have it, what remains is the counts
     of the labels, up to a scale that a defense may have changed: labels are added one by one, each
     the one that brings p - counts / B closest in direction (as iLRG and LLBG count them; Ma et
-    al., IJCAI 2023).
+    al., IJCAI 2023); then labels are
+    swapped for others as long as that brings it closer (up to 64 classes).
 
     Args:
         observed: captured gradients; tensors with a leading dimension t.
@@ -54,14 +57,22 @@ def infer_several(observed: Gradient, head: Head, usual: torch.Tensor, images: i
     """
     rows = observed[head.weight].flatten(2).sum(2) if head.bias is None else observed[head.bias]
     rows = rows.double()
+    one = torch.eye(len(usual), dtype=rows.dtype, device=rows.device)
+
+    def best(counts: torch.Tensor, changes: torch.Tensor, images: int) -> torch.Tensor:
+        """Changes the counts of each gradient in the way that fits best."""
+        possible = counts[:, None] + changes
+        error = images * usual.double() - possible
+        closeness = (error * rows[:, None]).sum(2) / error.norm(dim=2).clamp(min=1e-30)
+        closeness = torch.where(possible.amin(2) < 0, -torch.inf, closeness)
+        return counts + changes[closeness.argmax(dim=1)]
+
     counts = torch.zeros_like(rows)
-    each_class = torch.eye(len(usual), dtype=rows.dtype, device=rows.device)
     for taken in range(1, images + 1):
-        possible = counts[:, None] + each_class
-        error = taken / images * usual.double() - possible / images
-        inner = (error * rows[:, None]).sum(2)
-        closeness = inner / error.norm(dim=2).clamp(min=1e-30)
-        best = closeness.argmax(dim=1)
-        counts += each_class[best]
+        counts = best(counts, one, taken)
+    # The greedy count may be off by pairs. No swap at all, an entry of the diagonal, is a swap too.
+    swaps = (one[:, None] - one).flatten(0, 1)
+    for _ in range(images if len(usual) <= MOST_SWAPPED else 0):
+        counts = best(counts, swaps, images)
     labels = [torch.repeat_interleave(row.long()) for row in counts]
     return torch.stack(labels)

@@ -67,14 +67,15 @@ def run(
     signal.signal(signal.SIGTERM, _interrupt)
     with options.located(declared), AuditProgress(shown=not quiet) as progress:
         report = run_audit(declared, progress)
+    # The files first: whoever reads the terminal may hang up.
+    for path in outputs:
+        write_report(report, path)
+        typer.echo(f"wrote {path}", err=True)
     if quiet:
         grade = report.verdict.grade
         typer.echo(f"{grade}: {IN_WORDS[grade]}. {report.verdict.reason}")
     else:
         render_console(report, Console())
-    for path in outputs:
-        write_report(report, path)
-        typer.echo(f"wrote {path}", err=True)
     code = report.verdict.exit_code
     raise typer.Exit(0 if code == 1 and exit_zero else code)
 

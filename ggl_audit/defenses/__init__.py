@@ -96,6 +96,7 @@ __all__ = [
     "TernGrad",
     "Threshold",
     "build_pipeline",
+    "is_own",
     "noise_norm",
     "relative_l2",
 ]
@@ -138,12 +139,20 @@ def build_pipeline(
     return Pipeline(steps)
 
 
+def is_own(step: Defense) -> bool:
+    """Whether it is a user's own."""
+    return type(step) not in REGISTRY.values()
+
+
 def _own(index: int, factory: str, parameters: dict[str, Any], folder: Path) -> Defense:
     key = ("defense", index, "factory")
     try:
         step = find_callable(factory, folder, key)(**parameters)
     except SpecError:
         raise
+    except ValidationError as error:
+        place, problem, remedy = first_problem(error, lambda _: [])
+        raise SpecError(("defense", index, *place), problem, remedy) from None
     except (Exception, SystemExit) as error:
         # Whatever the user's own code raises is a fault in the input, told without a traceback.
         raise SpecError(key, f"{factory} failed with {type(error).__name__}: {error}") from error
@@ -152,6 +161,8 @@ def _own(index: int, factory: str, parameters: dict[str, Any], folder: Path) -> 
             key,
             f"{factory} returned a {type(step).__name__}; expected a ggl_audit.defenses.Defense",
         )
+    if not isinstance(getattr(step, "name", None), str):
+        raise SpecError(key, f"{factory} has no name", 'Give it: name: ClassVar[str] = "own".')
     return step
 
 

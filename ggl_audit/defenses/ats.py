@@ -179,6 +179,7 @@ class Ats(Defense):
 
     name: ClassVar[str] = "ats"
     source: ClassVar[str] = "Gao et al., CVPR 2021"
+    treats_each_image_alone: ClassVar[bool] = True
     broken_by: ClassVar[str] = "attacks early in training (Balunovic et al., ICLR 2022)"
     preserves: ClassVar[frozenset[Trace]] = EVERY_TRACE
 

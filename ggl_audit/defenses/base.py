@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 FALSE_ACCUSATION = 1e-6
 """The largest probability with which a correct capture is said to contradict its declaration."""
 
-Trace = Literal["norm", "zeros", "levels", "values", "span", "noise", "protocol", "none"]
-"""What a defense leaves in a gradient that can be read off it: a bound on its norm, zeros, a few
-levels whatever their scale, values on their own scale, a span of few dimensions, a floor of noise.
-Or what the protocol makes certain without looking; or nothing at all."""
+Trace = Literal["norm", "zeros", "mask", "levels", "values", "span", "noise", "protocol", "none"]
+"""What a defense leaves in a gradient that can be read off it: a bound on its norm, so many zeros,
+their very places (a mask), a few levels whatever their scale, values on their own scale, a span of
+few dimensions, a floor of noise. Or what the protocol makes certain without looking; or nothing at
+all."""
 
-EVERY_TRACE: frozenset[Trace] = frozenset({"norm", "zeros", "levels", "values", "span", "noise"})
+EVERY_TRACE: frozenset[Trace] = frozenset(
+    {"norm", "zeros", "mask", "levels", "values", "span", "noise"}
+)
 
 Drawn = dict[str, torch.Tensor]
 """What a client draws before it has a gradient, by name; or what an attacker takes it for."""
@@ -94,6 +97,7 @@ class Defense(BaseModel, ABC):
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset()
     stochastic: ClassVar[bool] = False
     random_if_hidden: ClassVar[bool] = False
+    treats_each_image_alone: ClassVar[bool] = False
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Adds to the client's model what this defense needs; before its weights are filled in.
@@ -172,6 +176,18 @@ class Defense(BaseModel, ABC):
         """
         return False, "it leaves nothing that could be checked"
 
+    def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """What the attacker does to the gradient of a candidate that may be the very image.
+
+        For the ceiling, where the candidates are images and not guesses at them, and all that they
+        tell must count.
+
+        Args:
+            gradient: of a candidate, after the replicas of the earlier steps.
+            observed: the capture, or None when later steps hide this step's trace in it.
+        """
+        return self.replicate(gradient, observed)
+
     def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
         """How likely the capture is if this step came last, after noise; a scalar.
 
@@ -204,6 +220,11 @@ class Defense(BaseModel, ABC):
     def changes_images(self) -> bool:
         """Whether it is a step on the data's side."""
         return type(self).transform is not Defense.transform
+
+    @property
+    def reads(self) -> Trace:
+        """The trace that the replica and the guesses read off the capture."""
+        return "mask" if self.trace == "zeros" else self.trace
 
     @property
     def acts_on_a_gradient(self) -> bool:

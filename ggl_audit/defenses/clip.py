@@ -34,7 +34,7 @@ class Clip(Defense):
     promise: ClassVar[str] = "with Gaussian noise after it: differential privacy"
     broken_by: ClassVar[str] = "alone by candidate matching, as measured in docs/defenses.md"
     trace: ClassVar[Trace] = "norm"
-    preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros", "levels", "span"})
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros", "mask", "levels", "span"})
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian"})
 
     bound: float = Field(gt=0, description="largest l2 norm")

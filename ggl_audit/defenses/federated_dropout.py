@@ -120,6 +120,11 @@ class FederatedDropout(Defense):
             ValueError: a unit that is left out still has a gradient, as it reaches the logits by
                 another way than through the next layer; or none of its parameters is trained.
         """
+        if model.local is not None and model.local.weight_decay:
+            raise ValueError(
+                "federated_dropout with local weight_decay, which would also move the units that "
+                "are left out and are not sent"
+            )
         hidden = tuple(_hidden(model))
         random = torch.Generator().manual_seed(0)
         images = torch.rand(4, *model.shape, generator=random).to(model.mean)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ggl_audit.defenses.aggregation import Aggregation, SecureAggregation
-from ggl_audit.defenses.base import Check, Context, Defense, Drawn
+from ggl_audit.defenses.base import Check, Context, Defense, Drawn, Trace
 from ggl_audit.defenses.clip import Clip
 from ggl_audit.defenses.encryption import Encryption
 from ggl_audit.defenses.noise import Noise
@@ -52,8 +52,10 @@ class Pipeline:
 
     def __init__(self, steps: Sequence[Defense] = (), model: ClientModel | None = None) -> None:
         self.steps = tuple(steps)
+        self._model = model
         self._samples = 1 if model is None or model.loss_sum else model.batch_size
         self._alone = model is None or model.batch_size == 1
+        self._mixes = any(s.changes_images and not s.treats_each_image_alone for s in self.steps)
         self._trains = model is not None and model.local is not None
         # Gaussian noise of each client is Gaussian noise on their mean.
         self._steps = _noise_after_mean(self.steps)
@@ -119,7 +121,7 @@ class Pipeline:
     def guesses(self, observed: Gradient) -> list[Drawn]:
         """What the attacker takes the draws for; every combination of the steps' guesses."""
         each_step = [
-            step.guesses(observed if self._is_visible(index) else None)
+            step.guesses(observed if self._is_readable(index) else None)
             for index, step in enumerate(self._steps)
         ]
         guesses = []
@@ -195,12 +197,12 @@ class Pipeline:
             observed: the capture.
             known: the share of all other clients (:meth:`share`).
         """
-        return self._replicate(gradients, observed, known, len(self._steps))
+        return self._replicate(gradients, observed, known, len(self._steps), exact=False)
 
     def share(self, gradients: Sequence[Gradient], observed: Gradient) -> Gradient:
         """What clients whose gradients the attacker knows add to the aggregate."""
         join = self._join()
-        sent = [self._through(gradient, observed, 0, join) for gradient in gradients]
+        sent = [self._through(gradient, observed, 0, join, exact=True) for gradient in gradients]
         return self.aggregation.share(sent)
 
     def mismatch(
@@ -223,12 +225,13 @@ class Pipeline:
         """
         last = self._steps[-1] if self._steps else None
         if last is not None and last.stochastic and self.has_likelihood():
-            before = self._replicate(gradients, observed, known, len(self._steps) - 1)
+            before = self._replicate(gradients, observed, known, len(self._steps) - 1, exact=True)
             return -last.log_likelihood_alone(before, observed)
         first, noise = self._noise()
         if noise is None or last is None or not self.has_likelihood():
-            return relative_l2(self.replicate(gradients, observed, known), observed)
-        before = self._replicate(gradients, observed, known, first)
+            replica = self._replicate(gradients, observed, known, len(self._steps), exact=True)
+            return relative_l2(replica, observed)
+        before = self._replicate(gradients, observed, known, first, exact=True)
         if not isinstance(last, Noise | Encryption):
             return -last.log_likelihood(before, noise, observed)
         if noise.distribution == "gaussian":
@@ -237,8 +240,7 @@ class Pipeline:
 
     def has_likelihood(self) -> bool:
         """Whether the likelihood of a capture is known, or none is needed as nothing is random."""
-        hidden = (s for i, s in enumerate(self._steps) if not self._is_visible(i))
-        if self.earlier_rounds or any(step.random_if_hidden for step in hidden):
+        if self.earlier_rounds or self._hides_draws():
             return False
         stochastic = [step for step in self._steps if step.stochastic]
         first, noise = self._noise()
@@ -254,6 +256,11 @@ class Pipeline:
             return True
         return after[0] is self._steps[-1] and noise.distribution in after[0].likelihood_after
 
+    def noiseless(self) -> Pipeline:
+        """The same without noise."""
+        steps = [step for step in self.steps if not isinstance(step, Noise)]
+        return Pipeline(steps, self._model)
+
     def without_noise(self, gradient: Gradient, context: Context) -> Gradient:
         """What the steps before the noise make of a gradient."""
         first, _ = self._noise()
@@ -263,18 +270,19 @@ class Pipeline:
         """Compares a capture with each step, as far as later steps leave its trace visible."""
         checks = []
         for index, step in enumerate(self._steps):
-            if self._is_visible(index):
-                later = self._steps[index + 1 :]
+            later = self._steps[index + 1 :]
 
-                def bound(size: int, confidence: float, later: Sequence[Defense] = later) -> float:
-                    return noise_norm(later, size, confidence)
+            def bound(size: int, confidence: float, later: Sequence[Defense] = later) -> float:
+                return noise_norm(later, size, confidence)
 
+            if _is_per_sample(step) and self._trains:
+                checks.append(Check(str(step), "hidden", "the local steps hide its trace"))
+            elif step.trace == "none" or type(step).contradiction is Defense.contradiction:
+                checks.append(Check(str(step), "hidden", "it leaves nothing that could be checked"))
+            elif self._is_visible(index):
                 contradicts, detail = step.contradiction(observed, bound)
                 checks.append(Check(str(step), "contradicts" if contradicts else "agrees", detail))
-            elif step.trace == "none":
-                checks.append(Check(str(step), "hidden", "it leaves nothing that could be checked"))
             else:
-                later = self._steps[index + 1 :]
                 hiding = next(s for s in later if not s.leaves(step.trace))
                 checks.append(Check(str(step), "hidden", f"{hiding} after it hides its trace"))
         return checks
@@ -291,6 +299,7 @@ class Pipeline:
         """
         sample: float | None = None
         client: float | None = None
+        joined = False
         for step in self._steps:
             if isinstance(step, Noise):
                 noise = self.total_noise() or step  # the first alone, if others stand apart
@@ -299,17 +308,21 @@ class Pipeline:
                 gaussian = noise.distribution == "gaussian"
                 return GaussianMechanism(best, noise.std) if gaussian and best else None
             if _is_per_sample(step):
-                bound = None if self._trains else step.norm_bound(None)
+                bound = None if self._trains or self._mixes else step.norm_bound(None)
                 sample = None if bound is None else bound / self._samples
                 continue
-            keeps_apart = isinstance(step, Clip | SecureAggregation | Encryption)
+            if joined:
+                client = _share_after(step, client)
+                sample = _share_after(step, sample)
+                continue
             client = step.norm_bound(client)
             if self._alone:
                 sample = client
             elif isinstance(step, SecureAggregation):
                 sample = step.norm_bound(sample)
-            elif not keeps_apart:
+            elif not isinstance(step, Clip | Encryption):
                 sample = None
+            joined = self.aggregation.clients > 1 and isinstance(step, Aggregation)
         return None
 
     def acts_on_a_gradient(self) -> bool:
@@ -331,7 +344,7 @@ class Pipeline:
 
     def noise_is_last(self) -> bool:
         """Whether nothing but noise follows noise; also where there is none."""
-        if self.earlier_rounds or any(step.stochastic for step in self.steps):
+        if self.earlier_rounds or self._hides_draws() or any(s.stochastic for s in self.steps):
             return False
         first, _ = self._noise()
         return all(isinstance(step, Noise | Encryption) for step in self._steps[first:])
@@ -376,20 +389,26 @@ class Pipeline:
         observed: Gradient,
         known: Gradient | None,
         count: int,
+        exact: bool,
     ) -> Gradient:
         join = self._join()
         aggregation = self.aggregation
-        sent = [self._through(gradient, observed, 0, min(join, count)) for gradient in gradients]
+        before = min(join, count)
+        sent = [self._through(gradient, observed, 0, before, exact) for gradient in gradients]
         mean = aggregation.share(sent)
         if known is not None:
             mean = {name: mean[name] + known[name] for name in mean}
-        return self._through(aggregation.finish(mean), observed, join + 1, count)
+        return self._through(aggregation.finish(mean), observed, join + 1, count, exact)
 
-    def _through(self, gradient: Gradient, observed: Gradient, start: int, stop: int) -> Gradient:
+    def _through(
+        self, gradient: Gradient, observed: Gradient, start: int, stop: int, exact: bool
+    ) -> Gradient:
         for index in range(start, stop):
-            seen = observed if self._is_visible(index) else None
-            if not _is_per_sample(self._steps[index]):
-                gradient = self._steps[index].replicate(gradient, seen)
+            step = self._steps[index]
+            seen = observed if self._is_readable(index) else None
+            if not _is_per_sample(step):
+                replica = step.exact_replica if exact else step.replicate
+                gradient = replica(gradient, seen)
         return gradient
 
     def _around(self) -> tuple[list[Defense], list[Defense]]:
@@ -403,8 +422,20 @@ class Pipeline:
         return next((i for i, s in enumerate(steps) if isinstance(s, Aggregation)), len(steps))
 
     def _is_visible(self, index: int) -> bool:
-        trace = self._steps[index].trace
+        return self._survives(self._steps[index].trace, index)
+
+    def _is_readable(self, index: int) -> bool:
+        return self._survives(self._steps[index].reads, index)
+
+    def _survives(self, trace: Trace, index: int) -> bool:
         return trace != "none" and all(later.leaves(trace) for later in self._steps[index + 1 :])
+
+    def _hides_draws(self) -> bool:
+        """Whether something was drawn that the capture would tell but for later steps."""
+        return any(
+            step.random_if_hidden and not self._is_readable(index)
+            for index, step in enumerate(self._steps)
+        )
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.steps)) or "none"
@@ -414,17 +445,30 @@ def _is_per_sample(step: Defense) -> bool:
     return isinstance(step, Clip) and step.unit == "sample"
 
 
+def _share_after(step: Defense, share: float | None) -> float | None:
+    """A bound on what one unit changes in a mean over several, after a step on the mean.
+
+    A clip brings no two means farther apart, and none from another than twice its bound.
+    """
+    if isinstance(step, Encryption):
+        return share
+    if isinstance(step, Clip) and step.scope == "global":
+        return min(2 * step.bound, math.inf if share is None else share)
+    return None
+
+
 def _noise_after_mean(steps: Sequence[Defense]) -> tuple[Defense, ...]:
     moved = list(steps)
-    for index, step in enumerate(moved[1:]):
-        noise = moved[index]
-        if (
-            isinstance(step, SecureAggregation)
-            and isinstance(noise, Noise)
-            and noise.distribution == "gaussian"
-        ):
-            mean = Noise(std=noise.std / math.sqrt(step.clients))
-            moved[index : index + 2] = [step, mean]
+    for place, join in enumerate(steps):
+        if not isinstance(join, SecureAggregation):
+            continue
+        before = place
+        while before and isinstance(noise := moved[before - 1], Noise):
+            if noise.distribution != "gaussian":
+                break
+            mean = Noise(std=noise.std / math.sqrt(join.clients))
+            moved[before - 1 : before + 1] = [join, mean]
+            before -= 1
     return tuple(moved)
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ggl_audit.defenses.base import Context
+from ggl_audit.defenses.base import Context, Trace
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sparsify import Sparsify
 from ggl_audit.gradient import Gradient, each
@@ -21,6 +21,7 @@ class RandomK(Sparsify):
 
     name: ClassVar[str] = "random_k"
     source: ClassVar[str] = "Konecny et al., 2016; Stich et al., NeurIPS 2018"
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"norm", "zeros"})
     random_if_hidden: ClassVar[bool] = True
     broken_by: ClassVar[str] = "candidate matching, as measured in docs/defenses.md"
 
@@ -38,6 +39,10 @@ class RandomK(Sparsify):
         if observed is None:
             return each(lambda tensor: (1 - self.fraction) * tensor, gradient)
         return super().replicate(gradient, observed)
+
+    def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """The same, as chance chose what is kept."""
+        return self.replicate(gradient, observed)
 
     def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
         """Kept values by their density; removed ones say nothing, as chance chose them."""

@@ -15,7 +15,7 @@ from ggl_audit.gradient import Gradient, each, flat
 
 MEAN, VARIANCE = "m:", "v:"
 ROUNDING = 1e-3
-SIGN = 0.99
+SIGN, SMALL_EPS = 0.99, 1e-6
 
 
 class SecAdam(Aggregation):
@@ -33,13 +33,17 @@ class SecAdam(Aggregation):
         "Generative Gradient Leakage, as measured in docs/defenses.md: fresh moments of one client "
         "are the sign of the gradient"
     )
-    trace: ClassVar[Trace] = "levels"
-    preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros"})
+    trace: ClassVar[Trace] = "values"
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros", "mask"})
 
     round: int = Field(default=1, ge=1, description="t: 1 for fresh moments")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="weight of the earlier first moment")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="weight of the earlier second one")
     eps: float = Field(default=1e-8, gt=0, description="its square is added to the second moment")
+
+    def leaves(self, trace: Trace) -> bool:
+        """Others' zeros are elsewhere, and so are those of earlier rounds."""
+        return super().leaves(trace) and (trace == "protocol" or self.clients == self.round == 1)
 
     @property
     def earlier_rounds(self) -> int:
@@ -49,7 +53,8 @@ class SecAdam(Aggregation):
     def lift(self, gradient: Gradient, earlier: Sequence[Gradient] = ()) -> Gradient:
         """The corrected moments; what came before is zero to who does not know it."""
         # In double precision: the smallest gradients' squares vanish in single.
-        rounds = [each(lambda tensor: tensor.double(), g) for g in (*earlier, gradient)]
+        before = earlier[len(earlier) - self.earlier_rounds :]
+        rounds = [each(lambda tensor: tensor.double(), g) for g in (*before, gradient)]
         first = second = each(torch.zeros_like, rounds[0])
         for g in rounds:
             first = {n: self.beta1 * first[n] + (1 - self.beta1) * g[n] for n in g}
@@ -80,7 +85,7 @@ class SecAdam(Aggregation):
         detail = f"values up to {largest:.4g}; the moments allow {limit:.4g}"
         if largest > limit * (1 + ROUNDING):
             return True, detail
-        if self.round == 1 and self.clients == 1:
+        if self.round == 1 and self.clients == 1 and self.eps <= SMALL_EPS:
             # Below 1 only if the whole gradient is about as small as eps.
             return largest < SIGN, f"{detail}; fresh moments of one client give signs"
         return False, detail
@@ -98,9 +103,17 @@ class SecAdam(Aggregation):
 def last_gradient(moment: Gradient, previous: Gradient, beta1: float) -> Gradient:
     """The gradient between two first moments that were sent in the clear, exactly.
 
+    What is no more than the rounding of the moments is zero, as it was in a sparse gradient.
+
     Args:
         moment: m_t, not corrected for its start.
         previous: m_(t-1); zero for fresh moments.
         beta1: Adam's.
     """
-    return {n: (moment[n] - beta1 * previous[n]) / (1 - beta1) for n in moment}
+
+    def between(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        change = now.double() - beta1 * before.double()
+        rounding = 4 * torch.finfo(torch.float32).eps * (now.abs() + before.abs())
+        return (torch.where(change.abs() > rounding, change, 0) / (1 - beta1)).to(now.dtype)
+
+    return {name: between(tensor, previous[name]) for name, tensor in moment.items()}

@@ -27,7 +27,7 @@ class Sign(ErrorFeedback):
     source: ClassVar[str] = "Bernstein et al., ICML 2018"
     broken_by: ClassVar[str] = "Learning to Invert, Wu et al., UAI 2023"
     trace: ClassVar[Trace] = "levels"
-    preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros"})
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros", "mask"})
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian", "laplace"})
 
     scale: Literal["none", "mean", "layer_mean"] = Field(

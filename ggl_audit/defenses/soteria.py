@@ -31,8 +31,9 @@ class Soteria(Defense):
     name: ClassVar[str] = "soteria"
     source: ClassVar[str] = "Sun et al., CVPR 2021"
     broken_by: ClassVar[str] = "matching what was not pruned (Balunovic et al., ICLR 2022)"
+    random_if_hidden: ClassVar[bool] = True
     trace: ClassVar[Trace] = "zeros"
-    preserves: ClassVar[frozenset[Trace]] = frozenset({"norm", "zeros", "values"})
+    preserves: ClassVar[frozenset[Trace]] = frozenset({"norm", "zeros"})
 
     fraction: float = Field(
         gt=0, lt=1, description="share of the representation's features that is pruned"
@@ -80,6 +81,11 @@ class Soteria(Defense):
             f"{self.fraction:.1%} was declared"
         )
         return int(pruned.sum()) < self._removed(len(pruned)), detail
+
+    @property
+    def acts_on_a_gradient(self) -> bool:
+        """No: it needs the images."""
+        return False
 
     def norm_bound(self, before: float | None) -> float | None:
         """Removing values does not raise the norm."""

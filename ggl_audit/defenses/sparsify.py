@@ -45,6 +45,12 @@ class Sparsify(ErrorFeedback):
             return self._restricted(gradient, _largest)
         return {n: tensor * (observed[n] != 0).to(tensor.dtype) for n, tensor in gradient.items()}
 
+    def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """Keeps the candidate's own largest: where they are tells the image as well."""
+        if self.error_feedback:
+            return self.replicate(gradient, observed)
+        return self._restricted(gradient, _largest)
+
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds fewer zeros than were declared."""
         parts = observed if self.scope == "layer" else {"the gradient": flat(observed)}

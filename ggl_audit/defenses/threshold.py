@@ -45,6 +45,17 @@ class Threshold(ErrorFeedback):
             return self._restricted(gradient)
         return {n: tensor * (observed[n] != 0).to(tensor.dtype) for n, tensor in gradient.items()}
 
+    @property
+    def reads(self) -> Trace:
+        """What was kept."""
+        return "mask"
+
+    def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """Keeps what reaches the threshold: where that is tells the image as well."""
+        if self.error_feedback:
+            return self.replicate(gradient, observed)
+        return self._restricted(gradient)
+
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds a value below the threshold that is not zero."""
         magnitudes = flat(observed).abs()

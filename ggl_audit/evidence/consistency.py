@@ -10,6 +10,7 @@ from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline, noise_norm
 from ggl_audit.gradient import Gradient, flat, norm, stack, unstack
 
 PRIVATE_IMAGE = "the private image"
+DECLARED = "the declaration"
 LARGEST_DISTANCE, SMALLEST_LIMIT = 0.05, 1e-4
 """Squared and relative; other hardware's rounding stays far below."""
 
@@ -52,17 +53,8 @@ def check_truth(
 
     own = remainders(truth.expand(classes, *truth.shape), labels)
     remainder, label = float(own.min()), own.argmin()
-    count = flat(observed).numel()
-    high = noise_norm(defense.steps, count, 1 - FALSE_ACCUSATION / 2)
-    if high:
-        noise = defense.total_noise()
-        gaussian = noise is not None and noise.distribution == "gaussian"
-        low = noise.std * chi2.ppf(FALSE_ACCUSATION / 2, count) ** 0.5 if noise and gaussian else 0
-        detail = (
-            f"its own gradient leaves a remainder of norm {remainder:.4g}; "
-            f"the declared noise is between {low:.4g} and {high:.4g}"
-        )
-        return Check(PRIVATE_IMAGE, "agrees" if low <= remainder <= high else "contradicts", detail)
+    if noise_norm(defense.steps, 1, 0.5):
+        return _noise_check(defense, remainder, flat(observed).numel())
     size = norm(observed)
     distance = float((own.min() / size) ** 2)
     around = (remainders(others[:COMPARED], label.expand(len(others[:COMPARED]))) / size) ** 2
@@ -73,3 +65,31 @@ def check_truth(
         f"at most {limit:.2g} is its own"
     )
     return Check(PRIVATE_IMAGE, "agrees" if distance <= limit else "contradicts", detail)
+
+
+def check_remainder(defense: Pipeline, replica: Gradient, observed: Gradient) -> Check:
+    """Compares a release with the replica of the very images that it was made of.
+
+    Args:
+        defense: the declared steps, of which nothing but noise may follow noise.
+        replica: of the images.
+        observed: the release.
+    """
+    difference = norm({name: replica[name] - observed[name] for name in observed})
+    if noise_norm(defense.steps, 1, 0.5):
+        return _noise_check(defense, float(difference), flat(observed).numel())
+    distance = float((difference / norm(observed)) ** 2)
+    detail = f"the declared defense is at a relative distance of {distance:.2g} from what it sends"
+    return Check(DECLARED, "agrees" if distance <= SMALLEST_LIMIT else "contradicts", detail)
+
+
+def _noise_check(defense: Pipeline, remainder: float, count: int) -> Check:
+    high = noise_norm(defense.steps, count, 1 - FALSE_ACCUSATION / 2)
+    noise = defense.total_noise()
+    gaussian = noise is not None and noise.distribution == "gaussian"
+    low = noise.std * chi2.ppf(FALSE_ACCUSATION / 2, count) ** 0.5 if noise and gaussian else 0
+    detail = (
+        f"its own gradient leaves a remainder of norm {remainder:.4g}; "
+        f"the declared noise is between {low:.4g} and {high:.4g}"
+    )
+    return Check(PRIVATE_IMAGE, "agrees" if low <= remainder <= high else "contradicts", detail)

@@ -10,16 +10,30 @@ from ggl_audit.defenses import Context, Noise, Pipeline
 from ggl_audit.gradient import Gradient, each, norm
 
 
-def null_gradient(observed: Gradient, defense: Pipeline, context: Context) -> Gradient:
+def null_gradient(
+    observed: Gradient, defense: Pipeline, context: Context, usual_norm: float
+) -> Gradient:
     """A random gradient that went through the declared defense and has the observed norm.
 
     Guo et al. (TPAMI 2026) attack noise in place of the gradient: what still comes out is the
     prior and the label, not the gradient.
+
+    Args:
+        observed: what the null is a control of.
+        defense: the declared steps.
+        context: the client's randomness.
+        usual_norm: of a gradient before the defense, which the random one is given.
     """
     nothing = each(torch.zeros_like, observed)
-    random, *earlier = (
-        Noise(std=1.0).apply(nothing, context) for _ in range(1 + defense.earlier_rounds)
-    )
-    defended = defense.apply(random, replace(context, earlier=earlier))
+
+    def random() -> Gradient:
+        drawn = Noise(std=1.0).apply(nothing, context)
+        size = usual_norm / norm(drawn)
+        return each(lambda tensor: tensor * size, drawn)
+
+    plain, *earlier = (random() for _ in range(1 + defense.earlier_rounds))
+    defended = defense.apply(plain, replace(context, earlier=earlier))
+    if not bool(norm(defended) > 0):  # as where no value reaches a threshold
+        defended = plain
     scale = norm(observed) / norm(defended)
     return each(lambda tensor: tensor * scale, defended)

@@ -57,6 +57,7 @@ def find(
     promise: Rate | None,
     membership: Rate | None = None,
     recovered: bool = False,
+    members: int = 1,
 ) -> list[Finding]:
     """Collects the findings, the gravest first.
 
@@ -71,6 +72,7 @@ def find(
         promise: worst-case images identified in what the client's own code sends.
         membership: canaries identified in releases whose other images are unknown.
         recovered: the gradient was computed exactly from what was captured.
+        members: images that a release is made of.
     """
     findings = [
         *_capture(checks),
@@ -79,7 +81,7 @@ def find(
         *_claim(guarantee),
         *_recovered(recovered),
         *_floor(floor),
-        *_ceiling(ceiling),
+        *_ceiling(ceiling, members),
         *_membership(membership),
         *_label(label),
         *_attack(undefended),
@@ -221,9 +223,10 @@ def _floor(floor: ReconstructionRate | None) -> list[Finding]:
     ]
 
 
-def _ceiling(ceiling: Rate | None) -> list[Finding]:
+def _ceiling(ceiling: Rate | None, members: int) -> list[Finding]:
     if ceiling is None:
         return []
+    by = "the gradient alone" if members == 1 else "whoever knows all other images of the release"
     if ceiling.advantage_lower > NO_LEAKAGE:
         return [
             Finding(
@@ -231,7 +234,7 @@ def _ceiling(ceiling: Rate | None) -> list[Finding]:
                 severity="high",
                 title="Images are identifiable by matching",
                 detail=f"{ceiling.successes} of {ceiling.trials} canaries are identified among "
-                f"{round(1 / ceiling.chance)} images of their class by the gradient alone (95 % "
+                f"{round(1 / ceiling.chance)} images of their class by {by} (95 % "
                 f"interval {ceiling.lower:.0%} to {ceiling.upper:.0%}, chance "
                 f"{ceiling.chance:.0%}); mu is at least {empirical_mu(ceiling):.2f}.",
                 remedy="Whoever holds a list of suspects can tell which image was used, whatever "

@@ -12,6 +12,7 @@ import torch
 
 LARGEST_POOL = 256
 POOL_BYTES = 256 * 2**20
+RELATIVE_FLOOR = 1e-10
 
 
 def public_images(parameters: int) -> int:
@@ -42,9 +43,10 @@ class UnknownMembers:
         _, values, directions = torch.linalg.svd(spanning, full_matrices=False)
         outside = held_out - held_out @ directions.T @ directions
         spread = self._weight**2 * (members - 1)
-        self._floor = max(noise**2 + spread * float(outside.square().mean()), 1e-30)
         self._variances = spread * values.square() / max(1, len(spanning) - 1)
         self._directions = directions
+        least = RELATIVE_FLOOR * float(self._variances.sum()) / public.shape[1]
+        self._floor = max(noise**2 + spread * float(outside.square().mean()), least, 1e-30)
 
     def log_likelihoods(self, candidates: torch.Tensor, release: torch.Tensor) -> torch.Tensor:
         """How likely a release is with each of n candidates in it, up to a constant.
@@ -57,7 +59,8 @@ class UnknownMembers:
             (n,).
         """
         rest = release.double() - self._weight * candidates.double() - self._others
-        along = (rest @ self._directions.T).square()
-        inside = self._variances / (self._floor + self._variances)
-        distances: torch.Tensor = rest.square().sum(1) - (along * inside).sum(1)
-        return -distances / (2 * self._floor)
+        along = rest @ self._directions.T
+        outside = rest - along @ self._directions
+        inside = (along.square() / (self._floor + self._variances)).sum(1)
+        likelihoods: torch.Tensor = -(inside + outside.square().sum(1) / self._floor) / 2
+        return likelihoods

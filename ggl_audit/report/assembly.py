@@ -112,6 +112,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             measured.promise,
             measured.membership,
             recovered=spec.capture.kind == "moments",
+            members=setting.members,
         ),
         assumptions=assumptions(setting, measured),
         cost=Cost(
@@ -280,8 +281,6 @@ def _no_membership(setting: Setting) -> str:
 
 
 def _no_promise(setting: Setting) -> str:
-    if setting.members > 1:
-        return "the promise is tested for captures of one image"
     if setting.guarantee is None:
         return "no guarantee is declared"
     if not isinstance(setting.client, OwnClient):

@@ -197,15 +197,7 @@ def usual_prediction(model: ClientModel) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "batch_size",
-    [
-        *range(2, 9),
-        *[
-            pytest.param(
-                b, marks=pytest.mark.xfail(strict=True, reason="the greedy count is not the best")
-            )
-            for b in (16, 24)
-        ],
-    ],
+    [*range(2, 9), 16],
 )
 def test_the_labels_of_an_undefended_batch_are_inferred_exactly(
     cohort: Callable[..., Cohort], batch_size: int
@@ -309,9 +301,6 @@ def dense_log_likelihoods(
         pytest.param(
             12,
             0.0,
-            marks=pytest.mark.xfail(
-                strict=True, reason="where the public images span everything it cancels"
-            ),
         ),
     ],
 )

@@ -142,7 +142,7 @@ def test_the_objective_is_the_distance_of_the_decoded_latent(sample: Callable[..
         for y in labels
     ]
     objective = LatentObjective(
-        Matching(model, defense), prior, stack(observed), labels, RegularizerSpec(name="norm")
+        Matching(model, defense, "l2"), prior, stack(observed), labels, RegularizerSpec(name="norm")
     )
     losses = objective.losses(latents)
     for t in range(2):

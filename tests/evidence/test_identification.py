@@ -131,7 +131,7 @@ def test_the_null_gradient_has_the_norm_and_nothing_else(
     defense = Pipeline(steps)
     gradients = Matching(model, defense).gradients(image, torch.tensor([0]))
     observed = defense.apply({n: g[0] for n, g in gradients.items()}, context)
-    null = null_gradient(observed, defense, context)
+    null = null_gradient(observed, defense, context, 1.0)
     assert float(norm(null)) == pytest.approx(float(norm(observed)), rel=1e-4)
     a, b = flat(null), flat(observed)
     assert abs(float(a @ b / (a.norm() * b.norm()))) < 5 / len(a) ** 0.5

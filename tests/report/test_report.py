@@ -89,7 +89,7 @@ def test_nothing_that_was_not_measured_is_a_number(sample: Callable[..., Spec]) 
     assert evidence.controls.null is evidence.controls.undefended is evidence.guarantee is None
     assert set(evidence.not_measured) == {
         "ceiling", "floor", "controls.null", "controls.undefended", "label", "guarantee",
-        "controls.undefended_matching", "promise",
+        "controls.undefended_matching", "promise", "membership",
     }  # fmt: skip
     assert all(evidence.not_measured.values())
     found = report.captured.reconstructions[0]

@@ -12,6 +12,7 @@ from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, flat
 
 SMALLEST_STEP = 1e-30
+MIDWAY = 1e-3
 
 
 class Quantize(Defense):
@@ -42,9 +43,20 @@ class Quantize(Defense):
         """The same, on the candidate's own grid.
 
         The capture's grid would be exact for the true image as well, but tell less: a grid shows
-        the smallest and the largest value unrounded.
+        the smallest and the largest value unrounded. A value midway between two levels, as zero is
+        where the smallest is minus the largest, may be rounded either way: as was observed.
         """
-        return self._rounded(gradient)
+        if observed is None:
+            return self._rounded(gradient)
+        rounded = {}
+        for name, (low, step) in self._grids(gradient).items():
+            place, seen = (gradient[name] - low) / step, (observed[name] - low) / step
+            below = place.floor()
+            above = place - below > 0.5
+            midway = (place - below - 0.5).abs() < MIDWAY
+            above = torch.where(midway, seen > below + 0.5, above)
+            rounded[name] = low + step * (below + above.to(place.dtype))
+        return rounded
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds more levels than bits allow."""

@@ -601,3 +601,14 @@ def test_the_replica_identifies_no_less(defense: Defense) -> None:
     assert shown["hidden"] >= shown["without"]
     if defense.stochastic:
         assert shown["likelihood"] >= shown["with"]
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_zeros_midway_between_two_levels_are_matched_either_way(bits: int) -> None:
+    rows = torch.randn(1, 40, generator=torch.Generator().manual_seed(bits))
+    rows[:, ::2] = 0
+    exact = {"head": torch.cat([rows, -rows])}  # as with two classes
+    for rounding in (1e-7, -1e-7):
+        sent = Quantize(bits=bits).apply({"head": exact["head"] + rounding}, context())
+        replica = Quantize(bits=bits).replicate(exact, sent)
+        assert float(relative_l2(replica, sent)) < 1e-6

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from ggl_audit.attack.matching import LatentObjective, Matching, pictures
@@ -159,11 +160,12 @@ def identify_members(
     if len(trials) == 0 or not can_identify_members(setting):
         return
     model, random, members = setting.model, setting.random("members"), setting.members
-    order = random.permutation(len(setting.reference))
-    count = min(public_images(model.size), len(order) // 2)
-    public, rest = (
-        torch.as_tensor(part, device=model.device) for part in (order[:count], order[count:])
-    )
+    every = np.arange(len(setting.reference))
+    # The attacker's public images are no members, as far as there are enough others.
+    others = random.permutation(np.setdiff1d(every, trials.candidates[:, 0].cpu().numpy()))
+    pool = others if len(others) >= len(every) // 2 else random.permutation(every)
+    public = pool[: min(public_images(model.size), len(every) // 2)]
+    rest = torch.as_tensor(np.setdiff1d(every, public), device=model.device)
     matching = Matching(model, setting.defense)
 
     def contributed(chosen: torch.Tensor) -> torch.Tensor:
@@ -174,7 +176,12 @@ def identify_members(
     noise = setting.defense.total_noise()
     # A sum over each client's images is a mean over clients of sums.
     whole = members if not model.loss_sum else setting.defense.aggregation.clients
-    unknown = UnknownMembers(contributed(public), members, whole, noise.std if noise else 0.0)
+    unknown = UnknownMembers(
+        contributed(torch.as_tensor(public, device=model.device)),
+        members,
+        whole,
+        noise.std if noise else 0.0,
+    )
     context, hits = setting.context("members clients"), 0
     for one in trials.batches(1):
         companions = rest[~torch.isin(rest, one.candidates)]

@@ -44,7 +44,7 @@ class Clip(Defense):
     unit: Literal["client", "sample"] = Field(
         default="client", description="what a client sends, or each sample's share in it"
     )
-    _samples: int = PrivateAttr(default=1)  # whose shares are summed
+    _shares: int = PrivateAttr(default=1)  # whose shares are summed
 
     def bind(self, model: ClientModel) -> Clip:
         """For the sum or the mean over the model's batch; with one image the units are one."""
@@ -55,7 +55,7 @@ class Clip(Defense):
         if has_batch_norm(model.module) and model.module.training:
             raise ValueError("clips each sample, but in train mode batch norm mixes the samples")
         bound = self.model_copy()
-        bound._samples = model.batch_size if model.loss_sum else 1
+        bound._shares = model.batch_size if model.loss_sum else 1
         return bound
 
     def apply(self, gradient: Gradient, context: Context) -> Gradient:
@@ -72,13 +72,13 @@ class Clip(Defense):
         confidence = 1 - FALSE_ACCUSATION / len(parts)
 
         def most(tensor: torch.Tensor) -> float:
-            return self._samples * self.bound * (1 + ROUNDING) + later_noise(
+            return self._shares * self.bound * (1 + ROUNDING) + later_noise(
                 tensor.numel(), confidence
             )
 
         where = max(parts, key=lambda name: float(parts[name].norm()) / most(parts[name]))
         largest, allowed = float(parts[where].norm()), most(parts[where])
-        bound = self._samples * self.bound
+        bound = self._shares * self.bound
         detail = f"the norm of {where} is {largest:.4g}; the bound is {bound:g}"
         if later_noise(1, confidence):
             detail += f", with the noise after it at most {allowed:.4g}"

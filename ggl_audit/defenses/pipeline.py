@@ -53,8 +53,8 @@ class Pipeline:
     def __init__(self, steps: Sequence[Defense] = (), model: ClientModel | None = None) -> None:
         self.steps = tuple(steps)
         self._model = model
-        self._samples = 1 if model is None or model.loss_sum else model.batch_size
-        self._alone = model is None or model.batch_size == 1
+        self._averaged = 1 if model is None or model.loss_sum else model.batch_size
+        self._one_image = model is None or model.batch_size == 1
         self._mixes = any(s.changes_images and not s.treats_each_image_alone for s in self.steps)
         self._trains = model is not None and model.local is not None
         # Gaussian noise of each client is Gaussian noise on their mean.
@@ -309,14 +309,14 @@ class Pipeline:
                 return GaussianMechanism(best, noise.std) if gaussian and best else None
             if _is_per_sample(step):
                 bound = None if self._trains or self._mixes else step.norm_bound(None)
-                sample = None if bound is None else bound / self._samples
+                sample = None if bound is None else bound / self._averaged
                 continue
             if joined:
                 client = _share_after(step, client)
                 sample = _share_after(step, sample)
                 continue
             client = step.norm_bound(client)
-            if self._alone:
+            if self._one_image:
                 sample = client
             elif isinstance(step, SecureAggregation):
                 sample = step.norm_bound(sample)
@@ -352,13 +352,13 @@ class Pipeline:
     def adds_up(self) -> bool:
         """Whether a release is a sum of shares of single images, up to noise."""
         before, after = self._around()
-        alone = (Noise, Encryption)
+        harmless = (Noise, Encryption)
         if self.earlier_rounds or not isinstance(self.aggregation, SecureAggregation):
             return False
         if any(step.stochastic for step in self.steps) or self.changes_images:
             return False
-        own = self._alone or all(isinstance(step, alone) for step in before)
-        return own and all(isinstance(step, alone) for step in after)
+        own = self._one_image or all(isinstance(step, harmless) for step in before)
+        return own and all(isinstance(step, harmless) for step in after)
 
     def share_of_one(self, gradient: Gradient) -> Gradient:
         """What one image adds to a sum over all, before noise; only if it :meth:`adds_up`."""

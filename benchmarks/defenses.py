@@ -1,6 +1,6 @@
 """Audits every defense at the literature's usual strength, and writes a table of what it keeps.
 
-    python benchmarks/defenses.py --task digits -o benchmarks/results/defenses_digits.md
+    python benchmarks/defenses.py --task digits -o defenses.md
 
 Each row is a spec, a capture and an audit, as `ggl-audit capture` and `ggl-audit run` make them.
 The digits are the bundled ones. The faces need `../shared/data` beside the repository: a generator

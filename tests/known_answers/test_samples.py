@@ -29,7 +29,7 @@ def audit(spec: Spec) -> Report:
     return run_audit(spec, Counter())
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ["undefended", "sparsified", "sign", "noise"])
 def test_what_leaks_never_passes(sample: Callable[..., Spec], name: str, seed: int) -> None:
     report = audit(sample(name, **ENOUGH, seed=seed))

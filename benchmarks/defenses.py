@@ -38,9 +38,9 @@ from ggl_audit.gradient import Gradient, take
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, read_image, read_image_set, write_image
 from ggl_audit.inputs.spec_file import parse_defense, read_spec
+from ggl_audit.loading import load_client
 from ggl_audit.randomness import client_context
 from ggl_audit.report.model import Report
-from ggl_audit.setting import load_client
 from ggl_audit.spec import Spec
 
 HERE = Path(__file__).resolve().parent

@@ -13,8 +13,8 @@ from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.images import read_image
+from ggl_audit.loading import load_client
 from ggl_audit.randomness import client_context
-from ggl_audit.setting import load_client
 from ggl_audit.spec import Spec
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from ggl_audit.alternatives import alternatives
 from ggl_audit.attack.matching import LatentObjective, Matching, pictures
 from ggl_audit.attack.search import SearchResult, search
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
@@ -36,7 +37,7 @@ from ggl_audit.evidence.promise import (
 from ggl_audit.gradient import Gradient, concatenate, flat, norm, shares, stack, take, unstack
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import has_batch_norm
-from ggl_audit.setting import Setting, alternatives
+from ggl_audit.setting import Setting
 
 CANARIES_TOGETHER = 25
 HELD_BYTES = 2**30

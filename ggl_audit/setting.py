@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.func import vmap
 
 from ggl_audit.attack.labels import infer_labels, infer_several
 from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.defenses import (
-    DPSGD,
     Check,
     Context,
     Pipeline,
-    build_pipeline,
-    is_own,
-    relative_l2,
 )
 from ggl_audit.defenses.sec_adam import last_gradient
+from ggl_audit.doubts import client_doubts, replica_doubts
 from ggl_audit.environment import choose_device
 from ggl_audit.errors import NothingToMeasureError, SpecError
-from ggl_audit.evidence.consistency import check_remainder, check_truth
+from ggl_audit.evidence.consistency import check_truth
 from ggl_audit.evidence.fidelity import Perceptual, load_lpips
 from ggl_audit.evidence.guarantee import Guarantee, account
 from ggl_audit.evidence.identification import Trials, captured_trial, draw_trials
 from ggl_audit.files import sha256
-from ggl_audit.gradient import Gradient, each, norm, stack, take, unstack
+from ggl_audit.gradient import Gradient, each, norm, stack, unstack
 from ggl_audit.inputs.capture import read_capture
 from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image, read_image_set
-from ggl_audit.inputs.model import ClientModel, has_batch_norm, load_model
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.loading import load_client
 from ggl_audit.optimizers import Optimizer, optimizer_factory
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME
 from ggl_audit.priors.loading import load_prior, prior_folder, sample_images
@@ -47,21 +41,8 @@ from ggl_audit.randomness import client_context, stream
 from ggl_audit.spec import Spec
 
 SAMPLED_CLASSES = 10
-USUAL_NORMALIZATIONS = {
-    1: (([0.0], [1.0]), ([0.5], [0.5]), ([0.1307], [0.3081])),
-    3: (
-        ([0.0], [1.0]),
-        ([0.5], [0.5]),
-        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
-    ),
-}
-MOST_SWAPS = 10
 PUBLIC_IMAGES = 256
-REPLICA_IS_CLOSE = 0.05
-MANY = 16
 NORMS_COMPARED = 8
-CLIENT_TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -125,7 +106,7 @@ class Setting:
     @functools.cached_property
     def usual_norm(self) -> float:
         """The median norm of what a client computes from reference images, undefended."""
-        images, labels = _sets(self.reference, self.model.batch_size, NORMS_COMPARED)
+        images, labels = self.reference.sets(NORMS_COMPARED, self.model.batch_size)
         gradients = Matching(self.model, self.defense).gradients(images, labels)
         norms = [float(norm(gradient)) for gradient in unstack(gradients)]
         return float(np.median(norms))
@@ -220,7 +201,7 @@ def prepare(spec: Spec) -> Setting:
         )
     guarantee = _guarantee(spec, model, defense)
     members = capture.batch_size * defense.aggregation.clients
-    if private is not None and members == 1 and defense.noise_is_last():
+    if private is not None and members == 1 and defense.leaves_only_noise():
         matching = Matching(model, defense)
         checks.append(check_truth(matching, defense, gradient, private, reference.images))
     client = _client(spec, model, defense, reference)
@@ -230,8 +211,8 @@ def prepare(spec: Spec) -> Setting:
         defense=defense,
         client=client,
         client_doubts=[
-            *_client_doubts(client, spec, defense, reference),
-            *_replica_doubts(model, defense, spec, reference),
+            *client_doubts(client, spec, defense, reference),
+            *replica_doubts(model, defense, spec, reference),
         ],
         guarantee=guarantee,
         prior=prior,
@@ -239,108 +220,13 @@ def prepare(spec: Spec) -> Setting:
         left_out=left_out,
         observed=gradient,
         checks=checks,
-        labels=_labels(spec, model, gradient, members, reference),
+        labels=labels_of(spec, model, gradient, members, reference),
         truth=private,
         prior_saw_truth=bool(mark & seen),
         make_optimizer=optimizer_factory(spec.attack, members * prior.size),
         lpips=None if lpips is None else load_lpips(lpips, spec.resolve(lpips.weights), device),
         files=_files(spec, reference),
     )
-
-
-def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """What else the capture may be of: one declared thing changed at a time, named."""
-    spec = setting.spec
-    declared = spec.model
-
-    def other_model(cause: str, **changes: Any) -> Iterator[tuple[str, Setting]]:
-        changed = spec.model_copy(update={"model": declared.model_copy(update=changes)})
-        try:
-            defense, model = load_client(changed, setting.model.device)
-            Matching(model, defense).try_out()
-        except SpecError:
-            return  # as it cannot be so
-        yield cause, replace(setting, model=model, defense=defense)
-
-    if has_batch_norm(setting.model.module):
-        mode = "train" if declared.mode == "eval" else "eval"
-        yield from other_model(f"the model was in {mode} mode", mode=mode)
-    for mean, std in USUAL_NORMALIZATIONS.get(declared.input.shape[0], ()):
-        if (mean, std) != (declared.input.mean, declared.input.std):
-            changed = declared.input.model_copy(update={"mean": mean, "std": std})
-            cause = f"the images were normalized with mean {mean} and std {std}"
-            yield from other_model(cause, input=changed)
-    if spec.capture.kind == "update":
-        negative = {name: -tensor for name, tensor in setting.observed.items()}
-        cause = "the update is the weights after training minus those before"
-        labels = _labels(spec, setting.model, negative, setting.members, setting.reference)
-        yield cause, replace(setting, observed=negative, labels=labels)
-    same = [
-        (first, second)
-        for first, second in itertools.combinations(setting.observed, 2)
-        if setting.observed[first].shape == setting.observed[second].shape
-        and setting.observed[first].ndim > 1
-    ]
-    for first, second in same[:MOST_SWAPS]:
-        swapped = {
-            **setting.observed,
-            first: setting.observed[second],
-            second: setting.observed[first],
-        }
-        yield f"{first} and {second} are swapped", replace(setting, observed=swapped)
-
-
-def load_client(
-    spec: Spec, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[Pipeline, ClientModel]:
-    """Builds the declared defense and the client's model under it.
-
-    Raises:
-        AuditError: one of them cannot be built, or they do not fit each other.
-    """
-    samples = spec.capture.batch_size if spec.model.loss.reduction == "mean" else 1
-    if any(step.name == DPSGD.name for step in spec.defense):
-        _check_dp_sgd(spec)
-    defense = build_pipeline(spec.defense, spec.folder, samples)
-
-    def misfit(error: ValueError) -> SpecError:
-        return SpecError(("defense",), f"{defense}: {error}")
-
-    def wrap(module: nn.Module) -> nn.Module:
-        try:
-            return defense.wrap(module)
-        except ValueError as error:
-            raise misfit(error) from None
-
-    model = load_model(spec, device, dtype, wrap)
-    try:
-        defense = defense.bind(model)
-    except ValueError as error:
-        raise misfit(error) from None
-    _try_own_steps(defense, model, spec)
-    if spec.capture.stage == "raw" and not defense.acts_on_a_gradient():
-        raise SpecError(
-            ("capture", "stage"),
-            f"raw, but {defense} acts on images, on the model, on each sample or on a cohort, and "
-            "cannot be applied to one gradient afterwards",
-            "Declare stage: defended, or make the capture with `ggl-audit capture`.",
-        )
-    return defense, model
-
-
-def _check_dp_sgd(spec: Spec) -> None:
-    if spec.capture.kind == "update":
-        raise SpecError(
-            ("defense",),
-            "dp_sgd adds noise in every local step, which an update is not audited for",
-            "Audit one step's gradient, or declare what is done to the update (dp_fedavg).",
-        )
-    if spec.client is not None and spec.client.batch_size > 1 and spec.capture.batch_size == 1:
-        raise SpecError(
-            ("client", "batch_size"),
-            f"{spec.client.batch_size}, but dp_sgd divides its noise by capture.batch_size, 1",
-            "Declare the clip and the noise as separate steps, or capture a batch.",
-        )
 
 
 def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Gradient:
@@ -414,128 +300,13 @@ def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageS
         if several
         else spec.guarantee is not None and spec.guarantee.reduction == "mean",
     )
-    if not several and client.batch_size > 1 and not defense.noise_is_last():
+    if not several and client.batch_size > 1 and not defense.leaves_only_noise():
         raise SpecError(
             ("client", "batch_size"),
             f"{client.batch_size}, but {defense} ends in a step after the noise, and what the "
             "companions add cannot be taken out again",
         )
     return client
-
-
-def _client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: ImageSet) -> list[str]:
-    """Compares what the client's own code sends for a few images with the declaration.
-
-    Raises:
-        SpecError: the code does not run or does not return a gradient.
-    """
-    if not isinstance(client, OwnClient):
-        return []
-    context = client_context(spec.seed, "client trial", client.matching.model.device)
-    if spec.capture.batch_size > 1:
-        return _batch_doubts(client, defense, reference, context)
-    images, labels = reference.images[:CLIENT_TRIALS], reference.labels[:CLIENT_TRIALS]
-    sent = client.send(images, labels, context)
-    if client.averaged and client.batch_size > 1:
-        return [
-            f"canaries share a mean over {client.batch_size} images with others, which hides them "
-            "better than the captured gradient of one image is hidden"
-        ]
-    for index, image in enumerate(images):
-        one = take(sent, index)
-        checks = defense.verify(one)
-        if defense.noise_is_last():
-            checks.append(check_truth(client.matching, defense, one, image, reference.images[1:]))
-        wrong = [check for check in checks if check.outcome == "contradicts"]
-        if wrong:
-            return [f"the client's own code contradicts {wrong[0].step}: {wrong[0].detail}"]
-    return []
-
-
-def _batch_doubts(
-    client: OwnClient, defense: Pipeline, reference: ImageSet, context: Context
-) -> list[str]:
-    if not defense.noise_is_last():
-        return [f"whether the client's own code does {defense} to a batch cannot be checked"]
-    images, labels = _sets(reference, client.batch_size)
-    sent = client.send(images, labels, context)
-    replicas = client.matching.replicas(images, labels, sent)
-    for index in range(CLIENT_TRIALS):
-        check = check_remainder(defense, take(replicas, index), take(sent, index))
-        if check.outcome == "contradicts":
-            return [f"the client's own code contradicts {check.step}: {check.detail}"]
-    return []
-
-
-def _sets(
-    reference: ImageSet, size: int, sets: int = CLIENT_TRIALS
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few sets of so many images, (sets, size, channels, height, width), and their labels."""
-    wanted = sets * size
-    chosen = torch.arange(wanted, device=reference.labels.device) % len(reference)
-    images, labels = reference.images[chosen], reference.labels[chosen]
-    return images.unflatten(0, (sets, size)), labels.unflatten(0, (sets, size))
-
-
-def _replica_doubts(
-    model: ClientModel, defense: Pipeline, spec: Spec, reference: ImageSet
-) -> list[str]:
-    """Tries whether the replica gives what the client sends, but for the declared noise.
-
-    It guards against a user's own step that is random without saying so, or is replicated badly.
-    """
-    own = [step for step in defense.steps if is_own(step)]
-    if any(step.stochastic for step in own):
-        return [f"the likelihood of {own[0]} is taken on trust"]
-    without = defense.noiseless()
-    if not without.steps or not without.has_likelihood() or without.adds_noise():
-        return []
-    matching = Matching(model, without)
-    members = model.batch_size * defense.aggregation.clients
-    images, labels = _sets(reference, members, CLIENT_TRIALS if members <= MANY else 1)
-    context = client_context(spec.seed, "replica trial", model.device)
-    sent = DeclaredClient(matching, without, reference).send(images, labels, context)
-    replicas = matching.replicas(images, labels, sent)
-    for index in range(len(labels)):
-        observed = take(sent, index)
-        away = float(relative_l2(take(replicas, index), observed))
-        if bool(norm(observed) > 0) and not away <= REPLICA_IS_CLOSE:
-            return [
-                f"the attacker's replica of {without} does not give what the client sends "
-                f"(relative distance {away:.2g}), so better matching may identify more"
-            ]
-    return []
-
-
-def _try_own_steps(defense: Pipeline, model: ClientModel, spec: Spec) -> None:
-    """Runs a user's own steps once.
-
-    Raises:
-        SpecError: one fails, or changes the names or the shapes of a gradient.
-    """
-    context = client_context(spec.seed, "own steps", model.device)
-    for index, step in enumerate(defense.steps):
-        if not is_own(step) or step.earlier_rounds:
-            continue
-        gradient = each(torch.ones_like, model.parameters)
-        try:
-            sent = step.apply(gradient, context)
-            many = each(lambda tensor: tensor[None], gradient)
-            replica = take(vmap(step.replicate, in_dims=(0, None))(many, sent), 0)
-            fits = all(
-                {n: t.shape for n, t in other.items()} == {n: t.shape for n, t in gradient.items()}
-                for other in (sent, replica)
-            )
-        except (Exception, SystemExit) as error:
-            # Whatever the user's own code raises is a fault in the input.
-            raise SpecError(
-                ("defense", index), f"{step.name} failed with {type(error).__name__}: {error}"
-            ) from error
-        if not fits:
-            raise SpecError(
-                ("defense", index),
-                f"{step.name} does not keep the names and the shapes of a gradient",
-            )
 
 
 def _guarantee(spec: Spec, model: ClientModel, defense: Pipeline) -> Guarantee | None:
@@ -567,9 +338,14 @@ def _guarantee(spec: Spec, model: ClientModel, defense: Pipeline) -> Guarantee |
     return account(mechanism, declared, batch_size, 1 / spec.evidence.candidates)
 
 
-def _labels(
+def labels_of(
     spec: Spec, model: ClientModel, observed: Gradient, members: int, reference: ImageSet
 ) -> list[int]:
+    """The labels of the captured images, as declared or as the capture gives them away.
+
+    Raises:
+        SpecError: they cannot be inferred, are not of the model, or are too few or too many.
+    """
     declared = spec.capture.labels
     if declared == "infer":
         if model.head is None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ggl_audit.alternatives import alternatives
 from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import DeclaredClient, OwnClient
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline
@@ -14,7 +15,7 @@ from ggl_audit.errors import SpecError
 from ggl_audit.gradient import Gradient, flat, stack, take
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel, load_model
-from ggl_audit.setting import alternatives, prepare
+from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import plain_gradient
 from tests.known_answers.clients import step

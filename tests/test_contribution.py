@@ -15,7 +15,7 @@ from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.gradient import Gradient, flat, norm, take
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.setting import load_client
+from ggl_audit.loading import load_client
 from ggl_audit.spec import Spec
 
 CPU = torch.device("cpu")

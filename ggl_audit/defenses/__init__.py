@@ -11,20 +11,21 @@ from pydantic import ValidationError
 
 from ggl_audit.defenses.aggregation import Aggregation, SecureAggregation
 from ggl_audit.defenses.ats import Ats
-from ggl_audit.defenses.base import FALSE_ACCUSATION, Check, Context, Defense, Drawn
-from ggl_audit.defenses.clip import Clip
+from ggl_audit.defenses.base import FALSE_ACCUSATION, BeforeGradient, Check, Context, Defense, Drawn
+from ggl_audit.defenses.clip import Clip, is_per_sample
 from ggl_audit.defenses.encryption import Encryption
 from ggl_audit.defenses.federated_dropout import FederatedDropout
 from ggl_audit.defenses.float_format import FloatFormat
 from ggl_audit.defenses.mixup import Mixup
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.defenses.pipeline import GaussianMechanism, Pipeline, noise_norm, relative_l2
+from ggl_audit.defenses.pipeline import Pipeline, noise_norm, relative_l2
 from ggl_audit.defenses.precode import Precode
 from ggl_audit.defenses.qsgd import Qsgd
 from ggl_audit.defenses.quantize import Quantize
 from ggl_audit.defenses.random_k import RandomK
 from ggl_audit.defenses.recipes import DPSGD, DPFedAvg, Recipe
 from ggl_audit.defenses.sec_adam import SecAdam
+from ggl_audit.defenses.sensitivity import GaussianMechanism
 from ggl_audit.defenses.sign import Sign
 from ggl_audit.defenses.soteria import Soteria
 from ggl_audit.defenses.sparsify import Sparsify
@@ -70,6 +71,7 @@ __all__ = [
     "REGISTRY",
     "Aggregation",
     "Ats",
+    "BeforeGradient",
     "Check",
     "Clip",
     "Context",
@@ -181,9 +183,9 @@ def _check_order(steps: Sequence[Defense]) -> None:
 
 
 def _place(step: Defense) -> int:
-    if step.changes_images or type(step).wrap is not Defense.wrap:
+    if isinstance(step, BeforeGradient):
         return BEFORE_GRADIENT
-    if isinstance(step, Clip) and step.unit == "sample":
+    if is_per_sample(step):
         return SAMPLE
     return AGGREGATION if isinstance(step, Aggregation) else GRADIENT
 

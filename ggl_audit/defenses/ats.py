@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 
-from ggl_audit.defenses.base import EVERY_TRACE, Context, Defense, Drawn, Trace
+from ggl_audit.defenses.base import BeforeGradient, Context, Drawn
 from ggl_audit.gradient import Gradient
 
 POLICY, SIGNS = "ats.policy", "ats.signs"
@@ -161,7 +161,7 @@ class Step:
         return TRANSFORMATIONS[self.name][0](images, self.level / LEVELS, sign.view(-1, 1, 1, 1))
 
 
-class Ats(Defense):
+class Ats(BeforeGradient):
     """Transforms each training image by a policy: up to three transformations, one after another.
 
     A policy is written as its transformations with their levels, such as ``translate_x 9, contrast
@@ -181,7 +181,6 @@ class Ats(Defense):
     source: ClassVar[str] = "Gao et al., CVPR 2021"
     treats_each_image_alone: ClassVar[bool] = True
     broken_by: ClassVar[str] = "attacks early in training (Balunovic et al., ICLR 2022)"
-    preserves: ClassVar[frozenset[Trace]] = EVERY_TRACE
 
     policies: tuple[str, ...] = Field(
         min_length=1, description="the policies, each up to three transformations with levels 0-9"
@@ -231,18 +230,6 @@ class Ats(Defense):
                 changed = step(changed, signs[:, position])
             transformed = torch.where(chosen == index, changed, transformed)
         return transformed, targets
-
-    def apply(self, gradient: Gradient, context: Context) -> Gradient:
-        """Nothing more, as the gradient is of the transformed images."""
-        return gradient
-
-    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """Nothing more, as the candidate's gradient is of transformed images."""
-        return gradient
-
-    def norm_bound(self, before: float | None) -> float | None:
-        """It acts before there is a gradient."""
-        return before
 
 
 def _steps(policy: str) -> list[Step]:

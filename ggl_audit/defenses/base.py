@@ -229,8 +229,7 @@ class Defense(BaseModel, ABC):
     @property
     def acts_on_a_gradient(self) -> bool:
         """Whether the gradient is all that it needs, and not the images, the model or others."""
-        before = self.changes_images or type(self).wrap is not Defense.wrap
-        return not before and self.earlier_rounds == 0
+        return self.earlier_rounds == 0
 
     def leaves(self, trace: Trace) -> bool:
         """Whether a trace of an earlier step can still be read off what this step sends."""
@@ -248,3 +247,26 @@ class Defense(BaseModel, ABC):
     def __str__(self) -> str:
         parameters = ", ".join(f"{name}={value}" for name, value in self)
         return f"{self.name}({parameters})"
+
+
+class BeforeGradient(Defense):
+    """A step on the images or on the model, which leaves alone the gradient that comes of it."""
+
+    preserves: ClassVar[frozenset[Trace]] = EVERY_TRACE
+
+    def apply(self, gradient: Gradient, context: Context) -> Gradient:
+        """Nothing more: it has acted before."""
+        return gradient
+
+    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """Nothing more: the candidate's gradient was computed under it."""
+        return gradient
+
+    @property
+    def acts_on_a_gradient(self) -> bool:
+        """No."""
+        return False
+
+    def norm_bound(self, before: float | None) -> float | None:
+        """There is no gradient yet."""
+        return before

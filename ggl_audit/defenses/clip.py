@@ -133,3 +133,8 @@ class Clip(Defense):
             whole = norm(gradient)
             return each(lambda tensor: scaled(tensor, whole), gradient)
         return each(lambda tensor: scaled(tensor, tensor.square().sum().sqrt()), gradient)
+
+
+def is_per_sample(step: Defense) -> bool:
+    """Whether a step acts on each sample's gradient, before these are reduced to a client's."""
+    return isinstance(step, Clip) and step.unit == "sample"

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import grad
 from typing_extensions import Self
 
-from ggl_audit.defenses.base import EVERY_TRACE, Context, Defense, Drawn, NoiseBound, Trace
+from ggl_audit.defenses.base import BeforeGradient, Context, Drawn, NoiseBound, Trace
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
@@ -61,7 +61,7 @@ class Hidden:
         return changed
 
 
-class FederatedDropout(Defense):
+class FederatedDropout(BeforeGradient):
     """Trains and sends a sub-model: some of each hidden layer's units, drawn at random.
 
     A unit is a feature of a linear layer, or a channel of a convolution. Units that are left out
@@ -78,7 +78,6 @@ class FederatedDropout(Defense):
     )
     random_if_hidden: ClassVar[bool] = True
     trace: ClassVar[Trace] = "zeros"
-    preserves: ClassVar[frozenset[Trace]] = EVERY_TRACE
 
     kept: float = Field(gt=0, lt=1, description="share of each hidden layer's units that is kept")
 
@@ -185,10 +184,6 @@ class FederatedDropout(Defense):
                 gradient = layer.zeroed(gradient, kept)
         return gradient
 
-    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """Nothing more, as the candidate's gradient is that of the guessed sub-model."""
-        return gradient
-
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds a hidden layer with fewer units without gradient than were declared."""
         details = []
@@ -200,10 +195,6 @@ class FederatedDropout(Defense):
             details.append((kept - allowed, f"{detail}; {allowed} were declared"))
         excess, worst = max(details, key=lambda detail: detail[0])
         return excess > 0, worst
-
-    def norm_bound(self, before: float | None) -> float | None:
-        """It acts before there is a gradient."""
-        return before
 
     @property
     def _any(self) -> str:

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from scipy import stats
 
-from ggl_audit.defenses.base import EVERY_TRACE, Context, Defense, Drawn, Trace
+from ggl_audit.defenses.base import BeforeGradient, Context, Drawn
 from ggl_audit.gradient import Gradient
 
 WEIGHT = "mixup.weight"
 
 
-class Mixup(Defense):
+class Mixup(BeforeGradient):
     """Trains on weighted means of two images and of their labels, with one weight for a batch.
 
     Each image is mixed with the next of the batch, the last with the first; the order of a batch
@@ -27,7 +27,6 @@ class Mixup(Defense):
     name: ClassVar[str] = "mixup"
     source: ClassVar[str] = "Zhang et al., ICLR 2018"
     broken_by: ClassVar[str] = "the mixed label shows in the gradient (Wang et al., ICLR 2024)"
-    preserves: ClassVar[frozenset[Trace]] = EVERY_TRACE
 
     alpha: float = Field(default=1.0, gt=0, description="of the Beta distribution of the weight")
     tries: int = Field(default=8, ge=1, description="number of weights that the attacker tries")
@@ -55,15 +54,3 @@ class Mixup(Defense):
             return weight * values + (1 - weight) * values.roll(-1, 0)
 
         return mixed(images), mixed(targets)
-
-    def apply(self, gradient: Gradient, context: Context) -> Gradient:
-        """Nothing more, as the gradient is of the mixed images."""
-        return gradient
-
-    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """Nothing more, as the candidate's gradient is of mixed images."""
-        return gradient
-
-    def norm_bound(self, before: float | None) -> float | None:
-        """It acts before there is a gradient."""
-        return before

@@ -5,42 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ggl_audit.defenses.aggregation import Aggregation, SecureAggregation
 from ggl_audit.defenses.base import Check, Context, Defense, Drawn, Trace
-from ggl_audit.defenses.clip import Clip
+from ggl_audit.defenses.clip import is_per_sample
 from ggl_audit.defenses.encryption import Encryption
 from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.sensitivity import GaussianMechanism, Unit, gaussian_mechanism
 from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.model import ClientModel
 
-Unit = Literal["sample", "client"]
-
 ALONE = SecureAggregation(clients=1)
 """A cohort of one, where none is declared."""
-
-
-@dataclass(frozen=True)
-class GaussianMechanism:
-    """A release that is differentially private: bounded shares plus Gaussian noise.
-
-    Attributes:
-        bound: the l2 norm that the share of one unit in the release cannot exceed.
-        std: the standard deviation of the noise on the release.
-    """
-
-    bound: float
-    std: float
-
-    @property
-    def mu(self) -> float:
-        """The Gaussian-DP parameter of one release (Dong, Roth and Su, JRSS B 2022)."""
-        return self.bound / self.std
 
 
 class Pipeline:
@@ -53,9 +33,7 @@ class Pipeline:
     def __init__(self, steps: Sequence[Defense] = (), model: ClientModel | None = None) -> None:
         self.steps = tuple(steps)
         self._model = model
-        self._averaged = 1 if model is None or model.loss_sum else model.batch_size
         self._one_image = model is None or model.batch_size == 1
-        self._mixes = any(s.changes_images and not s.treats_each_image_alone for s in self.steps)
         self._trains = model is not None and model.local is not None
         # Gaussian noise of each client is Gaussian noise on their mean.
         self._steps = _noise_after_mean(self.steps)
@@ -86,7 +64,7 @@ class Pipeline:
     @property
     def per_sample(self) -> bool:
         """Whether a step acts on each sample's gradient."""
-        return any(_is_per_sample(step) for step in self.steps)
+        return any(is_per_sample(step) for step in self.steps)
 
     @property
     def changes_images(self) -> bool:
@@ -154,7 +132,7 @@ class Pipeline:
     def clip_samples(self, gradient: Gradient) -> Gradient:
         """What the steps on each sample make of one sample's gradient."""
         for step in self.steps:
-            if _is_per_sample(step):
+            if is_per_sample(step):
                 gradient = step.replicate(gradient, None)
         return gradient
 
@@ -275,7 +253,7 @@ class Pipeline:
             def bound(size: int, confidence: float, later: Sequence[Defense] = later) -> float:
                 return noise_norm(later, size, confidence)
 
-            if _is_per_sample(step) and self._trains:
+            if is_per_sample(step) and self._trains:
                 checks.append(Check(str(step), "hidden", "the local steps hide its trace"))
             elif step.trace == "none" or type(step).contradiction is Defense.contradiction:
                 checks.append(Check(str(step), "hidden", "it leaves nothing that could be checked"))
@@ -290,40 +268,10 @@ class Pipeline:
     def guarantee(self, unit: Unit | None = None) -> GaussianMechanism | None:
         """The differential privacy that the steps give to one unit, or None.
 
-        It needs noise after a bound on the unit's share; what follows the noise changes nothing
-        (post-processing). A sample's share in a batch is bounded by a clip of each sample, and
-        stays so under a clip of the whole, which brings no two gradients farther apart.
-
         Args:
             unit: a sample or a client; None for the better of the two, as a bound for one image.
         """
-        sample: float | None = None
-        client: float | None = None
-        joined = False
-        for step in self._steps:
-            if isinstance(step, Noise):
-                noise = self.total_noise() or step  # the first alone, if others stand apart
-                bounds = {"sample": [sample], "client": [client], None: [sample, client]}[unit]
-                best = min((bound for bound in bounds if bound), default=None)
-                gaussian = noise.distribution == "gaussian"
-                return GaussianMechanism(best, noise.std) if gaussian and best else None
-            if _is_per_sample(step):
-                bound = None if self._trains or self._mixes else step.norm_bound(None)
-                sample = None if bound is None else bound / self._averaged
-                continue
-            if joined:
-                client = _share_after(step, client)
-                sample = _share_after(step, sample)
-                continue
-            client = step.norm_bound(client)
-            if self._one_image:
-                sample = client
-            elif isinstance(step, SecureAggregation):
-                sample = step.norm_bound(sample)
-            elif not isinstance(step, Clip | Encryption):
-                sample = None
-            joined = self.aggregation.clients > 1 and isinstance(step, Aggregation)
-        return None
+        return gaussian_mechanism(self._steps, self.total_noise(), self._model, unit)
 
     def acts_on_a_gradient(self) -> bool:
         """Whether it can be applied to a gradient that has been computed without it."""
@@ -334,16 +282,17 @@ class Pipeline:
         outsiders = (s for s in self.steps if isinstance(s, Encryption) and s.view == "outsider")
         return next((step.key_holder for step in outsiders), None)
 
-    def adds_noise(self) -> bool:
-        """Whether any step is random in a way that the capture does not tell."""
-        return any(isinstance(s, Noise) or s.stochastic or s.earlier_rounds for s in self.steps)
+    def is_random(self) -> bool:
+        """Whether anything is random that the capture does not tell."""
+        drawn = any(isinstance(step, Noise) or step.stochastic for step in self.steps)
+        return drawn or bool(self.earlier_rounds) or self._hides_draws()
 
     def empties_tensors(self) -> bool:
         """Whether a step may leave nothing of a tensor for one image and something for another."""
         return not all(step.keeps_every_tensor for step in self.steps)
 
-    def noise_is_last(self) -> bool:
-        """Whether nothing but noise follows noise; also where there is none."""
+    def leaves_only_noise(self) -> bool:
+        """Whether the replica of the right images leaves the declared noise, or nothing."""
         if self.earlier_rounds or self._hides_draws() or any(s.stochastic for s in self.steps):
             return False
         first, _ = self._noise()
@@ -406,14 +355,14 @@ class Pipeline:
         for index in range(start, stop):
             step = self._steps[index]
             seen = observed if self._is_readable(index) else None
-            if not _is_per_sample(step):
+            if not is_per_sample(step):
                 replica = step.exact_replica if exact else step.replicate
                 gradient = replica(gradient, seen)
         return gradient
 
     def _around(self) -> tuple[list[Defense], list[Defense]]:
         """The steps of each client and those on the aggregate, as declared."""
-        own = [step for step in self.steps if not _is_per_sample(step)]
+        own = [step for step in self.steps if not is_per_sample(step)]
         join = next((i for i, s in enumerate(own) if isinstance(s, Aggregation)), len(own))
         return own[:join], own[join + 1 :]
 
@@ -439,22 +388,6 @@ class Pipeline:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.steps)) or "none"
-
-
-def _is_per_sample(step: Defense) -> bool:
-    return isinstance(step, Clip) and step.unit == "sample"
-
-
-def _share_after(step: Defense, share: float | None) -> float | None:
-    """A bound on what one unit changes in a mean over several, after a step on the mean.
-
-    A clip brings no two means farther apart, and none from another than twice its bound.
-    """
-    if isinstance(step, Encryption):
-        return share
-    if isinstance(step, Clip) and step.scope == "global":
-        return min(2 * step.bound, math.inf if share is None else share)
-    return None
 
 
 def _noise_after_mean(steps: Sequence[Defense]) -> tuple[Defense, ...]:

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 from typing_extensions import Self
 
-from ggl_audit.defenses.base import EVERY_TRACE, Context, Defense, Drawn, NoiseBound, Trace
+from ggl_audit.defenses.base import BeforeGradient, Context, Drawn, NoiseBound, Trace
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
         return {**self.__dict__, "divergence": torch.zeros(1)}
 
 
-class Precode(Defense):
+class Precode(BeforeGradient):
     """Puts a variational bottleneck before the last linear layer, which makes the gradient random.
 
     The features are encoded as a mean and a standard deviation (through softplus), a sample of that
@@ -76,7 +76,6 @@ class Precode(Defense):
         "Balunovic et al., ICLR 2022)"
     )
     trace: ClassVar[Trace] = "span"
-    preserves: ClassVar[frozenset[Trace]] = EVERY_TRACE
     stochastic: ClassVar[bool] = True
 
     size: int = Field(default=256, ge=1, description="dimensions of the bottleneck")
@@ -149,10 +148,6 @@ class Precode(Defense):
         """The noise."""
         return frozenset({f"{self._place}.noise"})
 
-    def apply(self, gradient: Gradient, context: Context) -> Gradient:
-        """Nothing more, as the gradient is of the wider model."""
-        return gradient
-
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Compares the span of the features; where it does not show, the tensors before them.
 
@@ -178,7 +173,3 @@ class Precode(Defense):
         beyond = float(values[images:].norm() / values.norm().clamp(min=1e-300))
         detail = f"{beyond:.1%} of {name} is beyond what {images} images span"
         return beyond > ROUNDING, detail
-
-    def norm_bound(self, before: float | None) -> float | None:
-        """It acts before there is a gradient."""
-        return before

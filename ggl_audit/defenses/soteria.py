@@ -121,15 +121,7 @@ class Soteria(Defense):
         return ratios.sum(1)
 
     def _representation(self, images: torch.Tensor) -> torch.Tensor:
-        model = self._model
-        assert model is not None
-        assert model.head is not None
-        taken: list[torch.Tensor] = []
-        hook = model.module.get_submodule(model.head.module).register_forward_pre_hook(
-            lambda _, inputs: taken.append(inputs[0])
-        )
-        try:
-            model.logits(model.parameters, images)
-        finally:
-            hook.remove()
-        return taken[-1].flatten(1)
+        assert self._model is not None
+        features = self._model.representation(images)
+        assert features is not None
+        return features

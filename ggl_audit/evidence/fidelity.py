@@ -79,7 +79,8 @@ def compare(
     if lpips is None:
         reasons["lpips"] = "no backbone weights were given (evidence.lpips.weights)"
     # One by one: in train mode images of a batch share their statistics.
-    features, true_features = (model.representation(one[None]) for one in (image, truth))
+    with torch.no_grad():
+        features, true_features = (model.representation(one[None]) for one in (image, truth))
     if features is not None and true_features is not None:
         representation = float((features - true_features).square().mean())
     else:
@@ -137,7 +138,8 @@ def candidate_distances(
     def features(images: torch.Tensor) -> torch.Tensor:
         # One by one: in train mode images of a batch share their statistics.
         together = 1 if model.module.training else FEATURES_TOGETHER
-        parts = [model.representation(part) for part in images.split(together)]
+        with torch.no_grad():
+            parts = [model.representation(part) for part in images.split(together)]
         return torch.cat([part for part in parts if part is not None])
 
     def representation(candidates: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,16 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def sets(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first images in sets, from the start again where they run out.
+
+        Returns:
+            Images (count, size, channels, height, width) and labels (count, size).
+        """
+        chosen = torch.arange(count * size, device=self.labels.device) % len(self)
+        images, labels = self.images[chosen], self.labels[chosen]
+        return images.unflatten(0, (count, size)), labels.unflatten(0, (count, size))
+
     @property
     def classes(self) -> int:
         """One more than the largest label."""

@@ -118,8 +118,7 @@ class ClientModel:
             lambda _, inputs: taken.append(inputs[0])
         )
         try:
-            with torch.no_grad():
-                self.logits(self.parameters, images)
+            self.logits(self.parameters, images)
         finally:
             hook.remove()
         return taken[-1].flatten(1)

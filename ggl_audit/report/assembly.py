@@ -48,7 +48,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
     """
     spec = setting.spec
     floor = measured.floor.get(setting.distance)
-    proven = not setting.defense.adds_noise() and any(
+    proven = not setting.defense.is_random() and any(
         check.step == PRIVATE_IMAGE and check.outcome == "agrees" for check in setting.checks
     )
     likeness = measured.likeness
@@ -258,7 +258,7 @@ def _no_guarantee(setting: Setting) -> str:
         )
     if not setting.defense.steps:
         return "no defense is declared"
-    if not setting.defense.adds_noise():
+    if not setting.defense.is_random():
         return (
             f"{setting.defense} is not random, and only randomness makes a gradient differentially "
             "private"

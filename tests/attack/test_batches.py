@@ -21,7 +21,7 @@ from ggl_audit.evidence.membership import UnknownMembers
 from ggl_audit.gradient import Gradient, each, flat, stack, take
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel, Head
-from ggl_audit.setting import load_client
+from ggl_audit.loading import load_client
 from ggl_audit.spec import Spec
 
 CPU = torch.device("cpu")

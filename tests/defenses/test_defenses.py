@@ -270,7 +270,7 @@ def test_a_clip_under_noise_is_checked_as_far_as_the_noise_allows() -> None:
     ],
 )
 def test_steps_after_noise_are_noticed(steps: list[Defense], last: bool) -> None:
-    assert Pipeline(steps).noise_is_last() == last
+    assert Pipeline(steps).leaves_only_noise() == last
 
 
 def test_noise_adds_in_squares() -> None:

@@ -34,7 +34,7 @@ from ggl_audit.gradient import Gradient, each, flat, norm, stack, take
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.setting import load_client
+from ggl_audit.loading import load_client
 from ggl_audit.spec import Spec
 from tests.conftest import Counter, plain_gradient
 
@@ -146,7 +146,7 @@ def test_noise_of_each_client_is_less_on_their_mean(clients: int) -> None:
     sent = defense.release([empty] * clients, contexts)["a"]
     assert float(sent.std()) == pytest.approx(total.std, rel=0.02)
     assert defense.has_likelihood()
-    assert defense.noise_is_last()
+    assert defense.leaves_only_noise()
 
 
 def test_the_likelihood_counts_with_noise_of_each_client() -> None:

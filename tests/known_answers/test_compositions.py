@@ -20,8 +20,8 @@ from ggl_audit.evidence.consistency import check_truth
 from ggl_audit.evidence.identification import draw_trials, match
 from ggl_audit.gradient import take
 from ggl_audit.inputs.images import digits
+from ggl_audit.loading import load_client
 from ggl_audit.randomness import client_context
-from ggl_audit.setting import load_client
 from ggl_audit.spec import Spec
 
 HERE = Path(__file__).parent
@@ -105,7 +105,7 @@ def test_no_right_capture_is_accused_and_no_ceiling_is_too_low(seed: int) -> Non
         for index in range(TRIALS):
             one = take(sent, index)
             checks = defense.verify(one)
-            if members == 1 and defense.noise_is_last():
+            if members == 1 and defense.leaves_only_noise():
                 image = trials.canaries[index]
                 checks.append(check_truth(matching, defense, one, image, reference.images))
             assert all(check.outcome != "contradicts" for check in checks), (str(defense), checks)

@@ -17,8 +17,8 @@ from ggl_audit.defenses import RECIPES, REGISTRY, Pipeline, SecureAggregation, r
 from ggl_audit.evidence.identification import draw_trials, match
 from ggl_audit.gradient import take
 from ggl_audit.inputs.images import digits
+from ggl_audit.loading import load_client
 from ggl_audit.randomness import client_context
-from ggl_audit.setting import load_client
 from ggl_audit.spec import Spec
 
 HERE = Path(__file__).parent

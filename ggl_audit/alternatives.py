@@ -1,0 +1,67 @@
+"""What else a capture may be of, where it is not of what was declared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ggl_audit.attack.matching import Matching
+from ggl_audit.errors import SpecError
+from ggl_audit.inputs.model import has_batch_norm
+from ggl_audit.loading import load_client
+from ggl_audit.setting import Setting, labels_of
+
+USUAL_NORMALIZATIONS = {
+    1: (([0.0], [1.0]), ([0.5], [0.5]), ([0.1307], [0.3081])),
+    3: (
+        ([0.0], [1.0]),
+        ([0.5], [0.5]),
+        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+    ),
+}
+MOST_SWAPS = 10
+
+
+def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """What else the capture may be of: one declared thing changed at a time, named."""
+    spec = setting.spec
+    declared = spec.model
+
+    def other_model(cause: str, **changes: Any) -> Iterator[tuple[str, Setting]]:
+        changed = spec.model_copy(update={"model": declared.model_copy(update=changes)})
+        try:
+            defense, model = load_client(changed, setting.model.device)
+            Matching(model, defense).try_out()
+        except SpecError:
+            return  # as it cannot be so
+        yield cause, replace(setting, model=model, defense=defense)
+
+    if has_batch_norm(setting.model.module):
+        mode = "train" if declared.mode == "eval" else "eval"
+        yield from other_model(f"the model was in {mode} mode", mode=mode)
+    for mean, std in USUAL_NORMALIZATIONS.get(declared.input.shape[0], ()):
+        if (mean, std) != (declared.input.mean, declared.input.std):
+            changed = declared.input.model_copy(update={"mean": mean, "std": std})
+            cause = f"the images were normalized with mean {mean} and std {std}"
+            yield from other_model(cause, input=changed)
+    if spec.capture.kind == "update":
+        negative = {name: -tensor for name, tensor in setting.observed.items()}
+        cause = "the update is the weights after training minus those before"
+        labels = labels_of(spec, setting.model, negative, setting.members, setting.reference)
+        yield cause, replace(setting, observed=negative, labels=labels)
+    same = [
+        (first, second)
+        for first, second in itertools.combinations(setting.observed, 2)
+        if setting.observed[first].shape == setting.observed[second].shape
+        and setting.observed[first].ndim > 1
+    ]
+    for first, second in same[:MOST_SWAPS]:
+        swapped = {
+            **setting.observed,
+            first: setting.observed[second],
+            second: setting.observed[first],
+        }
+        yield f"{first} and {second} are swapped", replace(setting, observed=swapped)

@@ -1,0 +1,98 @@
+"""The declared defense and the client's model under it, built, bound and tried."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.func import vmap
+
+from ggl_audit.defenses import DPSGD, Pipeline, build_pipeline, is_own
+from ggl_audit.errors import SpecError
+from ggl_audit.gradient import each, take
+from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.randomness import client_context
+from ggl_audit.spec import Spec
+
+
+def load_client(
+    spec: Spec, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Pipeline, ClientModel]:
+    """Builds the declared defense and the client's model under it.
+
+    Raises:
+        AuditError: one of them cannot be built, or they do not fit each other.
+    """
+    samples = spec.capture.batch_size if spec.model.loss.reduction == "mean" else 1
+    if any(step.name == DPSGD.name for step in spec.defense):
+        _check_dp_sgd(spec)
+    defense = build_pipeline(spec.defense, spec.folder, samples)
+
+    def misfit(error: ValueError) -> SpecError:
+        return SpecError(("defense",), f"{defense}: {error}")
+
+    def wrap(module: nn.Module) -> nn.Module:
+        try:
+            return defense.wrap(module)
+        except ValueError as error:
+            raise misfit(error) from None
+
+    model = load_model(spec, device, dtype, wrap)
+    try:
+        defense = defense.bind(model)
+    except ValueError as error:
+        raise misfit(error) from None
+    _try_own_steps(defense, model, spec)
+    if spec.capture.stage == "raw" and not defense.acts_on_a_gradient():
+        raise SpecError(
+            ("capture", "stage"),
+            f"raw, but {defense} acts on images, on the model, on each sample or on a cohort, and "
+            "cannot be applied to one gradient afterwards",
+            "Declare stage: defended, or make the capture with `ggl-audit capture`.",
+        )
+    return defense, model
+
+
+def _check_dp_sgd(spec: Spec) -> None:
+    if spec.capture.kind == "update":
+        raise SpecError(
+            ("defense",),
+            "dp_sgd adds noise in every local step, which an update is not audited for",
+            "Audit one step's gradient, or declare what is done to the update (dp_fedavg).",
+        )
+    if spec.client is not None and spec.client.batch_size > 1 and spec.capture.batch_size == 1:
+        raise SpecError(
+            ("client", "batch_size"),
+            f"{spec.client.batch_size}, but dp_sgd divides its noise by capture.batch_size, 1",
+            "Declare the clip and the noise as separate steps, or capture a batch.",
+        )
+
+
+def _try_own_steps(defense: Pipeline, model: ClientModel, spec: Spec) -> None:
+    """Runs a user's own steps once.
+
+    Raises:
+        SpecError: one fails, or changes the names or the shapes of a gradient.
+    """
+    context = client_context(spec.seed, "own steps", model.device)
+    for index, step in enumerate(defense.steps):
+        if not is_own(step) or step.earlier_rounds:
+            continue
+        gradient = each(torch.ones_like, model.parameters)
+        try:
+            sent = step.apply(gradient, context)
+            many = each(lambda tensor: tensor[None], gradient)
+            replica = take(vmap(step.replicate, in_dims=(0, None))(many, sent), 0)
+            fits = all(
+                {n: t.shape for n, t in other.items()} == {n: t.shape for n, t in gradient.items()}
+                for other in (sent, replica)
+            )
+        except (Exception, SystemExit) as error:
+            # Whatever the user's own code raises is a fault in the input.
+            raise SpecError(
+                ("defense", index), f"{step.name} failed with {type(error).__name__}: {error}"
+            ) from error
+        if not fits:
+            raise SpecError(
+                ("defense", index),
+                f"{step.name} does not keep the names and the shapes of a gradient",
+            )

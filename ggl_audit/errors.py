@@ -32,8 +32,10 @@ class AuditError(Exception):
         return ""
 
     def __str__(self) -> str:
-        message = f"{self.where}: {self.problem}" if self.where else self.problem
-        return f"{message}. {self.remedy}" if self.remedy else f"{message}."
+        # The one place where a message is put together, and names from files become harmless.
+        where = printable(self.where).replace("\n", r"\n")
+        message = f"{where}: {self.problem}" if where else self.problem
+        return printable(f"{message}. {self.remedy}" if self.remedy else f"{message}.")
 
 
 class InputError(AuditError):

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import io
+import math
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from ggl_audit.errors import InputError, Key, SpecError, nearest
-from ggl_audit.spec import ImageSetSpec
+from ggl_audit.errors import AuditError, InputError, Key, SpecError, nearest
+from ggl_audit.inputs.tensors import npz_names, read_npz
+from ggl_audit.spec import ImageSetSpec, Split
 
 Shape = tuple[int, int, int]
 Part = Literal["prior", "reference", "private"]
 
 LARGEST_LABEL = 99_999
+LONGEST_SIDE = 2048
+LARGEST_PICTURE_BYTES = 4 * LONGEST_SIDE**2 + 100_000
+PICTURE_FORMATS = ("PNG", "JPEG", "BMP")
 PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
@@ -34,15 +42,18 @@ class ImageSet:
 
     Attributes:
         images: (n, channels, height, width), float32 in [0, 1].
-        labels: (n,), int64, class indices from 0.
+        labels: (n,), int64, class indices from 0, or rows of a table of targets.
         source: what it is, for the report.
         files: the files it was read from; none for a bundled set.
+        one_group: whether all images are candidates for one another, as each has targets of its
+            own, and not only those of a class.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     source: str
     files: tuple[Path, ...] = ()
+    one_group: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,16 +73,21 @@ class ImageSet:
         """One more than the largest label."""
         return int(self.labels.max()) + 1
 
+    @property
+    def groups(self) -> torch.Tensor:
+        """(n,), equal for images that are candidates for one another."""
+        return torch.zeros_like(self.labels) if self.one_group else self.labels
+
     def without(self, seen: frozenset[int]) -> ImageSet:
         """The set without the images that have one of these fingerprints."""
         if not seen:
             return self
         kept = [i for i, mark in enumerate(fingerprints(self.images)) if mark not in seen]
-        return ImageSet(self.images[kept], self.labels[kept], self.source, self.files)
+        return replace(self, images=self.images[kept], labels=self.labels[kept])
 
     def to(self, device: torch.device) -> ImageSet:
         """The same set on another device."""
-        return ImageSet(self.images.to(device), self.labels.to(device), self.source, self.files)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 def fingerprints(images: torch.Tensor) -> list[int]:
@@ -113,17 +129,25 @@ def digits(part: Part) -> ImageSet:
     scans = np.rint(data.images[members] * (255 / 16)).astype(np.uint8)
     resized = [Image.fromarray(scan).resize((16, 16), Image.Resampling.BICUBIC) for scan in scans]
     return ImageSet(
-        images=_as_images(np.stack([np.asarray(image) for image in resized])[..., None]),
+        images=as_images(np.stack([np.asarray(image) for image in resized])[..., None]),
         labels=torch.from_numpy(data.target[members].astype(np.int64)),
         source=f"bundled digits, {part} part",
     )
 
 
 BUNDLED_SETS = {"digits": digits}
+REFERENCE: Key = ("evidence", "reference")
 
 
 def read_image_set(
-    spec: ImageSetSpec, folder: Path, key: Key, part: Part, shape: Shape | None = None
+    spec: ImageSetSpec,
+    folder: Path,
+    key: Key,
+    part: Part,
+    shape: Shape | None = None,
+    *,
+    labelled: bool = True,
+    targets: bool = False,
 ) -> ImageSet:
     """Reads a labelled set.
 
@@ -133,6 +157,8 @@ def read_image_set(
         key: the key of the spec, for messages.
         part: which part of a bundled set.
         shape: (channels, height, width) that the images must have; None takes any.
+        labelled: False where labels are not needed: those of a file or folder are then all 0.
+        targets: whether the labels of a file may be more than class indices (:func:`index_rows`).
 
     Raises:
         SpecError: the bundled name is unknown.
@@ -147,10 +173,12 @@ def read_image_set(
             )
         image_set = BUNDLED_SETS[spec.bundled](part)
     elif spec.npz is not None:
-        image_set = _read_npz(folder / spec.npz)
+        if key == REFERENCE:
+            _check_reference(folder / spec.npz)
+        image_set = _read_npz(folder / spec.npz, spec.split, labelled, targets)
     else:
         assert spec.folder is not None
-        image_set = _read_folder(folder / spec.folder, shape)
+        image_set = _read_folder(folder / spec.folder, shape, labelled)
     if shape is not None and tuple(image_set.images.shape[1:]) != shape:
         raise SpecError(
             key,
@@ -171,7 +199,7 @@ def read_image(path: Path, shape: Shape) -> torch.Tensor:
         InputError: missing, not a picture, or of another size or number of channels.
     """
     pixels = _open(path)
-    image = _as_images(pixels[None])[0]
+    image = as_images(pixels[None])[0]
     if image.shape[0] == 1 and shape[0] == 3:
         raise InputError(path, "a grey picture, but the model takes colour (model.input.shape)")
     if tuple(image.shape) != shape:
@@ -193,67 +221,212 @@ def to_picture(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
+def decode_picture(content: bytes, formats: tuple[str, ...] = PICTURE_FORMATS) -> Image.Image:
+    """Decodes one picture whose header is as small and plain as expected.
+
+    Pillow makes room for the length that a chunk says it has, if it reads from a file.
+
+    Raises:
+        AuditError: broken, too large, animated, or not of 8 bits a channel, grey or RGB.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is fine or refused
+            with Image.open(io.BytesIO(content), formats=formats) as picture:
+                _check_picture(picture)
+                picture.load()
+                return picture
+    except AuditError:
+        raise
+    except UnidentifiedImageError:
+        raise AuditError(f"not a readable picture; expected {' or '.join(formats)}") from None
+    except Exception as error:
+        # A broken file can lead the decoder into any error.
+        reason = str(error) or type(error).__name__
+        raise AuditError(f"not a readable picture ({reason})") from None
+
+
+def _check_picture(picture: ImageFile.ImageFile) -> None:
+    """Looks at the header, before anything is decoded."""
+    width, height = picture.size
+    if max(width, height) > LONGEST_SIDE:
+        raise AuditError(
+            f"a picture of {height}x{width}; expected at most {LONGEST_SIDE} pixels a side",
+            "Resize it to what the model takes.",
+        )
+    if getattr(picture, "n_frames", 1) > 1:
+        raise AuditError("several pictures in one file, or an animation; expected one")
+    deep = picture.format == "PNG" and any("16" in str(tile[3]) for tile in picture.tile)
+    if picture.mode not in PICTURE_MODES or deep:
+        found = "16 bits a channel" if deep else f"mode {picture.mode}"
+        raise AuditError(
+            f"a picture of {found}; expected 8 bits a channel, grey or RGB",
+            "Convert it first; nothing is converted silently.",
+        )
+
+
 def _open(path: Path) -> NDArray[np.uint8]:
     if not path.is_file():
-        raise InputError(path, "no such file")
+        raise InputError(path, "not a file" if path.exists() else "no such file")
     try:
-        with Image.open(path) as picture:
-            if picture.mode not in PICTURE_MODES:
-                raise InputError(
-                    path,
-                    f"a picture of mode {picture.mode}; expected 8 bits a channel, grey or RGB",
-                )
-            colour = picture.mode not in ("L", "1", "LA")
-            pixels = np.asarray(picture.convert("RGB" if colour else "L"))
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(path, f"not a readable picture ({error})") from None
+        if path.stat().st_size > LARGEST_PICTURE_BYTES:
+            raise AuditError(f"larger than {LARGEST_PICTURE_BYTES:,} bytes")
+        picture = decode_picture(path.read_bytes())
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})") from None
+    except AuditError as error:
+        raise InputError(path, error.problem, error.remedy) from None
+    colour = picture.mode not in ("L", "1", "LA")
+    pixels = np.asarray(picture.convert("RGB" if colour else "L"))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def _read_npz(path: Path) -> ImageSet:
-    from ggl_audit.inputs.tensors import read_tensors
+@dataclass(frozen=True)
+class Rows:
+    """Targets as a table.
 
-    arrays = read_tensors(path)
-    if "images" not in arrays or "labels" not in arrays:
-        raise InputError(
-            path, f"expected the arrays 'images' and 'labels', found {', '.join(arrays) or 'none'}"
-        )
-    images, labels = arrays["images"].numpy(), arrays["labels"].numpy().reshape(-1)
+    Attributes:
+        labels: (n,), which row is an image's.
+        rows: (K, ...).
+        shared: whether images share rows, as images of a class do; else each has its own.
+    """
+
+    labels: torch.Tensor
+    rows: torch.Tensor
+    shared: bool
+
+
+def index_rows(targets: torch.Tensor) -> Rows:
+    """Makes a table of targets that are more than class indices.
+
+    Args:
+        targets: (n, C) of 0 and 1, several labels an image, whose equal rows are one; or one target
+            for each image: (n, height, width) integers or any floating point.
+    """
+    if targets.is_floating_point():
+        return Rows(torch.arange(len(targets)), targets.float(), shared=False)
+    targets = targets.long()
+    if targets.ndim == 2 and bool((targets == targets.clamp(0, 1)).all()):
+        rows, labels = torch.unique(targets, dim=0, return_inverse=True)
+        return Rows(labels, rows.float(), shared=True)
+    return Rows(torch.arange(len(targets)), targets, shared=False)
+
+
+def read_labels(spec: ImageSetSpec, folder: Path) -> torch.Tensor | None:
+    """The labels of a reference file, as they stand in it, where they are more than class indices.
+
+    Raises:
+        InputError: the file is missing or broken.
+    """
+    if spec.npz is None:
+        return None
+    path = folder / spec.npz
+    _check_reference(path)
+    prefix = _prefix(path, npz_names(path), spec.split, ("images", "labels"))
+    labels = read_npz(path, [f"{prefix}labels"])[f"{prefix}labels"]
+    return labels if _is_more(labels) else None
+
+
+def _check_reference(path: Path) -> None:
+    """Public images are often not beside the spec, but where whoever runs it has them."""
+    if not path.is_file():
+        raise InputError(path, "no such file", "Say where the public images are: --reference PATH.")
+
+
+def _is_more(labels: torch.Tensor) -> bool:
+    """Whether labels are more than class indices, (n,) or (n, 1)."""
+    return labels.is_floating_point() or math.prod(labels.shape[1:]) > 1
+
+
+def _read_npz(path: Path, split: Split | None, labelled: bool, targets: bool) -> ImageSet:
+    needed = ("images", "labels") if labelled else ("images",)
+    prefix = _prefix(path, npz_names(path), split, needed)
+    image_name, label_name = f"{prefix}images", f"{prefix}labels"
+    arrays = read_npz(path, [prefix + name for name in needed])
+    images = arrays[image_name].numpy()
     if images.dtype != np.uint8:
-        raise InputError(path, f"images are {images.dtype}; expected uint8, 0 to 255")
+        raise InputError(path, f"{image_name} are {images.dtype}; expected uint8, 0 to 255")
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or len(images) == 0:
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
         raise InputError(
-            path, f"images have the shape {images.shape}; expected (n, h, w) or (n, h, w, 1 or 3)"
+            path,
+            f"{image_name} have the shape {images.shape}; expected (n, h, w) or (n, h, w, 1 or 3)",
         )
+    source = path.name if split is None else f"{path.name}, {split} split"
+    if labelled and targets and _is_more(arrays[label_name]):
+        table = index_rows(_checked(path, label_name, arrays[label_name], len(images)))
+        one_group = not table.shared
+        return ImageSet(as_images(images), table.labels, source, (path,), one_group)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    if labelled:
+        labels = _class_indices(path, label_name, arrays[label_name].numpy(), len(images))
+    return ImageSet(as_images(images), labels, source, (path,))
+
+
+def _checked(path: Path, name: str, targets: torch.Tensor, count: int) -> torch.Tensor:
+    if len(targets) != count:
+        raise InputError(path, f"{name} has {len(targets)} rows; expected {count}, one an image")
+    if not bool(torch.isfinite(targets.double()).all()):
+        raise InputError(path, f"{name} holds values that are NaN or infinite")
+    return targets
+
+
+def _prefix(
+    path: Path, names: Collection[str], split: Split | None, needed: Collection[str]
+) -> str:
+    """What stands before ``images`` and ``labels`` in the names of an npz."""
+    prefixes = ["" if split is None else f"{split}_", *(f"{name}_" for name in get_args(Split))]
+    there = [prefix for prefix in prefixes if {prefix + name for name in needed} <= {*names}]
+    if there and there[0] == prefixes[0]:
+        return there[0]
+    if there:
+        splits = [prefix[:-1] for prefix in there]
+        raise InputError(
+            path,
+            f"holds the splits {', '.join(splits)}" + (f", and no {split}" if split else ""),
+            f"Say which: {{npz: {path.name}, split: {splits[-1]}}} in the spec, "
+            f"{path.name}:{splits[-1]} on the command line.",
+        )
+    expected = " and ".join(repr(prefixes[0] + name) for name in needed)
+    found = ", ".join(map(repr, names)) or "none"
+    raise InputError(path, f"expected the arrays {expected}, found {found}")
+
+
+def _class_indices(path: Path, name: str, labels: NDArray[Any], count: int) -> torch.Tensor:
+    """Labels (n,), or (n, 1) as MedMNIST has them, as (n,) int64."""
+    if labels.shape == (count, 1):
+        labels = labels[:, 0]
     if (
-        len(labels) != len(images)
+        labels.shape != (count,)
         or labels.dtype.kind not in "iu"
         or not 0 <= labels.min() <= labels.max() <= LARGEST_LABEL
     ):
-        raise InputError(
-            path, f"labels must be {len(images)} class indices from 0, one for each image"
-        )
-    return ImageSet(
-        _as_images(images), torch.from_numpy(labels.astype(np.int64)), path.name, (path,)
-    )
+        raise InputError(path, f"{name} must be {count} class indices from 0, one for each image")
+    return torch.from_numpy(labels.astype(np.int64))
 
 
-def _read_folder(path: Path, shape: Shape | None) -> ImageSet:
+def _read_folder(path: Path, shape: Shape | None, labelled: bool) -> ImageSet:
     if not path.is_dir():
         raise InputError(path, "no such folder")
+    folders = [folder for folder in path.iterdir() if folder.is_dir()]
+    if labelled:
+        folders = [f for f in folders if f.name.isdecimal() and int(f.name) <= LARGEST_LABEL]
+    else:
+        folders.append(path)
     files = sorted(
         file
-        for folder in path.iterdir()
-        if folder.is_dir() and folder.name.isdecimal() and int(folder.name) <= LARGEST_LABEL
+        for folder in folders
         for file in folder.iterdir()
         if file.suffix.lower() in IMAGE_SUFFIXES
     )
+    inside = path.resolve()
+    for file in files:
+        if not file.resolve().is_relative_to(inside):
+            raise InputError(file, "a symbolic link that leaves the folder of pictures")
     if not files:
-        raise InputError(
-            path, f"no pictures; expected CLASS_INDEX/NAME with {', '.join(IMAGE_SUFFIXES)}"
-        )
+        form = "CLASS_INDEX/NAME" if labelled else "NAME or FOLDER/NAME"
+        raise InputError(path, f"no pictures; expected {form} with {', '.join(IMAGE_SUFFIXES)}")
     pixels = [_open(file) for file in files]
     wanted = (shape[1], shape[2], shape[0]) if shape else pixels[0].shape
     for file, array in zip(files, pixels, strict=True):
@@ -265,11 +438,12 @@ def _read_folder(path: Path, shape: Shape | None) -> ImageSet:
                 if shape is None
                 else f"a picture of {_size((c, h, w))}, but the model takes {_size(shape)}",
             )
-    labels = torch.tensor([int(file.parent.name) for file in files])
-    return ImageSet(_as_images(np.stack(pixels)), labels, f"{path.name}/", tuple(files))
+    labels = torch.tensor([int(file.parent.name) if labelled else 0 for file in files])
+    return ImageSet(as_images(np.stack(pixels)), labels, f"{path.name}/", tuple(files))
 
 
-def _as_images(pixels: NDArray[np.uint8]) -> torch.Tensor:
+def as_images(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """Turns 8-bit (n, height, width, channels) into (n, channels, height, width) in [0, 1]."""
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32)) / 255
 
 

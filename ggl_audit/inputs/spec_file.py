@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ggl_audit.errors import AuditError, InputError, Key, SpecError, dotted
+from ggl_audit.inputs.confinement import check_paths
+from ggl_audit.inputs.yaml_file import NotYamlError, Yaml, parse_yaml, read_yaml
 from ggl_audit.spec import Spec
 from ggl_audit.validation import first_problem
 
-LARGEST_SPEC_BYTES = 1_000_000
+PLACE = re.compile(r"[0-9]{1,9}")
 
 
 def read_spec(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Spec:
@@ -29,10 +33,11 @@ def read_spec(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> S
 
     Raises:
         InputError: the file is missing or is not YAML.
-        SpecError: a key is unknown, missing or has a wrong value.
+        SpecError: a key is unknown, missing or has a wrong value, or a path in the file leads out
+            of its folder.
     """
-    text = _read_text(path) if path else ""
-    data, node = _parse(text, path)
+    declared = Yaml({}, None) if path is None else _read(path)
+    data, node = declared.data, declared.node
     changed = []
     for key, value in overrides:
         changed.append(_override(data, key, value))
@@ -46,15 +51,12 @@ def read_spec(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> S
         return f"{path}:{_line(node, key)}:" if path else ""
 
     try:
-        spec = Spec.model_validate(data)
-        spec.model_dump_json()  # the report repeats the spec
-        return spec.placed(folder, locate)
-    except ValidationError as error:
-        wrong = SpecError(*first_problem(error, _keys_at))
-        wrong.location = locate(wrong.key)
-        raise wrong from None
-    except (ValueError, RecursionError) as error:
-        raise SpecError((), f"holds a value that cannot be written down ({error})") from None
+        spec = _validated(data).placed(folder, locate)
+        check_paths(spec, None if path is None else folder, changed)
+    except SpecError as error:
+        error.location = locate(error.key)
+        raise
+    return spec
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -93,63 +95,39 @@ def parse_defense(text: str) -> list[dict[str, Any]]:
 
 def _value(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise AuditError(f"{where}: {text!r} is not a YAML value") from None
+        return parse_yaml(text).data
+    except NotYamlError as error:
+        raise AuditError(f"{where}: {text!r} is not a YAML value ({error.problem})") from None
 
 
-def _read_text(path: Path) -> str:
-    if not path.exists():
-        raise InputError(path, "no such file", "`ggl-audit init` writes a commented spec.")
-    if not path.is_file():
-        raise InputError(path, "not a file; expected a YAML spec")
-    if path.stat().st_size > LARGEST_SPEC_BYTES:
-        raise InputError(path, f"larger than {LARGEST_SPEC_BYTES:,} bytes; that is not a spec")
+def _read(path: Path) -> Yaml:
+    declared = read_yaml(path, "`ggl-audit init` writes a commented spec.")
+    if declared.data is None:
+        return Yaml({}, declared.node)
+    if not isinstance(declared.data, dict):
+        found = type(declared.data).__name__
+        raise InputError(path, f"expected a mapping of keys, found a {found}")
+    return declared
+
+
+def _validated(data: dict[str, Any]) -> Spec:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(path, "not a text file; expected a YAML spec") from None
-
-
-def _parse(text: str, path: Path | None) -> tuple[dict[str, Any], yaml.Node | None]:
-    try:
-        data = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or "it nests too deep or holds a bad value"
-        raise InputError(where, f"not valid YAML: {problem}") from None
-    if data is None:
-        data = {}
-    _refuse_duplicates(node, path)
-    if not isinstance(data, dict):
-        raise InputError(path or "", f"expected a mapping of keys, found a {type(data).__name__}")
-    return data, node
-
-
-def _refuse_duplicates(node: yaml.Node | None, path: Path | None) -> None:
-    """YAML takes the last of two equal keys without a word; here both may decide a verdict."""
-    waiting, seen = [node], set()
-    while waiting:
-        current = waiting.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, yaml.MappingNode):
-            names = set()
-            for key, value in current.value:
-                if key.value in names:
-                    line = key.start_mark.line + 1
-                    raise InputError(f"{path}:{line}", f"the key {key.value!r} stands here twice")
-                names.add(key.value)
-                waiting.append(value)
-        elif isinstance(current, yaml.SequenceNode):
-            waiting.extend(current.value)
+        spec = Spec.model_validate(data)
+        spec.model_dump_json()  # the report repeats the spec
+    except ValidationError as error:
+        raise SpecError(*first_problem(error, _keys_at)) from None
+    except (ValueError, RecursionError) as error:
+        raise SpecError((), f"holds a value that cannot be written down ({error})") from None
+    for key, number in _numbers(spec.model_dump(), ()):
+        if not math.isfinite(number):
+            raise SpecError(key, f"expected a finite number, found {number}")
+    return spec
 
 
 def _override(data: dict[str, Any], dotted_key: str, value: Any) -> Key:
-    parts: list[str | int] = [int(p) if p.isdecimal() else p for p in dotted_key.split(".")]
+    parts: list[str | int] = [
+        int(part) if PLACE.fullmatch(part) else part for part in dotted_key.split(".")
+    ]
     container: Any = data
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
@@ -176,13 +154,22 @@ def _line(node: yaml.Node | None, key: Key) -> int:
             for name, value in node.value:
                 if name.value == str(part):
                     child, line = value, name.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and str(part).isdecimal():
-            child = next(iter(node.value[int(part) :]), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            child = next(iter(node.value[part:]), None)
             line = child.start_mark.line + 1 if child else line
         if child is None:
             break
         node = child
     return line
+
+
+def _numbers(value: Any, key: Key) -> Iterator[tuple[Key, float]]:
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, (dict, list, tuple)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, part in parts:
+            yield from _numbers(part, (*key, name))
 
 
 def _keys_at(key: Key) -> list[str]:

@@ -1,56 +1,128 @@
-"""Reads named tensors from safetensors, PyTorch and NumPy files, and never runs what is in them."""
+"""Reads tensors from safetensors, PyTorch and NumPy files, and never runs what is in them."""
 
 from __future__ import annotations
 
-import pickle
+import io
+import math
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 
-from ggl_audit.errors import InputError
+from ggl_audit.errors import AuditError, InputError
+from ggl_audit.inputs.archives import open_archive
+from ggl_audit.inputs.torch_files import read_torch
 
 Tensors = dict[str, torch.Tensor]
 
+MOST_BYTES = 4 * 2**30
+"""Of all tensors of a file together; the largest model of torchvision has 2.6 GB."""
 
-def read_tensors(path: Path) -> Tensors:
-    """Reads a file of named tensors.
+LONGEST_REASON = 200
+NPZ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+NUMBERS = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool),
+)
+
+
+def read_tensors(path: Path, *, most_bytes: int = MOST_BYTES) -> Tensors:
+    """Reads a file of tensors, by name or in order.
 
     Args:
-        path: ``.safetensors``, ``.pt``/``.pth`` (a dict of tensors, read with ``weights_only``)
-            or ``.npz`` (read with ``allow_pickle=False``).
+        path: ``.safetensors``; ``.pt``, ``.pth``, ``.th``, ``.ckpt`` or ``.bin`` (``torch.save`` of
+            tensors, NumPy arrays, dicts and lists of them, and checkpoints around these);
+            ``.npz``; or ``.npy``, one array.
+        most_bytes: that all tensors may have together.
 
     Returns:
-        The tensors by name, in the file's order, on the CPU, in the file's dtypes.
+        The tensors by name, on the CPU, in the file's dtypes. Those of a list are named "0", "1",
+        ..., in this order: see :func:`is_ordered`.
 
     Raises:
-        InputError: missing, of another format, truncated, or a pickle that wants to run code.
+        InputError: missing, of another format, truncated, a pickle that wants to run code, or
+            tensors that are complex, sparse, quantized or without values.
     """
-    if not path.exists():
-        raise InputError(path, "no such file")
-    if not path.is_file():
-        raise InputError(path, "not a file")
-    read = READERS.get(path.suffix)
-    if read is None:
-        raise InputError(
-            path, f"unknown format {path.suffix!r}; expected one of {', '.join(READERS)}"
-        )
+    suffix = path.suffix.lower()
+    with _one_message(path):
+        if suffix not in READERS:
+            raise AuditError(f"unknown format {suffix!r}; expected one of {', '.join(READERS)}")
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise AuditError(f"has {size:,} bytes; at most {most_bytes:,} are read")
+        tensors = READERS[suffix](path, most_bytes)
+        if not tensors:
+            raise AuditError("holds no tensors")
+        _check_numbers(tensors)
+    return _in_order(tensors)
+
+
+def read_npz(path: Path, only: Collection[str], *, most_bytes: int = MOST_BYTES) -> Tensors:
+    """Reads some arrays of an ``.npz``, and nothing of the others.
+
+    Args:
+        path: the file.
+        only: the names of the arrays.
+        most_bytes: that they may have together.
+
+    Returns:
+        Those that are there, by name.
+
+    Raises:
+        InputError: as :func:`read_tensors`.
+    """
+    with _one_message(path):
+        tensors = _read_arrays(path, most_bytes, only)
+        _check_numbers(tensors)
+    return tensors
+
+
+def npz_names(path: Path) -> list[str]:
+    """The names of the arrays in an ``.npz``.
+
+    Raises:
+        InputError: it is missing or broken.
+    """
+    with _one_message(path), open_archive(path, NPZ_METHODS, 0, lambda _: False) as archive:
+        arrays = (name for name in archive.names if name.endswith(".npy"))
+        return [name.removesuffix(".npy") for name in arrays]
+
+
+def is_ordered(tensors: Tensors) -> bool:
+    """Whether the tensors come from a list: their names are "0", "1", and so on."""
+    return list(tensors) == [str(place) for place in range(len(tensors))]
+
+
+def _in_order(tensors: Tensors) -> Tensors:
+    """Sorts a list, which some formats keep in the order of "0", "1", "10", "2"."""
+    places = [str(place) for place in range(len(tensors))]
+    return {place: tensors[place] for place in places} if set(places) == set(tensors) else tensors
+
+
+@contextmanager
+def _one_message(path: Path) -> Iterator[None]:
+    """Turns whatever a file leads its reader into, into one error that names the file."""
     try:
-        return read(path)
-    except InputError:
-        raise
-    except pickle.UnpicklingError:
-        raise InputError(
-            path,
-            "not a plain file of tensors: the pickle in it could run code, so it was not opened",
-            "Save the state dict alone, best as .safetensors.",
-        ) from None
+        if not path.is_file():
+            raise AuditError("not a file" if path.exists() else "no such file")
+        yield
+    except AuditError as error:
+        raise InputError(path, error.problem, error.remedy) from None
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise InputError(path, "needs more memory than there is") from None
     except Exception as error:
-        # A broken file can lead the library that reads it into any error.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = "" if isinstance(error, (LookupError, TypeError, AttributeError)) else str(error)
+        reason = (told.strip() or "its parts do not go together").splitlines()[0][:LONGEST_REASON]
         raise InputError(
             path,
             f"not a whole {path.suffix} file of tensors ({reason})",
@@ -58,44 +130,73 @@ def read_tensors(path: Path) -> Tensors:
         ) from None
 
 
-def _read_safetensors(path: Path) -> Tensors:
+def _check_numbers(tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NUMBERS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise AuditError(f"{name!r} is {kind}; expected real numbers of 8 to 64 bits")
+
+
+def _read_safetensors(path: Path, _: int) -> Tensors:
     with safe_open(path, framework="pt", device="cpu") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _read_torch(path: Path) -> Tensors:
+def _read_npz(path: Path, most_bytes: int) -> Tensors:
+    tensors = _read_arrays(path, most_bytes)
+    if set(tensors) == {f"arr_{place}" for place in range(len(tensors))}:
+        return {name.removeprefix("arr_"): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _read_arrays(path: Path, most_bytes: int, only: Collection[str] | None = None) -> Tensors:
+    wanted = None if only is None else {f"{name}.npy" for name in only}
+    tensors: Tensors = {}
+    with open_archive(
+        path, NPZ_METHODS, most_bytes, lambda member: wanted is None or member in wanted
+    ) as archive:
+        for member, described in archive.members.items():
+            if not member.endswith(".npy"):
+                raise AuditError(f"holds {member!r}, which np.savez does not write")
+            with archive.open(member) as stream:
+                name = member.removesuffix(".npy")
+                tensors[name] = _read_array(stream, described.file_size, name)
+    return tensors
+
+
+def _read_npy(path: Path, _: int) -> Tensors:
+    with path.open("rb") as stream:
+        return {"0": _read_array(stream, path.stat().st_size, "0")}
+
+
+def _read_array(stream: io.BufferedIOBase, size: int, name: str) -> torch.Tensor:
+    """Reads what ``np.save`` wrote, once its header agrees with the number of bytes."""
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError(f"{name!r} has fields or an unusual version")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about old formats, which fail or are fine
-        data = torch.load(path, weights_only=True, map_location="cpu")
-    if isinstance(data, dict) and set(data) == {"state_dict"}:
-        data = data["state_dict"]
-    if not isinstance(data, dict) or not all(isinstance(t, torch.Tensor) for t in data.values()):
-        raise InputError(
-            path, f"expected a dict from parameter names to tensors, found {_what_is(data)}"
+        warnings.simplefilter("ignore")  # about headers that Python 2 wrote
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.kind not in "biufc":
+        raise AuditError(
+            f"{name!r} is an array of {dtype.str}, not of numbers",
+            "Of several arrays, save each: np.savez(path, *arrays)." if dtype.hasobject else "",
         )
-    for name, tensor in data.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise InputError(path, f"{str(name)!r} is not a dense tensor with values")
-    return {str(name): tensor.detach() for name, tensor in data.items()}
+    declared = math.prod(shape) * dtype.itemsize
+    if any(n < 0 for n in shape) or declared != size - stream.tell():
+        there = size - stream.tell()
+        raise ValueError(f"the header of {name!r} says {declared} bytes, and there are {there}")
+    stream.seek(0)
+    array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    return torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
 
 
-def _read_numpy(path: Path) -> Tensors:
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
-
-
-def _what_is(data: object) -> str:
-    if isinstance(data, dict):
-        odd = next(k for k, v in data.items() if not isinstance(v, torch.Tensor))
-        return f"a dict whose {str(odd)!r} is a {type(data[odd]).__name__}"
-    if isinstance(data, (list, tuple)):
-        return f"a {type(data).__name__} of {len(data)}, which does not say what belongs where"
-    return f"a {type(data).__name__}"
-
-
-READERS: dict[str, Callable[[Path], Tensors]] = {
+READERS: dict[str, Callable[[Path, int], Tensors]] = {
     ".safetensors": _read_safetensors,
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-    ".npz": _read_numpy,
+    ".pt": read_torch,
+    ".pth": read_torch,
+    ".th": read_torch,
+    ".ckpt": read_torch,
+    ".bin": read_torch,
+    ".npz": _read_npz,
+    ".npy": _read_npy,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ def render_json(report: Report) -> str:
     return report.model_dump_json(indent=2) + "\n"
 
 
+LARGEST_REPORT_BYTES = 50_000_000
 RENDERERS: dict[str, Callable[[Report], str]] = {".html": render_html, ".json": render_json}
 
 
@@ -57,12 +59,22 @@ def read_report(path: Path) -> Report:
     Raises:
         InputError: missing, or not a report of this schema version.
     """
-    if not path.is_file():
-        raise InputError(path, "no such file")
     try:
-        return Report.model_validate_json(path.read_bytes())
+        if not path.is_file():
+            raise InputError(path, "not a file" if path.exists() else "no such file")
+        if path.stat().st_size > LARGEST_REPORT_BYTES:
+            raise InputError(path, f"larger than {LARGEST_REPORT_BYTES:,} bytes; not a report")
+        report = Report.model_validate_json(path.read_bytes())
+        json.dumps(report.model_dump(), allow_nan=False)
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})") from None
     except ValidationError as error:
         key, problem, _ = first_problem(error, lambda _: Report.model_fields)
         raise InputError(
             path, f"not a report of schema version 1 ({dotted(key) or 'content'}: {problem})"
         ) from None
+    except ValueError:
+        raise InputError(
+            path, "not a report of schema version 1 (a number that is not finite)"
+        ) from None
+    return report

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ggl_audit.cli.options import image_set
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.images import digits, read_image, read_image_set, write_image
 from ggl_audit.spec import ImageSetSpec
@@ -98,6 +99,72 @@ def test_a_broken_set_is_named(tmp_path: Path, arrays: dict[str, np.ndarray], wo
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(InputError, match=words):
         read(tmp_path, npz="set.npz")
+
+
+def medmnist(folder: Path, *splits: str) -> dict[str, np.ndarray]:
+    """A file with MedMNIST's keys, of pictures that are all different."""
+    random = np.random.default_rng(0)
+    arrays = {}
+    for place, split in enumerate(splits):
+        arrays[f"{split}_images"] = random.integers(0, 256, (3 + place, 6, 6), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(3 + place, dtype=np.uint8)[:, None] % 3
+    np.savez_compressed(folder / "set.npz", **arrays)
+    return arrays
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_of_medmnist(tmp_path: Path, split: str) -> None:
+    arrays = medmnist(tmp_path, "train", "val", "test")
+    read_set = read(tmp_path, (1, 6, 6), npz="set.npz", split=split)
+    expected = torch.from_numpy(arrays[f"{split}_images"].astype(np.float32) / 255)[:, None]
+    assert torch.equal(read_set.images, expected)
+    assert read_set.labels.tolist() == arrays[f"{split}_labels"][:, 0].tolist()
+    assert read_set.source == f"set.npz, {split} split"
+
+
+def test_a_split_has_to_be_named_where_there_are_some(tmp_path: Path) -> None:
+    medmnist(tmp_path, "train", "test")
+    with pytest.raises(
+        InputError, match=r"holds the splits train, test\. Say which: .*split: test"
+    ):
+        read(tmp_path, npz="set.npz")
+    with pytest.raises(InputError, match="holds the splits train, test, and no val"):
+        read(tmp_path, npz="set.npz", split="val")
+    np.savez(tmp_path / "set.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.zeros(2, int))
+    assert len(read(tmp_path, npz="set.npz")) == 2
+    with pytest.raises(InputError, match="'test_images' and 'test_labels', found 'images', 'label"):
+        read(tmp_path, npz="set.npz", split="test")
+    with pytest.raises(ValueError, match="split is for an npz"):
+        read(tmp_path, folder=".", split="test")
+
+
+def test_a_split_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = medmnist(tmp_path, "train", "test")
+    monkeypatch.chdir(tmp_path)
+    named = image_set("set.npz:test", "reference")
+    assert named.labels.tolist() == arrays["test_labels"][:, 0].tolist()
+    with pytest.raises(SpecError, match="split: input should be 'train', 'val' or 'test'"):
+        image_set("set.npz:tset", "reference")
+
+
+def test_other_arrays_of_an_npz_do_not_matter(tmp_path: Path) -> None:
+    pixels, labels = np.zeros((2, 4, 4), np.uint8), np.zeros(2, int)
+    names = np.array(["cat", "dog"])
+    np.savez(tmp_path / "set.npz", images=pixels, class_names=names, labels=labels)
+    assert len(read(tmp_path, npz="set.npz")) == 2
+
+
+def test_several_labels_an_image_are_refused(tmp_path: Path) -> None:
+    several = {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros((2, 5), int)}
+    np.savez(tmp_path / "set.npz", **several)
+    with pytest.raises(InputError, match="labels must be 2 class indices"):
+        read(tmp_path, npz="set.npz")
+
+
+def test_public_medical_images(shared: Path) -> None:
+    spec = ImageSetSpec(npz=shared / "medmnist" / "pneumoniamnist.npz", split="test")
+    read_set = read_image_set(spec, Path(), KEY, "reference", (1, 28, 28))
+    assert torch.bincount(read_set.labels).tolist() == [234, 390]  # Yang et al. 2023, table 2
 
 
 def test_a_set_of_another_size_is_not_resized(tmp_path: Path) -> None:

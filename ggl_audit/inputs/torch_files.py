@@ -1,0 +1,271 @@
+"""Reads the files of ``torch.save``: zip archives, and the format before PyTorch 1.6."""
+
+from __future__ import annotations
+
+import io
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ggl_audit.errors import AuditError
+from ggl_audit.inputs.archives import open_archive, read_bytes
+from ggl_audit.inputs.pickles import Array, Storage, StoredTensor, Valueless, describe
+
+LARGEST_PICKLE = 16 * 2**20
+"""Bytes; the values of PyTorch's tensors lie outside, those of NumPy's arrays inside."""
+
+ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # torch.serialization.MAGIC_NUMBER
+
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "gradients",
+    "gradient",
+    "grads",
+    "parameters",
+    "params",
+    "update",
+)
+MOST_WRAPPERS = 4
+
+Leaf = StoredTensor | Array | Valueless
+LEAVES = (StoredTensor, Array, Valueless)
+
+
+def read_torch(path: Path, most_bytes: int) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a file of ``torch.save``; see :func:`describe` for what is not run.
+
+    Returns:
+        Tensors by name, or "0", "1", ... for a list.
+
+    Raises:
+        AuditError: it holds something else, or tensors without values, or more than ``most_bytes``.
+        Exception: of several kinds, where it is broken.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(ZIP_MAGIC))
+    if start == ZIP_MAGIC:
+        return _read_archive(path, most_bytes)
+    return _read_legacy(path, most_bytes)
+
+
+def _read_archive(path: Path, most_bytes: int) -> dict[str, torch.Tensor]:
+    with open_archive(path, {zipfile.ZIP_STORED}, most_bytes) as archive:
+        names = archive.members
+        pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+        root = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else None
+        if root is None or f"{root}constants.pkl" in names:
+            raise AuditError(
+                "a zip archive, but not of tensors that torch.save wrote",
+                "A TorchScript or torch.export program is declared as such; for weights, save the "
+                "state dict.",
+            )
+
+        def read(name: str) -> torch.Tensor:
+            with archive.open(root + name) as stream:
+                return read_bytes(stream, names[root + name].file_size)
+
+        def stored(storage: Storage) -> torch.Tensor:
+            name = f"data/{storage.key}"
+            size = names[root + name].file_size
+            if size != storage.nbytes:
+                raise ValueError(f"{name} has {size} bytes, not {storage.nbytes}")
+            return read(name)
+
+        if names[f"{root}data.pkl"].file_size > LARGEST_PICKLE:
+            raise _too_long()
+        if f"{root}byteorder" in names:
+            order = bytes(read("byteorder").numpy()).decode("ascii")
+            _check_byte_order(order == "little")
+        described = describe(io.BytesIO(bytes(read("data.pkl").numpy())))
+        return _tensors(described, stored, most_bytes)
+
+
+def _read_legacy(path: Path, most_bytes: int) -> dict[str, torch.Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        # A length in a pickle is believed by a file, which makes room for it, but not by a buffer.
+        pickles = io.BytesIO(file.read(LARGEST_PICKLE))
+        storages: dict[str, Storage] = {}
+        try:
+            if (describe(pickles), describe(pickles)) != (LEGACY_MAGIC, LEGACY_VERSION):
+                raise ValueError("torch.save did not write it")
+            _check_byte_order(describe(pickles)["little_endian"] is True)
+            described, keys = describe(pickles, storages), describe(pickles)
+        except ValueError:
+            if pickles.tell() == LARGEST_PICKLE:
+                raise _too_long() from None
+            raise
+        position = pickles.tell()
+        places: dict[str, int] = {}
+        for key in keys:
+            places[key] = position + 8
+            position += 8 + storages[key].nbytes
+            if position > size:
+                raise ValueError("it ends before its tensors do")
+
+        def stored(storage: Storage) -> torch.Tensor:
+            file.seek(places[storage.key] - 8)
+            count = int.from_bytes(file.read(8), "little")
+            if count * storage.dtype.itemsize != storage.nbytes:
+                raise ValueError(f"a storage in it has {count} numbers, not what its pickle says")
+            return read_bytes(file, storage.nbytes)
+
+        return _tensors(described, stored, most_bytes)
+
+
+def _too_long() -> AuditError:
+    return AuditError(
+        f"its pickle is longer than {LARGEST_PICKLE:,} bytes",
+        "Save NumPy arrays with np.savez(path, *arrays).",
+    )
+
+
+def _check_byte_order(little: bool) -> None:
+    if not little or sys.byteorder != "little":
+        raise AuditError("written by a machine of another byte order", "Save as .safetensors.")
+
+
+def _tensors(
+    described: Any, stored: Callable[[Storage], torch.Tensor], most_bytes: int
+) -> dict[str, torch.Tensor]:
+    leaves = find_tensors(described)
+    for name, leaf in leaves.items():
+        if isinstance(leaf, Valueless):
+            raise AuditError(
+                f"{name!r} is {leaf.kind}; expected a dense tensor",
+                "Save it as an ordinary one: .to_dense(), .dequantize(), .resolve_neg(), "
+                ".contiguous().",
+            )
+        if isinstance(leaf, Array) and not leaf.type.code:
+            raise AuditError(f"{name!r} is an array of something else than numbers")
+    total = sum(leaf.nbytes for leaf in leaves.values() if not isinstance(leaf, Valueless))
+    if total > most_bytes:
+        raise AuditError(f"its tensors have {total:,} bytes; at most {most_bytes:,} are read")
+    contents: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, leaf in leaves.items():
+        if isinstance(leaf, Array):
+            array = leaf.to_numpy()
+            tensors[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+        elif isinstance(leaf, StoredTensor) and 0 in leaf.shape:
+            tensors[name] = torch.empty(leaf.shape, dtype=leaf.dtype)
+        elif isinstance(leaf, StoredTensor):
+            storage = leaf.storage
+            if storage.key not in contents:
+                contents[storage.key] = stored(storage)
+            whole = storage.nbytes // leaf.dtype.itemsize * leaf.dtype.itemsize
+            numbers = contents[storage.key][:whole].view(leaf.dtype)
+            tensors[name] = numbers.as_strided(leaf.shape, leaf.strides, leaf.offset)
+    return tensors
+
+
+def find_tensors(described: Any, depth: int = 0) -> dict[str, Leaf]:
+    """Finds the one collection of tensors in what a file holds.
+
+    It is a tensor, a dict or a list of them, a list of pairs (name, tensor), or one of these in
+    what usual tools put around it: ``state_dict`` beside the rest of a checkpoint (PyTorch
+    Lightning), ``[{"gradients": [...], "buffers": ..., "metadata": ...}]`` (breaching).
+
+    Raises:
+        AuditError: there is none, more than one, or a gradient in it was never computed.
+    """
+    entries = _entries(described)
+    if entries is not None:
+        return _by_name(entries)
+    if isinstance(described, (list, tuple)):
+        if len(described) == 1 and isinstance(described[0], (dict, list)) and depth < MOST_WRAPPERS:
+            return find_tensors(described[0], depth + 1)
+        if len(described) > 1 and all(isinstance(part, (dict, list)) for part in described):
+            raise AuditError(
+                f"a list of {len(described)} collections of tensors, for example of several users",
+                "Save the one to be audited: torch.save(torch.load(path)[0], ...).",
+            )
+    if isinstance(described, dict):
+        chosen = _wrapped(described)
+        if chosen is not None:
+            return _by_name(chosen)
+        for key in WRAPPERS:
+            if isinstance(described.get(key), (dict, list)) and depth < MOST_WRAPPERS:
+                return find_tensors(described[key], depth + 1)
+    raise AuditError(f"expected tensors by name or in order, found {_what_is(described)}")
+
+
+def _entries(part: Any) -> list[tuple[Any, Leaf | None]] | None:
+    """Names and tensors of a collection of tensors; None for anything else."""
+    if isinstance(part, LEAVES):
+        return [(0, part)]
+    if isinstance(part, dict):
+        entries = list(part.items())
+    elif isinstance(part, (list, tuple)):
+        pairs = all(isinstance(item, (tuple, list)) and len(item) == 2 for item in part)
+        named = pairs and all(isinstance(item[0], str) for item in part)
+        entries = [(item[0], item[1]) for item in part] if named else list(enumerate(part))
+    else:
+        return None
+    leaves = [isinstance(leaf, LEAVES) for _, leaf in entries]
+    complete = all(known or leaf is None for known, (_, leaf) in zip(leaves, entries, strict=True))
+    return entries if any(leaves) and complete else None
+
+
+def _wrapped(described: dict[Any, Any]) -> list[tuple[Any, Leaf | None]] | None:
+    """The collection among the entries of a dict that holds other things too."""
+    found = {
+        key: entries
+        for key, part in described.items()
+        if isinstance(part, (dict, list, tuple)) and (entries := _entries(part)) is not None
+    }
+    if "state_dict" in found:
+        return found["state_dict"]
+    if "buffers" in found and len(found) == 2:  # what breaching has beside either of these
+        found = {key: entries for key, entries in found.items() if key != "buffers"}
+    if len(found) > 1:
+        raise AuditError(
+            f"holds several collections of tensors: {', '.join(map(repr, found))}",
+            f"Save the right one alone: torch.save(torch.load(path)[{next(iter(found))!r}], ...).",
+        )
+    for key, entries in found.items():
+        beside = [name for name, part in described.items() if isinstance(part, LEAVES)]
+        if beside and key not in WRAPPERS:
+            raise AuditError(
+                f"holds the tensor {beside[0]!r} beside {key!r}, a collection of tensors",
+                "Save those that belong together alone.",
+            )
+        return entries
+    return None
+
+
+def _by_name(entries: list[tuple[Any, Leaf | None]]) -> dict[str, Leaf]:
+    named: dict[str, Leaf] = {}
+    for key, leaf in entries:
+        name = str(key)
+        if type(key) not in (str, int) or name in named:
+            raise AuditError(f"{key!r} is no name of a tensor, or stands there twice")
+        if leaf is None:
+            raise AuditError(
+                f"{name!r} is None: this gradient was never computed",
+                "Leave it out, or save zeros if that is what the client sends.",
+            )
+        named[name] = leaf
+    return named
+
+
+def _what_is(part: Any) -> str:
+    kind = type(part).__name__
+    if isinstance(part, dict) and part:
+        odd = next(key for key, value in part.items() if not isinstance(value, LEAVES))
+        return f"a dict whose {str(odd)[:80]!r} is a {type(part[odd]).__name__}"
+    if isinstance(part, (list, tuple)) and part:
+        odd = next(value for value in part if not isinstance(value, LEAVES))
+        return f"a {kind} of {len(part)}, in which there is a {type(odd).__name__}"
+    return f"an empty {kind}" if isinstance(part, (dict, list, tuple)) else f"a {kind}"

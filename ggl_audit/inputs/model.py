@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, replace_all_batch_norm_modules_
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
 
-from ggl_audit.errors import InputError, SpecError, nearest
+from ggl_audit.errors import SpecError
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.factories import build_module
 from ggl_audit.inputs.images import Shape
-from ggl_audit.inputs.tensors import Tensors, read_tensors
+from ggl_audit.inputs.interpreter import Program, UnsupportedError, recording_of
+from ggl_audit.inputs.losses import Criterion, CrossEntropy, build_criterion
+from ggl_audit.inputs.programs import load_exported, load_torchscript
+from ggl_audit.inputs.targets import Targets, read_targets
+from ggl_audit.inputs.tensors import Tensors
+from ggl_audit.inputs.weights import fill_weights
 from ggl_audit.spec import LocalTrainingSpec, Spec
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+LINEAR = (F.linear, torch.ops.aten.linear.default)
+LOSS_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -42,12 +54,16 @@ class ClientModel:
         shape: (channels, height, width) of its images.
         mean: (channels, 1, 1) or (1, 1, 1), subtracted from an image in [0, 1].
         std: the same shape, divides it.
-        loss_scale: multiplies the cross-entropy.
-        loss_sum: whether the cross-entropy is summed over a batch, and not averaged.
+        loss_scale: multiplies the loss.
+        loss_sum: whether the loss is summed over a batch, and not averaged.
         batch_size: images of one client.
+        bgr: whether the module takes the channels in the reverse order.
+        state: the state dict, with the running statistics that ``mode: train`` does without.
         local: how a client trains before it sends an update; None where it sends a gradient.
-        classes: the number of logits.
-        head: the linear layer that gives the logits, or None.
+        classes: how many labels there are: logits, or rows of targets.
+        head: the linear layer that gives the output, or None.
+        criterion: the loss of outputs and targets, scale included.
+        targets: the table that labels are rows of; None where they are class indices.
     """
 
     module: nn.Module
@@ -62,6 +78,10 @@ class ClientModel:
     loss_sum: bool = False
     batch_size: int = 1
     local: LocalTrainingSpec | None = None
+    bgr: bool = False
+    state: Tensors = field(default_factory=dict)
+    criterion: Criterion = field(default_factory=CrossEntropy)
+    targets: Targets | None = None
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +93,21 @@ class ClientModel:
         """The number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """What the module is called with, for images (..., channels, height, width) in [0, 1]."""
+        return ((images.flip(-3) if self.bgr else images) - self.mean) / self.std
+
+    def without(self, names: Collection[str]) -> ClientModel:
+        """The model of a client that neither trains nor sends these parameters."""
+        kept = {name: tensor for name, tensor in self.parameters.items() if name not in names}
+        fixed = {name: tensor for name, tensor in self.parameters.items() if name in names}
+        head = self.head
+        if head is not None and head.weight in fixed:
+            head = None
+        elif head is not None and head.bias in fixed:
+            head = replace(head, bias=None)
+        return replace(self, parameters=kept, constants={**self.constants, **fixed}, head=head)
+
     def logits(
         self, parameters: Gradient, images: torch.Tensor, drawn: Tensors | None = None
     ) -> torch.Tensor:
@@ -83,11 +118,14 @@ class ClientModel:
             images: the batch.
             drawn: takes the place of constants of the same name.
         """
-        normalized = (images - self.mean) / self.std
+        normalized = self.normalize(images)
         swapped = {name: tensor for name, tensor in (drawn or {}).items() if name in self.constants}
-        output: torch.Tensor = functional_call(
-            self.module, {**self.constants, **swapped, **parameters}, (normalized,)
-        )
+        constants = {**self.constants, **swapped, **parameters}
+        try:
+            with differentiable_attention():
+                output: torch.Tensor = functional_call(self.module, constants, (normalized,))
+        except UnsupportedError as error:
+            raise SpecError(("model",), f"the program cannot be run: {error}") from None
         return output
 
     def loss(
@@ -102,26 +140,34 @@ class ClientModel:
         Args:
             parameters: by name.
             images: (n, channels, height, width) in [0, 1].
-            targets: (n,) labels or (n, classes) probabilities.
+            targets: (n, ...), as the loss takes them (:meth:`targets_of`).
             drawn: takes the place of constants of the same name.
         """
-        logits = self.logits(parameters, images, drawn)
-        scale = self.loss_scale * (len(images) if self.loss_sum else 1)
-        return scale * F.cross_entropy(logits, targets)
+        return self.criterion(self.logits(parameters, images, drawn), targets)
+
+    def targets_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """What the loss takes for labels (n,): these, or their rows of the table."""
+        return labels if self.targets is None else self.targets.rows[labels]
+
+    def mixable_targets_of(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Targets that may be averaged over images, (n, ...); None where the loss takes no such."""
+        if self.targets is None:
+            return self.criterion.mixable(labels, self.classes)
+        rows = self.targets.rows
+        return rows[labels] if rows.is_floating_point() else None
 
     def representation(self, images: torch.Tensor) -> torch.Tensor | None:
         """What the head takes, (n, features), for images (n, channels, height, width)."""
         if self.head is None:
             return None
-        taken: list[torch.Tensor] = []
-        hook = self.module.get_submodule(self.head.module).register_forward_pre_hook(
-            lambda _, inputs: taken.append(inputs[0])
-        )
-        try:
-            self.logits(self.parameters, images)
-        finally:
-            hook.remove()
-        return taken[-1].flatten(1)
+        # With batch statistics a copy changes nothing, and one image may not be normalized alone.
+        copies = self.batch_size if self.module.training and len(images) == 1 else len(images)
+        with _LinearCalls() as calls:
+            self.logits(self.parameters, images.expand(copies, *images.shape[1:]))
+        weight = self.parameters[self.head.weight]
+        head = next(call for call in reversed(calls.seen) if call.weight is weight)
+        taken: torch.Tensor = head.taken.flatten(1)[: len(images)]
+        return taken
 
 
 def load_model(
@@ -143,19 +189,23 @@ def load_model(
         InputError: the weights are missing, broken, or do not fit the model.
     """
     declared = spec.model
+    key = ("model", declared.source)
     torch.manual_seed(spec.seed)
-    module = build_module(declared.factory, declared.kwargs, spec.folder, "model")
+    module = _build(spec)
     if wrap is not None:
         module = wrap(module)
+    training = declared.mode == "train"
     if declared.weights is not None:
-        _fill(module, spec)
+        fill_weights(module, spec.resolve(declared.weights), declared.origin, training)
     module.to(device=device, dtype=dtype)
-    module.train(declared.mode == "train")
-    if declared.mode == "train":
+    module.train(training)
+    _check_recording(module, spec)
+    state = dict(module.state_dict())
+    if training:
         _prepare_for_training(module)
     parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     if not parameters:
-        raise SpecError(("model", "factory"), "the model has no parameter that is trained")
+        raise SpecError(key, "the model has no parameter that is trained")
     constants = {n: p.detach() for n, p in module.named_parameters() if not p.requires_grad}
     constants |= dict(module.named_buffers())
 
@@ -163,12 +213,8 @@ def load_model(
         return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
     mean, std = channelwise(declared.input.mean), channelwise(declared.input.std)
-    random = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 1, *declared.input.shape, generator=random).to(mean)
-    logits, head = _try(module, (images[0] - mean) / std, spec)
-    if _try(module, (images[1] - mean) / std, spec)[1] != head:
-        head = None
-    return ClientModel(
+    targets = read_targets(spec)
+    model = ClientModel(
         module=module,
         parameters=parameters,
         constants=constants,
@@ -176,98 +222,241 @@ def load_model(
         mean=mean,
         std=std,
         loss_scale=declared.loss.scale,
-        classes=logits.shape[1],
-        head=head,
+        classes=0,
+        head=None,
         loss_sum=declared.loss.reduction == "sum",
         batch_size=spec.capture.batch_size,
         local=spec.capture.local,
+        bgr=declared.input.channels == "bgr",
+        state=state,
+        criterion=build_criterion(declared.loss, spec.folder),
+        targets=None if targets is None else targets.to(device, dtype),
     )
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(2, model.batch_size, *model.shape, generator=random).to(mean)
+    outputs, head = _try(model, images[0], spec)
+    if _try(model, images[1], spec)[1] != head:
+        head = None
+    _try_more(model, images[0], spec)
+    model = replace(model, head=head, classes=_classes(model, outputs, spec))
+    _try_loss(model, outputs, spec)
+    return model
 
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether the mode makes a difference to the statistics that a model normalizes with."""
-    return any(isinstance(layer, BATCH_NORMS) for layer in module.modules())
+    recording = recording_of(module)
+    if recording is not None:
+        return recording.normalizes
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
-def _fill(module: nn.Module, spec: Spec) -> None:
-    assert spec.model.weights is not None
-    path = spec.resolve(spec.model.weights)
-    weights = read_tensors(path)
-    expected = module.state_dict()
-    missing = [name for name in expected if name not in weights]
-    unknown = [name for name in weights if name not in expected]
-    if missing:
-        raise InputError(
-            path,
-            f"has no {missing[0]!r} {tuple(expected[missing[0]].shape)}, which the model "
-            f"{spec.model.factory} needs ({len(missing)} of {len(expected)} are missing)",
-            nearest(missing[0], unknown) if unknown else "",
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Computes attention by operators that can be mapped, and differentiated in either way."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@dataclass(frozen=True)
+class _LinearCall:
+    taken: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    given: torch.Tensor
+
+
+class _LinearCalls(TorchFunctionMode):
+    """Notes each call of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[_LinearCall] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in LINEAR and len(args) > 1:
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            self.seen.append(_LinearCall(args[0], args[1], bias, result))
+        return result
+
+
+def _build(spec: Spec) -> nn.Module:
+    declared = spec.model
+    if declared.torchscript is not None:
+        return load_torchscript(spec.resolve(declared.torchscript))
+    if declared.exported is not None:
+        return load_exported(spec.resolve(declared.exported))
+    assert declared.factory is not None
+    return build_module(declared.factory, declared.kwargs, spec.folder, "model")
+
+
+def _check_recording(module: nn.Module, spec: Spec) -> None:
+    """Compares what is fixed in a saved program with the declaration."""
+    recording = recording_of(module)
+    if recording is None:
+        return
+    mode, batch_size, saved = spec.model.mode, spec.capture.batch_size, spec.model.origin
+    own = "train" if "train" in recording.modes else "eval"
+    if recording.modes and own != mode:
+        raise SpecError(
+            ("model", "mode"),
+            f"{mode}, but the program {saved} was saved in {own} mode, which stays in it",
+            f"Declare mode: {own}, or save the program after model.{mode}().",
         )
-    if unknown:
-        raise InputError(
-            path,
-            f"holds {unknown[0]!r}, which the model {spec.model.factory} does not have",
-            nearest(unknown[0], expected),
+    if recording.batch not in (None, batch_size):
+        raise SpecError(
+            ("capture", "batch_size"),
+            f"{batch_size}, but the program {saved} was exported for {recording.batch} images at "
+            "a time",
+            "Export it with dynamic_shapes={INPUT: {0: torch.export.Dim('batch')}}, or with "
+            f"{batch_size} images.",
         )
-    for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
-            raise InputError(
-                path,
-                f"{name!r} has the shape {tuple(weights[name].shape)}; "
-                f"the model has {tuple(tensor.shape)}",
-                "Are model.kwargs those of the client?",
-            )
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(path, f"{name!r} holds values that are NaN or infinite")
-    module.load_state_dict(weights)
 
 
 def _prepare_for_training(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, DROPOUTS) and layer.p > 0:
-            raise SpecError(
-                ("model", "mode"),
-                f"train, but {name} drops units at random and the client's draw is not known",
-                "Set its probability to 0 in model.kwargs, or declare mode: eval.",
-            )
+            raise _random(f"{name} drops units at random", "train")
+        if isinstance(layer, _InstanceNorm):
+            layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
     replace_all_batch_norm_modules_(module)
 
 
-def _try(module: nn.Module, image: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, Head | None]:
-    outputs: list[tuple[str, torch.Tensor]] = []
-    hooks = [
-        layer.register_forward_hook(
-            lambda _layer, _inputs, output, name=name: outputs.append((name, output))
-        )
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
+def _random(what: str, mode: str) -> SpecError:
+    return SpecError(
+        ("model", "mode"),
+        f"{mode}, but {what} and the client's draw is not known",
+        "Set the probability of its dropout to 0 in model.kwargs"
+        + (", or declare mode: eval." if mode == "train" else "."),
+    )
+
+
+def _try(model: ClientModel, images: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, Head | None]:
+    """Calls the module on a batch, and once on a larger one; finds the head."""
+    module, declared = model.module, spec.model
+    held: dict[str, Tensors] = {
+        "parameter": dict(module.named_parameters()),
+        "buffer": dict(module.named_buffers()),
+    }
+    before = {kind: {n: t.detach().clone() for n, t in own.items()} for kind, own in held.items()}
+    state = _random_state(model.device)
+
+    def call(images: torch.Tensor) -> tuple[Any, _LinearCalls]:
+        with torch.no_grad(), differentiable_attention(), _LinearCalls() as calls:
+            return module(model.normalize(images)), calls
+
     try:
-        with torch.no_grad():
-            logits: Any = module(image)
+        outputs, calls = call(images)
     except (Exception, SystemExit) as error:
         # The forward pass is the user's own code; whatever it raises is told without a traceback.
+        batch = f"{len(images)} images" if len(images) > 1 else "images"
         raise SpecError(
             ("model", "input", "shape"),
-            f"the model {spec.model.factory} does not take images of "
-            f"{list(spec.model.input.shape)} in mode {spec.model.mode} "
-            f"({type(error).__name__}: {error})",
+            f"the model {declared.origin} does not take {batch} of {list(model.shape)} in mode "
+            f"{declared.mode} ({type(error).__name__}: {error})",
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not torch.equal(_random_state(model.device), state):
+        raise _random(f"the model {declared.origin} draws at random", declared.mode)
+    for kind, own in held.items():
+        changed = [n for n, tensor in own.items() if not _same(tensor, before[kind][n])]
+        if changed:
+            raise SpecError(
+                ("model", declared.source),
+                f"the model {declared.origin} changes its {kind} {changed[0]} in mode "
+                f"{declared.mode}",
+                "Many candidates are evaluated at the same weights; its forward pass must leave "
+                "them as they are.",
+            )
+    if not isinstance(outputs, torch.Tensor) or outputs.ndim == 0 or len(outputs) != len(images):
+        found = "a tensor " + str(tuple(outputs.shape)) if isinstance(outputs, torch.Tensor) else ""
         raise SpecError(
-            ("model", "factory"),
-            f"the model returned {found} for one image; expected logits (1, classes), 2 classes "
-            "or more",
+            ("model", declared.source),
+            f"the model returned {found or type(outputs).__name__} for {len(images)} images; "
+            "expected one tensor with a row for each",
         )
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    for name, output in reversed(outputs):
-        weight = f"{name}.weight" if name else "weight"
-        bias = f"{name}.bias" if name else "bias"
-        if output.shape == logits.shape and torch.equal(output, logits) and weight in trained:
-            return logits, Head(name, weight, bias if bias in trained else None)
-    return logits, None
+    names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    for linear in reversed(calls.seen):
+        weight = names.get(id(linear.weight))
+        same = linear.given.shape == outputs.shape and torch.equal(linear.given, outputs)
+        if same and weight is not None:
+            return outputs, Head(weight.rpartition(".")[0], weight, names.get(id(linear.bias)))
+    return outputs, None
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    nan = one.isnan() & other.isnan()
+    return bool(((one == other) | nan).all())
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
+
+
+def _try_more(model: ClientModel, images: torch.Tensor, spec: Spec) -> None:
+    """Finds out whether the module takes other numbers of images than that of the capture."""
+    more = torch.cat([images, images[:1]])
+    try:
+        with torch.no_grad():
+            model.logits(model.parameters, more)
+    except (Exception, SystemExit) as error:
+        if isinstance(model.module, Program):
+            model.module.limit_to(len(images))
+            return
+        raise SpecError(
+            ("model", spec.model.source),
+            f"the model {spec.model.origin} takes {len(images)} images at a time, but not "
+            f"{len(more)} ({type(error).__name__}: {error})",
+            "Other numbers are evaluated too: write x.shape[0] or -1 where it has a number.",
+        ) from error
+
+
+def _classes(model: ClientModel, outputs: torch.Tensor, spec: Spec) -> int:
+    if model.targets is not None:
+        return len(model.targets.rows)
+    try:
+        return model.criterion.classes(outputs)
+    except ValueError as error:
+        raise SpecError(
+            ("model", spec.model.source),
+            f"the model returned {tuple(outputs.shape)} for {len(outputs)} images; "
+            f"{spec.model.loss} with class indices expected {error}",
+            "Other outputs need model.loss, and evidence.reference with labels that fit them.",
+        ) from None
+
+
+def _try_loss(model: ClientModel, outputs: torch.Tensor, spec: Spec) -> None:
+    labels = torch.zeros(len(outputs), dtype=torch.long, device=model.device)
+    targets = model.targets_of(labels)
+
+    def loss(times: int) -> float:
+        repeated = (torch.cat([part] * times) for part in (outputs, targets))
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error", UserWarning)  # targets that are broadcast, for example
+            return float(model.criterion(*repeated))
+
+    try:
+        once, twice = loss(1), loss(2)
+    except (Exception, SystemExit) as error:
+        # The loss may be the user's own code.
+        raise SpecError(
+            ("model", "loss"),
+            f"{spec.model.loss} cannot be taken of outputs {tuple(outputs.shape)} and targets "
+            f"{tuple(targets.shape)} ({type(error).__name__}: {error})",
+        ) from error
+    declared, factor = spec.model.loss.reduction, 2 if model.loss_sum else 1
+    if model.batch_size > 1 and abs(twice - factor * once) > LOSS_ROUNDING * abs(twice):
+        raise SpecError(
+            ("model", "loss", "reduction"),
+            f"{declared}, but the loss of a batch is {twice / once if once else twice:.3g} times "
+            "as large when every image is there twice",
+            "A loss of one's own reduces by itself; declare whether to the mean or to the sum.",
+        )

@@ -1,40 +1,63 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from ggl_audit.errors import InputError
-from ggl_audit.inputs.capture import read_capture, write_capture
-from ggl_audit.inputs.model import ClientModel
+from ggl_audit.errors import InputError, SpecError
+from ggl_audit.inputs.capture import read_capture, read_update, write_capture
+from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.loading import load_client
+from ggl_audit.setting import prepare
+from ggl_audit.spec import Spec
 from tests.conftest import plain_gradient
+
+Tensors = dict[str, torch.Tensor]
+HERE = Path(__file__).parent
 
 
 @pytest.fixture
-def good(model: ClientModel) -> dict[str, torch.Tensor]:
+def good(model: ClientModel) -> Tensors:
     return plain_gradient(model, torch.rand(1, 16, 16), 4)
 
 
+@pytest.fixture
+def batch_norm(sample: Callable[..., Spec]) -> ClientModel:
+    factory = f"{HERE.parent / 'known_answers' / 'models.py'}:tiny_cnn"
+    return load_model(
+        sample(
+            "undefended",
+            model__factory=factory,
+            model__kwargs={"batch_norm": True},
+            model__weights=None,
+        ),
+        torch.device("cpu"),
+    )
+
+
 def test_a_capture_comes_back_in_the_order_of_the_model(
-    model: ClientModel, good: dict[str, torch.Tensor], tmp_path: Path
+    model: ClientModel, good: Tensors, tmp_path: Path
 ) -> None:
     path = tmp_path / "g.safetensors"
     write_capture(path, dict(reversed(good.items())))
     read = read_capture(path, model)
-    assert list(read) == list(model.parameters)
-    assert all(torch.equal(read[name], good[name]) for name in good)
+    assert list(read.gradient) == list(model.parameters)
+    assert all(torch.equal(read.gradient[name], good[name]) for name in good)
+    assert (read.how, read.unsent, read.unused) == ("name", [], {})
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda g: g.pop("0.bias"), [r"has no '0.bias' \(16,\)", "7 tensors captured"]),
         (lambda g: g.update(x=torch.ones(9)), ["holds 'x'", "another model"]),
         (
-            lambda g: g.update({"module.0.bias": g.pop("0.bias")}),
-            ["holds 'module.0.bias'", "'0.bias' has that shape"],
+            lambda g: g.update({"odd.0.bias": g.pop("0.bias")}),
+            ["holds 'odd.0.bias'", "'0.bias' has that shape"],
         ),
         (
             lambda g: g.update({"0.bias": torch.ones(32)}),
@@ -44,14 +67,19 @@ def test_a_capture_comes_back_in_the_order_of_the_model(
         (lambda g: g["2.bias"].__setitem__(3, torch.nan), ["'2.bias' holds 1 values", "NaN"]),
         (lambda g: g["2.bias"].__setitem__(3, torch.inf), ["infinite"]),
         (lambda g: [t.zero_() for t in g.values()], ["every value is zero"]),
+        (lambda g: [g.pop(n) for n in list(g)] + [g.update(x=torch.ones(2))], ["holds 'x'"]),
+        (
+            lambda g: g.update({n: t.expand(8, *t.shape).clone() for n, t in g.items()}),
+            [r"the shape \(8, 16, 1, 3, 3\)", "each of 8 samples", "grad_sample"],
+        ),
+        (
+            lambda g: g.update({f"module.{n}": t.clone() for n, t in g.items()}),
+            [r"are of two wrappers"],
+        ),
     ],
 )
 def test_a_capture_that_does_not_fit_is_named(
-    model: ClientModel,
-    good: dict[str, torch.Tensor],
-    tmp_path: Path,
-    change: object,
-    words: list[str],
+    model: ClientModel, good: Tensors, tmp_path: Path, change: object, words: list[str]
 ) -> None:
     change(good)
     path = tmp_path / "g.safetensors"
@@ -61,11 +89,172 @@ def test_a_capture_that_does_not_fit_is_named(
             read_capture(path, model)
 
 
-def test_a_capture_is_written_whole_or_not_at_all(
-    good: dict[str, torch.Tensor], tmp_path: Path
+@pytest.mark.parametrize("wrapper", ["module.", "_module.", "_orig_mod.module.", "model."])
+def test_a_wrapper_in_the_names_is_taken_off_and_said(
+    model: ClientModel, good: Tensors, tmp_path: Path, wrapper: str
 ) -> None:
+    path = tmp_path / "g.pt"
+    torch.save({wrapper + name: tensor for name, tensor in good.items()}, path)
+    read = read_capture(path, model)
+    assert all(torch.equal(read.gradient[name], good[name]) for name in good)
+    assert read.how == f"name without {wrapper!r}"
+    assert read.sources["0.bias"] == wrapper + "0.bias"
+
+
+def test_a_list_is_matched_by_order(model: ClientModel, good: Tensors, tmp_path: Path) -> None:
+    as_list, as_arrays = tmp_path / "list.pt", tmp_path / "flower.npz"
+    torch.save(list(good.values()), as_list)
+    np.savez(as_arrays, *(tensor.numpy() for tensor in good.values()))
+    for path in (as_list, as_arrays):
+        read = read_capture(path, model)
+        assert all(torch.equal(read.gradient[name], good[name]) for name in good)
+        assert read.how == "order of the trained parameters"
+
+
+def test_a_list_of_the_state_dict_holds_buffers_that_are_not_used(
+    batch_norm: ClientModel, tmp_path: Path
+) -> None:
+    state = batch_norm.module.state_dict()
+    assert len(state) > len(batch_norm.parameters)
+    tensors = {n: torch.randn(t.shape) if t.is_floating_point() else t for n, t in state.items()}
+    path = tmp_path / "flower.npz"
+    np.savez(path, *(tensor.numpy() for tensor in tensors.values()))
+    read = read_capture(path, batch_norm)
+    assert read.how == "order of the state dict"
+    assert all(torch.equal(read.gradient[n], tensors[n]) for n in batch_norm.parameters)
+    assert set(read.unused) == set(state) - set(batch_norm.parameters)
+
+
+def test_a_list_in_another_order_is_refused(
+    model: ClientModel, good: Tensors, tmp_path: Path
+) -> None:
+    path = tmp_path / "g.pt"
+    torch.save(list(good.values())[::-1], path)
+    with pytest.raises(InputError, match=r"another order than the trained parameters.* at 0 has"):
+        read_capture(path, model)
+    torch.save(list(good.values())[1:], path)
+    with pytest.raises(InputError, match=r"a list of 7 tensors without names; expected 8 for"):
+        read_capture(path, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_read_and_their_rounding_said(
+    model: ClientModel, good: Tensors, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "g.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in good.items()}, path)
+    read = read_capture(path, model)
+    assert all(t.dtype == torch.float32 for t in read.gradient.values())
+    assert read.rounding == max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    for name, tensor in good.items():
+        assert torch.allclose(read.gradient[name], tensor, rtol=read.rounding, atol=1e-7)
+
+
+def test_parameters_that_are_not_there_are_taken_for_never_sent(
+    sample: Callable[..., Spec], good: Tensors, tmp_path: Path
+) -> None:
+    kept = {name: tensor for name, tensor in good.items() if not name.startswith("0.")}
+    path = tmp_path / "g.safetensors"
+    save_file(kept, path)
+    inferred = prepare(sample("undefended", capture__gradient=str(path), evidence__truth=None))
+    assert list(inferred.observed) == list(kept) == list(inferred.model.parameters)
+    assert inferred.captured.unsent == ["0.weight", "0.bias"]
+    assert any("lacks 0.weight and 1 more" in doubt for doubt in inferred.doubts)
+    declared = prepare(
+        sample(
+            "undefended",
+            capture__gradient=str(path),
+            capture__unsent=["0.*"],
+            evidence__truth=None,
+        )
+    )
+    assert list(declared.observed) == list(kept)
+    assert (declared.captured.unsent, declared.doubts) == ([], [])
+    for name, tensor in kept.items():
+        assert torch.equal(declared.observed[name], inferred.observed[name])
+        assert torch.equal(declared.observed[name], tensor)
+
+
+@pytest.mark.parametrize("key", ["model__frozen", "capture__unsent"])
+def test_what_is_declared_to_be_missing_must_be(
+    sample: Callable[..., Spec], good: Tensors, tmp_path: Path, key: str
+) -> None:
+    path = tmp_path / "g.safetensors"
+    save_file(good, path)
+    spec = sample("undefended", capture__gradient=str(path), **{key: ["0.*"]})
+    with pytest.raises(InputError, match=r"'0.weight' is not zero, but '0.weight' \(16, 1, 3, 3\)"):
+        prepare(spec)
+    save_file({n: t * (0 if n.startswith("0.") else 1) for n, t in good.items()}, path)
+    assert "0.weight" not in prepare(spec).observed
+
+
+def test_a_pattern_that_names_nothing_is_refused(sample: Callable[..., Spec]) -> None:
+    with pytest.raises(SpecError, match=r"'0\.wieght' is no trained parameter.*'0\.weight'"):
+        load_client(sample("undefended", model__frozen=["0.wieght"]), torch.device("cpu"))
+    with pytest.raises(SpecError, match="no parameter is left"):
+        load_client(sample("undefended", capture__unsent=["*"]), torch.device("cpu"))
+
+
+def test_an_update_is_the_weights_before_less_those_after(
+    model: ClientModel, good: Tensors, tmp_path: Path
+) -> None:
+    before, after = tmp_path / "before.pt", tmp_path / "after.pt"
+    torch.save(model.parameters, before)
+    torch.save({n: t - 0.1 * good[n] for n, t in model.parameters.items()}, after)
+    for first in (None, before):
+        update = read_update(first, after, model)
+        for name, tensor in good.items():
+            assert torch.allclose(update.gradient[name], 0.1 * tensor, atol=1e-7)
+        assert 1e-7 < update.rounding < 1e-3
+
+
+def test_checkpoints_that_do_not_belong_together_are_refused(
+    model: ClientModel, good: Tensors, tmp_path: Path
+) -> None:
+    before, after = tmp_path / "before.pt", tmp_path / "after.pt"
+    torch.save(model.parameters, after)
+    with pytest.raises(InputError, match="the same weights as the model"):
+        read_update(None, after, model)
+    torch.save({n: t - 0.1 * good[n] for n, t in model.parameters.items()}, after)
+    torch.save({n: 1.001 * t for n, t in model.parameters.items()}, before)
+    with pytest.raises(InputError, match="other weights than the model"):
+        read_update(before, after, model)
+    lacking = dict(list(model.parameters.items())[1:])
+    torch.save(lacking, before)
+    with pytest.raises(InputError, match=r"'0.weight' is only in one of capture.before"):
+        read_update(before, after, model)
+    frozen = model.without(["0.weight"])
+    with pytest.raises(InputError, match=r"'0.weight' is not what it is in the model"):
+        read_update(None, after, frozen)
+
+
+def test_a_capture_is_written_whole_or_not_at_all(good: Tensors, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is written as \.safetensors"):
         write_capture(tmp_path / "g.pt", good)
     with pytest.raises(InputError, match="there is no folder"):
         write_capture(tmp_path / "none" / "g.safetensors", good)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_channels_in_the_order_of_opencv(sample: Callable[..., Spec]) -> None:
+    model = load_model(sample("undefended"), torch.device("cpu"))
+    images = torch.rand(2, 3, 16, 16)
+    mean = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    bgr = ClientModel(**{**vars(model), "bgr": True, "mean": mean})
+    swapped = torch.stack([images[:, 2], images[:, 1], images[:, 0]], dim=1)
+    assert torch.equal(bgr.normalize(images), (swapped - mean) / model.std)
+    with pytest.raises(SpecError, match="bgr is for 3 channels"):
+        sample("undefended", model__input__channels="bgr")
+
+
+def test_frozen_parameters_are_no_part_of_the_gradient(
+    sample: Callable[..., Spec], good: Tensors
+) -> None:
+    _, model = load_client(
+        sample("undefended", model__frozen=["0.*", "7.bias"]), torch.device("cpu")
+    )
+    module = model.module
+    assert set(model.parameters) == set(good) - {"0.weight", "0.bias", "7.bias"}
+    assert model.head is not None
+    assert model.head.bias is None
+    assert isinstance(module, nn.Module)

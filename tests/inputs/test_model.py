@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.func import grad
+from torch import nn
+from torch.func import grad, jvp
 
+from ggl_audit.attack.matching import Matching
+from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import InputError, SpecError
+from ggl_audit.gradient import Gradient
+from ggl_audit.inputs.factories import build_module
 from ggl_audit.inputs.model import ClientModel, load_model
 from ggl_audit.spec import Spec
 from tests.conftest import plain_gradient
@@ -17,6 +24,7 @@ CPU = torch.device("cpu")
 
 USER_MODELS = """
 import torch
+import torchvision
 from torch import nn
 
 def normed(mode_probe=False):
@@ -61,6 +69,79 @@ class Branching(nn.Module):
     def forward(self, x):
         x = x.flatten(1)
         return self.head(x if x.sum() > 0 else -x)
+
+class Layers(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.last = nn.Linear(256, 10)
+    def forward(self, x):
+        return self.last(self.layers(x).flatten(1))
+
+class Forgetful(Layers):
+    def forward(self, x):
+        return self.last(nn.functional.dropout(x.flatten(1), 0.5))
+
+class Attending(Layers):
+    def __init__(self, dropout=0.1):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, dropout=dropout, batch_first=True)
+    def forward(self, x):
+        x = x.flatten(1).unflatten(1, (16, 16))
+        return self.last(self.attention(x, x, x, need_weights=False)[0].flatten(1))
+
+class Counting(Layers):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+class Averaging(Layers):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, 1, 16, 16))
+    def forward(self, x):
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean(0, keepdim=True))
+        return super().forward(x - self.mean)
+
+class Clamping(Layers):
+    def forward(self, x):
+        with torch.no_grad():
+            self.last.weight.clamp_(-0.01, 0.01)
+        return super().forward(x)
+
+class PairsOnly(Layers):
+    def forward(self, x):
+        return self.last(x.reshape(2, 256))
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(10, 256))
+        self.offset = nn.Parameter(torch.randn(10))
+    def forward(self, x):
+        return nn.functional.linear(x.flatten(1), self.kernel, self.offset)
+
+def instance():
+    return Layers(nn.InstanceNorm2d(1, affine=True, track_running_stats=True))
+
+def layered():
+    return Layers(nn.GroupNorm(1, 1), nn.LayerNorm(16), nn.InstanceNorm2d(1), nn.ReLU(inplace=True))
+
+def pooled():
+    return nn.Sequential(nn.Conv2d(1, 4, 16), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
+
+def residual():
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], 10)
+
+def dense():
+    return torchvision.models.DenseNet(8, (2, 2), 16, num_classes=10)
+
+def transformer():
+    return torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10)
 """
 
 
@@ -133,6 +214,146 @@ def test_train_mode_uses_batch_statistics_and_leaves_buffers_alone(
     evaluated.logits(evaluated.parameters, image)
     assert all(torch.equal(before[k], v) for k, v in evaluated.constants.items())
     assert not torch.allclose(evaluated.logits(evaluated.parameters, image), got)
+
+
+def _gradients_agree(model: ClientModel, original: nn.Module, shape: tuple[int, ...]) -> None:
+    """Compares with a plain backward pass of the original, one batch after another."""
+    count = model.batch_size
+    images, labels = torch.rand(2, count, *shape), torch.randint(10, (2, count))
+    found = Matching(model, Pipeline()).gradients(images, labels)
+    for index in range(2):
+        original.zero_grad()
+        F.cross_entropy(original(model.normalize(images[index])), labels[index]).backward()
+        whole = torch.cat([p.grad.flatten() for p in original.parameters() if p.grad is not None])
+        for name, parameter in original.named_parameters():
+            assert parameter.grad is not None
+            away = (found[name][index] - parameter.grad).norm()
+            assert away <= 1e-5 * whole.norm(), name
+
+
+COLOUR = {"shape": [3, 32, 32]}
+
+
+@pytest.mark.parametrize(
+    ("factory", "kwargs"),
+    [
+        ("torchvision:resnet18", {"num_classes": 10}),
+        ("torchvision:mobilenet_v3_small", {"num_classes": 10}),
+        (
+            "torchvision.models:VisionTransformer",
+            {
+                "image_size": 32,
+                "patch_size": 8,
+                "num_layers": 2,
+                "num_heads": 2,
+                "hidden_dim": 32,
+                "mlp_dim": 64,
+                "num_classes": 10,
+            },
+        ),
+    ],
+)
+def test_torchvision_models_are_mapped_over_candidates(
+    factory: str, kwargs: dict[str, int], sample: Callable[..., Spec]
+) -> None:
+    spec = sample(
+        "undefended",
+        model__factory=factory,
+        model__kwargs=kwargs,
+        model__weights=None,
+        model__input=COLOUR,
+        capture__batch_size=2,
+    )
+    model = load_model(spec, CPU)
+    Matching(model, Pipeline()).try_out()
+    _gradients_agree(model, copy.deepcopy(model.module), (3, 32, 32))
+
+
+@pytest.mark.parametrize("factory", ["layered", "instance", "dense", "transformer", "Functional"])
+def test_models_in_eval_mode(user: Callable[..., Spec], factory: str) -> None:
+    colour = {"model__input": COLOUR} if factory in ("dense", "transformer") else {}
+    model = load_model(user(factory, **colour), CPU)
+    _gradients_agree(model, copy.deepcopy(model.module), model.shape)
+
+
+@pytest.mark.parametrize("factory", ["normed", "instance", "residual", "layered", "pooled"])
+def test_models_in_train_mode_and_their_buffers(user: Callable[..., Spec], factory: str) -> None:
+    colour = {"model__input": COLOUR} if factory == "residual" else {}
+    spec = user(factory, model__mode="train", capture__batch_size=4, **colour)
+    original = build_module(spec.model.factory or "", {}, spec.folder, "model").train()
+    model = load_model(spec, CPU)
+    original.load_state_dict({**original.state_dict(), **model.module.state_dict()})
+    before = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
+    _gradients_agree(model, original, model.shape)
+    model.representation(torch.rand(1, *model.shape))
+    for name, buffer in model.module.named_buffers():
+        assert torch.equal(before[name], buffer), name
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")  # PyTorch's own use
+def test_attention_can_be_differentiated_in_either_way(user: Callable[..., Spec]) -> None:
+    model = load_model(user("transformer", model__input=COLOUR), CPU, torch.float64)
+    images, labels = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2])
+    fast = torch.backends.mha.get_fastpath_enabled()
+
+    def loss(parameters: Gradient) -> torch.Tensor:
+        return model.loss(parameters, images, labels)
+
+    gradient = grad(loss)(model.parameters)
+    tangent = {name: torch.randn_like(p) for name, p in model.parameters.items()}
+    _, forward = jvp(loss, (model.parameters,), (tangent,))
+    backward = sum(float((gradient[name] * tangent[name]).sum()) for name in gradient)
+    assert float(forward) == pytest.approx(backward, rel=1e-8)
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+
+
+@pytest.mark.parametrize(
+    ("factory", "mode"), [("Forgetful", "eval"), ("Forgetful", "train"), ("Attending", "train")]
+)
+def test_randomness_anywhere_is_refused(user: Callable[..., Spec], factory: str, mode: str) -> None:
+    with pytest.raises(SpecError, match=f"{mode}, but the model .* draws at random") as error:
+        load_model(user(factory, model__mode=mode), CPU)
+    assert error.value.key == ("model", "mode")
+
+
+def test_attention_without_active_dropout_is_fine(user: Callable[..., Spec]) -> None:
+    for more in (
+        {"model__mode": "eval"},
+        {"model__mode": "train", "model__kwargs": {"dropout": 0}},
+    ):
+        model = load_model(user("Attending", **more), CPU)
+        _gradients_agree(model, copy.deepcopy(model.module), model.shape)
+
+
+@pytest.mark.parametrize(
+    ("factory", "mode", "what"),
+    [
+        ("Counting", "eval", "buffer calls"),
+        ("Averaging", "train", "buffer mean"),
+        ("Clamping", "eval", "parameter last.weight"),
+    ],
+)
+def test_a_model_that_changes_itself_is_refused(
+    user: Callable[..., Spec], factory: str, mode: str, what: str
+) -> None:
+    with pytest.raises(SpecError, match=f"changes its {what} in mode {mode}"):
+        load_model(user(factory, model__mode=mode), CPU)
+    load_model(user("Averaging"), CPU)
+
+
+def test_a_model_that_knows_its_batch_is_refused(user: Callable[..., Spec]) -> None:
+    with pytest.raises(SpecError, match="takes 2 images at a time, but not 3"):
+        load_model(user("PairsOnly", capture__batch_size=2), CPU)
+    with pytest.raises(SpecError, match="does not take images"):
+        load_model(user("PairsOnly"), CPU)
+
+
+def test_a_head_by_function_is_found(user: Callable[..., Spec]) -> None:
+    model = load_model(user("Functional"), CPU)
+    assert model.head is not None
+    assert (model.head.weight, model.head.bias) == ("kernel", "offset")
+    images = torch.rand(3, 1, 16, 16)
+    torch.testing.assert_close(model.representation(images), model.normalize(images).flatten(1))
 
 
 def test_the_same_seed_builds_the_same_model(user: Callable[..., Spec]) -> None:

@@ -1,0 +1,79 @@
+"""Fits names of tensors to those of a model, through what wrappers put before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+COMPILED = "_orig_mod"
+WRAPPERS = frozenset({"module", "_module", "model", "net", COMPILED})
+"""What DistributedDataParallel, Opacus, Lightning modules and torch.compile put before a name."""
+
+
+def match_names(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str] | None:
+    """Finds all wanted names among the found ones (:func:`unwrap_names`).
+
+    Returns:
+        From each wanted name, in the order of ``wanted``, to the found one; None if one is missing.
+
+    Raises:
+        ValueError: they fit in more than one way.
+    """
+    wanted = list(wanted)
+    files = {name: file for file, name in unwrap_names(found, wanted).items()}
+    return {name: files[name] for name in wanted} if len(files) == len(wanted) else None
+
+
+def unwrap_names(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """Finds the names of a model among those of a file, one of which may be of a wrapped module.
+
+    One prefix, of ``module.``, ``_module.``, ``model.``, ``net.`` and ``_orig_mod.`` in any order
+    and number, is taken off all names of the file, or off all names of the model;
+    ``_orig_mod.`` is taken out wherever it stands.
+
+    Args:
+        found: of the file, which may hold others too: a Lightning module's ``loss.weight``.
+        wanted: of the model.
+
+    Returns:
+        From found names to wanted ones, for those that are there, in the order of ``found``.
+
+    Raises:
+        ValueError: they fit in more than one way.
+    """
+    every = list(found)
+    files = {_without_compiled(name): name for name in every}
+    if len(files) < len(every):
+        twice = next(name for name in every if files[_without_compiled(name)] != name)
+        raise ValueError(f"{twice!r} and {files[_without_compiled(twice)]!r} are of one name")
+    names = {_without_compiled(name): name for name in wanted}
+    fits: dict[tuple[str, str], dict[str, str]] = {}
+    for file in files:
+        for prefix, rest in _unwrapped(file):
+            if rest in names:
+                fits.setdefault((prefix, ""), {})[files[file]] = names[rest]
+    for name in names:
+        for prefix, rest in _unwrapped(name):
+            if rest in files and prefix:
+                fits.setdefault(("", prefix), {})[files[rest]] = names[name]
+    best = max(fits.values(), key=len, default={})
+    for other in fits.values():
+        for file, name in other.items():
+            if file not in best:
+                first = next((own for own in best if best[own] == name), next(iter(best)))
+                raise ValueError(f"{first!r} and {file!r} are of two wrappers; either may be it")
+    return {file: best[file] for file in files.values() if file in best}
+
+
+def _without_compiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+def _unwrapped(name: str) -> Iterator[tuple[str, str]]:
+    """The prefixes of wrappers that a name has, none at first, and what is left without each."""
+    prefix = ""
+    while True:
+        yield prefix, name
+        word, separator, rest = name.partition(".")
+        if word not in WRAPPERS or not separator:
+            return
+        prefix, name = f"{prefix}{word}.", rest

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ggl_audit.errors import InputError, dotted
+from ggl_audit.inputs.yaml_file import read_yaml
 from ggl_audit.priors.generator import Architecture
 from ggl_audit.validation import first_problem
 
@@ -42,6 +43,7 @@ class Card(BaseModel):
         seed: of the training.
         steps: of the training.
         licence: of the weights, with the data's.
+        held_out: the images that it was not trained on, for the inversion.
         inversion: on held-out images; None when there were none.
         architecture: of the generator.
     """
@@ -53,6 +55,7 @@ class Card(BaseModel):
     seed: int
     steps: int
     licence: str
+    held_out: str = "not stated"
     inversion: Inversion | None
     architecture: Architecture
 
@@ -69,9 +72,7 @@ def read_card(folder: Path) -> Card:
             folder, f"no {CARD_NAME} in it", "Give a folder that `ggl-audit prior train` wrote."
         )
     try:
-        return Card.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise InputError(path, "not valid YAML") from None
+        return Card.model_validate(read_yaml(path).data)
     except ValidationError as error:
         key, problem, _ = first_problem(error, lambda _: Card.model_fields)
         raise InputError(path, f"not a prior's card ({dotted(key)}: {problem})") from None

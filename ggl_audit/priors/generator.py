@@ -1,4 +1,4 @@
-"""The conditional generator that ``ggl-audit prior train`` trains."""
+"""The generator that ``ggl-audit prior train`` trains, conditional or not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Architecture(BaseModel):
     Attributes:
         channels: 1 or 3.
         size: height and width in pixels, such that halving leads to 4 to 7 pixels.
-        classes: the labels are 0 to classes - 1.
+        classes: the labels are 0 to classes - 1; None for a generator that takes no label.
         latent: the dimension of the latent, standard normal.
         width: feature maps of the first block; each further block has half as many.
     """
@@ -29,7 +29,7 @@ class Architecture(BaseModel):
 
     channels: Annotated[int, Field(ge=1, le=4)]
     size: Annotated[int, Field(ge=8, le=128)]
-    classes: Annotated[int, Field(ge=1, le=10_000)]
+    classes: Annotated[int, Field(ge=1, le=10_000)] | None
     latent: Annotated[int, Field(ge=1, le=4096)]
     width: Annotated[int, Field(ge=8, le=1024)] = 48
 
@@ -55,6 +55,11 @@ class Architecture(BaseModel):
         """The size of the first feature maps."""
         return self.size >> self.doublings
 
+    @property
+    def groups(self) -> int:
+        """The parts of the data with a code distribution each: the classes, or all as one."""
+        return self.classes or 1
+
 
 def activate(features: torch.Tensor) -> torch.Tensor:
     """The leaky rectifier of all networks here."""
@@ -67,6 +72,7 @@ class Generator(nn.Module):
     A latent first becomes a code of its class, ``code_mean + code_axes @ latent``: a Gaussian with
     the mean and covariance that the class' training images have in the code space, along its
     principal axes. So standard normal latents draw the class, and a search starts in its middle.
+    Without classes all images are of one group, and no labels are given.
     """
 
     code_mean: torch.Tensor
@@ -75,12 +81,12 @@ class Generator(nn.Module):
     def __init__(self, architecture: Architecture, hidden: int = 128) -> None:
         super().__init__()
         self.architecture = architecture
-        classes, latent = architecture.classes, architecture.latent
+        groups, latent = architecture.groups, architecture.latent
         doublings = architecture.doublings
         widths = [max(16, architecture.width >> i) for i in range(doublings)]
-        self.register_buffer("code_mean", torch.zeros(classes, latent))
-        self.register_buffer("code_axes", torch.eye(latent).repeat(classes, 1, 1))
-        self.hidden = nn.Linear(latent + classes, hidden)
+        self.register_buffer("code_mean", torch.zeros(groups, latent))
+        self.register_buffer("code_axes", torch.eye(latent).repeat(groups, 1, 1))
+        self.hidden = nn.Linear(latent + groups, hidden)
         self.spread = nn.Linear(hidden, widths[0] * architecture.start**2)
         # Each convolution makes four maps for one, which pixel_shuffle lays out at twice the size.
         self.blocks = nn.ModuleList(
@@ -89,15 +95,23 @@ class Generator(nn.Module):
         self.output = nn.Conv2d(widths[-1], 4 * architecture.channels, 3, padding=1)
         initialize(self)
 
-    def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Maps (n, latent) and (n,) to (n, channels, size, size) in [-1, 1]."""
+    def forward(self, latents: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Maps (n, latent) and (n,) to (n, channels, size, size) in [-1, 1].
+
+        Raises:
+            ValueError: there are classes, but no labels are given.
+        """
+        if labels is None:
+            if self.architecture.classes is not None:
+                raise ValueError("a conditional generator takes latents and labels")
+            labels = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
         turned = torch.bmm(self.code_axes[labels], latents[:, :, None])[:, :, 0]
         return self.decode(self.code_mean[labels] + turned, labels)
 
     def decode(self, codes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Maps codes (n, latent) and labels (n,) to images."""
         start = self.architecture.start
-        labels_hot = F.one_hot(labels, self.architecture.classes).to(codes.dtype)
+        labels_hot = F.one_hot(labels, self.architecture.groups).to(codes.dtype)
         features = activate(self.hidden(torch.cat([codes, labels_hot], dim=1)))
         features = activate(self.spread(features)).unflatten(1, (-1, start, start))
         for block in self.blocks:

@@ -1,20 +1,23 @@
-"""Loads the prior that a spec names: bundled, trained by this tool, or from a factory."""
+"""Loads the prior that a spec names: bundled, trained by this tool, or the user's own."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ggl_audit.errors import InputError, SpecError, nearest
-from ggl_audit.inputs.factories import build_module
-from ggl_audit.inputs.images import ImageSet, fingerprints, read_image_set
+from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.tensors import read_tensors
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME, read_card
 from ggl_audit.priors.generator import Generator
-from ggl_audit.priors.prior import Prior
+from ggl_audit.priors.latents import DeclaredLatents
+from ggl_audit.priors.own import load_own
+from ggl_audit.priors.prior import Conversion, Prior
+from ggl_audit.priors.trial import try_out
 from ggl_audit.spec import LatentSpec, PriorSpec, Spec
 
 SAMPLES_TOGETHER = 256
@@ -33,7 +36,7 @@ def bundled_names() -> list[str]:
 
 
 def prior_folder(spec: PriorSpec, base: Path) -> Path | None:
-    """The folder of a bundled or trained prior; None for a factory's.
+    """The folder of a bundled or trained prior; None for the user's own.
 
     Raises:
         SpecError: there is no bundled prior of that name.
@@ -50,35 +53,38 @@ def prior_folder(spec: PriorSpec, base: Path) -> Path | None:
 
 
 def load_prior(spec: Spec, model: ClientModel) -> Prior:
-    """Loads the prior and checks that it draws what the model takes.
+    """Loads the prior, and tries whether it draws what the model takes.
 
     Raises:
-        SpecError: its images have another size, or it does not know all the model's classes.
+        SpecError: its images have another size or range, it does not know all the model's classes,
+            or the user's generator cannot be searched.
         InputError: a file is missing or broken.
     """
-    folder = prior_folder(spec.prior, spec.folder)
-    prior = _from_factory(spec, model.classes) if folder is None else load_trained(folder)
-    prior.generator.to(model.device).eval().requires_grad_(requires_grad=False)
-    try:
-        shape = prior.shape()
-    except (Exception, SystemExit) as error:
-        # A factory's generator is the user's own code.
-        raise SpecError(
-            ("prior",), f"the generator fails on two latents ({type(error).__name__}: {error})"
-        ) from error
-    if shape != model.shape:
+    declared = spec.prior
+    folder = prior_folder(declared, spec.folder)
+    if folder is None:
+        prior = load_own(spec, model)
+    else:
+        prior = load_trained(folder)
+        prior.generator.to(model.device)
+        if declared.colour is not None or declared.resize is not None:
+            # The reference images are of another size than those that it was trained on.
+            conversion = Conversion(colour=declared.colour, resize=declared.resize)
+            prior = replace(prior, conversion=conversion, seen=None)
+    if prior.classes is not None and model.targets is not None:
         raise SpecError(
             ("prior",),
-            f"{prior.source} draws images of {list(shape)} (channels, height, width); "
-            f"the model takes {list(model.shape)}",
-            "Give a prior of that size: `ggl-audit prior train` makes one from your images.",
+            f"{prior.source} draws images of a class, but what images are to give is more than a "
+            "class",
+            "Give an unconditional one.",
         )
     if prior.classes is not None and prior.classes < model.classes:
         raise SpecError(
             ("prior",),
             f"{prior.source} knows {prior.classes} classes; the model has {model.classes}",
         )
-    return prior
+    doubts = try_out(prior, declared, model.shape, model.classes, spec.seed, model.device)
+    return replace(prior, doubts=tuple(doubts))
 
 
 def load_trained(folder: Path) -> Prior:
@@ -97,9 +103,8 @@ def load_trained(folder: Path) -> Prior:
         raise InputError(path, f"does not fit the architecture in {CARD_NAME}") from None
     return Prior(
         generator=generator.eval().requires_grad_(requires_grad=False),
-        latent=LatentSpec(shape=[card.architecture.latent]),
+        space=DeclaredLatents(LatentSpec(shape=[card.architecture.latent])),
         classes=card.architecture.classes,
-        output_range=(-1.0, 1.0),
         source=f"prior {folder.name}",
         seen=_seen(folder / SEEN_NAME),
     )
@@ -112,35 +117,6 @@ def _seen(path: Path) -> frozenset[int] | None:
     if marks is None or marks.ndim != 1 or marks.dtype != torch.int64:
         raise InputError(path, "holds no fingerprints of the images that the prior was trained on")
     return frozenset(marks.tolist())
-
-
-def _from_factory(spec: Spec, classes: int) -> Prior:
-    declared = spec.prior
-    assert declared.factory is not None
-    assert declared.latent is not None
-    torch.manual_seed(spec.seed)
-    generator = build_module(declared.factory, declared.kwargs, spec.folder, "prior")
-    if declared.weights is not None:
-        path = spec.resolve(declared.weights)
-        try:
-            generator.load_state_dict(read_tensors(path))
-        except RuntimeError as error:
-            first = str(error).strip().splitlines()
-            raise InputError(
-                path, f"does not fit {declared.factory}: {first[-1].strip()}"
-            ) from None
-    trained_on = None
-    if declared.trained_on is not None:
-        key = ("prior", "trained_on")
-        trained_on = read_image_set(declared.trained_on, spec.folder, key, "prior")
-    return Prior(
-        generator=generator,
-        latent=declared.latent,
-        classes=classes if declared.conditional else None,
-        output_range=declared.output_range,
-        source=f"prior {declared.factory}",
-        seen=None if trained_on is None else frozenset(fingerprints(trained_on.images)),
-    )
 
 
 def sample_images(prior: Prior, labels: torch.Tensor, random: np.random.Generator) -> ImageSet:

@@ -11,12 +11,20 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save
 
-from ggl_audit.errors import AuditError
+from ggl_audit.errors import AuditError, InputError
 from ggl_audit.files import write_whole
 from ggl_audit.inputs.images import ImageSet, fingerprints, to_picture
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, SHEET_NAME, WEIGHTS_NAME, Card, render_card
+from ggl_audit.priors.checkpoint import (
+    CHECKPOINT_NAME,
+    restore_checkpoint,
+    settings_of,
+    write_checkpoint,
+)
+from ggl_audit.priors.classes import place_in_class
 from ggl_audit.priors.generator import Architecture, Generator
-from ggl_audit.priors.training import Schedule, invert, train_generator
+from ggl_audit.priors.held_out import apart
+from ggl_audit.priors.training import Schedule, Training, invert
 from ggl_audit.validation import first_problem
 
 INVERTED_IMAGES = 64
@@ -29,44 +37,73 @@ def make_prior(
     folder: Path,
     seen: ImageSet,
     unseen: ImageSet | None,
-    latent: int,
+    architecture: Architecture,
     schedule: Schedule,
     device: torch.device,
     command: str,
     licence: str,
-    advance: Callable[[], None],
+    advance: Callable[[int], None],
+    checkpoint_steps: int = 200,
+    *,
+    resume: bool = False,
 ) -> Card:
     """Trains a generator and writes its folder; the card comes last, so a folder with one is whole.
+
+    Until then the folder holds a checkpoint. A KeyboardInterrupt out of ``advance``, which is
+    called between steps, leaves one of the last step.
 
     Args:
         folder: to write; made if it is not there.
         seen: what to train on.
         unseen: what to measure the inversion PSNR on, or None.
-        latent: the dimension of the latent.
+        architecture: of the generator, as :func:`architecture_for` gives it.
         schedule: how long and how.
         device: where to train.
         command: for the card.
         licence: for the card.
-        advance: told after each step.
+        advance: told how many steps more are done, of ``schedule.steps`` and then, where there are
+            unseen images, ``INVERSION_STEPS``.
+        checkpoint_steps: steps from one checkpoint to the next.
+        resume: go on from the checkpoint in the folder.
 
     Raises:
-        AuditError: the images cannot be trained on, or the folder cannot be written.
+        AuditError: the images cannot be measured on, the training diverged, the folder cannot be
+            written, it holds a checkpoint though ``resume`` is not asked for, or one of another
+            training.
     """
-    architecture = _architecture(seen, latent)
-    if unseen is not None and unseen.images.shape[1:] != seen.images.shape[1:]:
-        raise AuditError(f"the images of {unseen.source} and {seen.source} differ in size")
-    if unseen is not None and unseen.classes > seen.classes:
-        raise AuditError(f"{unseen.source} has classes that {seen.source} does not have")
+    if unseen is not None:
+        unseen = apart(unseen, seen)
+    if not resume and (folder / CHECKPOINT_NAME).exists():
+        raise InputError(
+            folder / CHECKPOINT_NAME,
+            "a training was interrupted here",
+            "--resume goes on with it; delete the file to start anew.",
+        )
+    settings = settings_of(seen, architecture, schedule, device)
+    training = Training(seen, architecture, schedule, device)
+    if resume:
+        restore_checkpoint(folder, training, settings)
+        advance(training.done)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AuditError(f"{folder}: cannot be made ({error.strerror})") from None
-    generator = train_generator(seen, architecture, schedule, device, advance)
+    while training.done < schedule.steps:
+        training.advance()
+        try:
+            advance(1)
+        except KeyboardInterrupt:
+            write_checkpoint(folder, training, settings)
+            raise
+        if training.done % checkpoint_steps == 0 or training.done == schedule.steps:
+            write_checkpoint(folder, training, settings)
     inversion = None
     if unseen is not None:
-        inversion, _ = invert(generator, _balanced(unseen, INVERTED_IMAGES))
+        some = _balanced(unseen, INVERTED_IMAGES)
+        inversion, _ = invert(training.generator, some, advance=advance)
     card = Card(
         data=f"{seen.source}, {len(seen)} images",
+        held_out="none" if unseen is None else f"{unseen.source}, {len(unseen)} images",
         command=command,
         seed=schedule.seed,
         steps=schedule.steps,
@@ -74,27 +111,45 @@ def make_prior(
         inversion=inversion,
         architecture=architecture,
     )
-    weights = {name: t.cpu().contiguous() for name, t in generator.state_dict().items()}
+    weights = {n: t.cpu().contiguous() for n, t in training.generator.state_dict().items()}
+    (folder / CARD_NAME).unlink(missing_ok=True)
     write_whole(folder / WEIGHTS_NAME, save(weights))
-    write_whole(folder / SHEET_NAME, _sample_sheet(generator))
+    write_whole(folder / SHEET_NAME, _sample_sheet(training.generator))
     write_whole(folder / SEEN_NAME, save({"fingerprints": _fingerprints(seen)}))
     write_whole(folder / CARD_NAME, render_card(card).encode())
+    (folder / CHECKPOINT_NAME).unlink()
     return card
 
 
-def _architecture(seen: ImageSet, latent: int) -> Architecture:
-    channels, height, width = seen.images.shape[1:]
-    if height != width:
-        raise AuditError(f"{seen.source}: images of {height}x{width}; expected square ones")
+def architecture_for(
+    seen: ImageSet, latent: int, width: int, *, conditional: bool = True
+) -> Architecture:
+    """The architecture that draws images like those of a set.
+
+    Args:
+        seen: what it is to be trained on.
+        latent: the dimension of the latent.
+        width: feature maps of the generator's first block.
+        conditional: whether the generator takes a label.
+
+    Raises:
+        AuditError: the images cannot be trained on.
+    """
+    channels, height, across = seen.images.shape[1:]
+    if height != across:
+        raise AuditError(f"{seen.source}: images of {height}x{across}; expected square ones")
     counts = torch.bincount(seen.labels)
     if int(counts.min()) < 2:
         few = int(counts.argmin())
         raise AuditError(
-            f"{seen.source}: class {few} has {int(counts[few])} images; each class up to the "
-            "largest label needs 2 or more"
+            f"{seen.source}: class {few} has {int(counts[few])} images to train on; each class up "
+            "to the largest label needs 2 or more"
         )
+    classes = seen.classes if conditional else None
     try:
-        return Architecture(channels=channels, size=height, classes=seen.classes, latent=latent)
+        return Architecture(
+            channels=channels, size=height, classes=classes, latent=latent, width=width
+        )
     except ValidationError as error:
         _, problem, _ = first_problem(error, lambda _: Architecture.model_fields)
         raise AuditError(f"{seen.source}: {problem}") from None
@@ -102,12 +157,7 @@ def _architecture(seen: ImageSet, latent: int) -> Architecture:
 
 def _balanced(data: ImageSet, count: int) -> ImageSet:
     """The first images of each class in turn, (count,) at most."""
-    seen: dict[int, int] = {}
-    turns = []
-    for label in data.labels.tolist():
-        seen[label] = seen.get(label, 0) + 1
-        turns.append(seen[label])
-    order = torch.tensor(turns).argsort(stable=True)[:count]
+    order = place_in_class(data.labels).argsort(stable=True)[:count]
     return ImageSet(data.images[order], data.labels[order], data.source)
 
 
@@ -117,7 +167,7 @@ def _fingerprints(seen: ImageSet) -> torch.Tensor:
 
 
 def _sample_sheet(generator: Generator) -> bytes:
-    rows = min(generator.architecture.classes, MOST_ROWS)
+    rows = min(generator.architecture.groups, MOST_ROWS)
     device = generator.code_mean.device
     random = torch.Generator(device=device).manual_seed(0)
     labels = torch.arange(rows, device=device).repeat_interleave(SAMPLES_A_CLASS)

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ggl_audit.inputs.images import Shape
-from ggl_audit.spec import LatentSpec
+from ggl_audit.priors.latents import LatentSpace
+
+LUMA = (0.299, 0.587, 0.114)
+"""ITU-R BT.601, as Pillow's ``convert("L")``."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """From a generator's output to the images that the model takes.
+
+    Attributes:
+        output_range: the generator's values for black and white.
+        colour: what is done to the channels; None for nothing.
+        resize: height and width to resize to; None for nothing.
+    """
+
+    output_range: tuple[float, float] = (-1.0, 1.0)
+    colour: Literal["grey_to_rgb", "rgb_to_grey"] | None = None
+    resize: tuple[int, int] | None = None
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        """Maps (n, channels, height, width) to images in [0, 1]; what is beyond is cut off."""
+        black, white = self.output_range
+        images = ((output - black) / (white - black)).clamp(0, 1)
+        if self.colour == "grey_to_rgb":
+            images = images.expand(-1, 3, -1, -1)
+        elif self.colour == "rgb_to_grey":
+            luma = torch.tensor(LUMA, dtype=images.dtype, device=images.device)
+            images = (images * luma.view(3, 1, 1)).sum(dim=1, keepdim=True)
+        if self.resize is not None:
+            images = F.interpolate(
+                images, self.resize, mode="bilinear", antialias=True, align_corners=False
+            ).clamp(0, 1)
+        return images
 
 
 @dataclass(frozen=True)
@@ -17,28 +50,43 @@ class Prior:
     """A generator whose latent space can be searched.
 
     The search runs in standard normal coordinates of dimension ``size`` whatever the generator's
-    own latent distribution is; :meth:`decode` maps them.
+    own latents are; :meth:`decode` maps them.
 
     Attributes:
         generator: the module, in eval mode, on its device.
-        latent: shape and distribution of what the generator takes.
+        space: from coordinates to latents.
         classes: the number of labels it knows, or None when it takes no label.
-        output_range: the generator's values for black and white.
         source: what it is, for the report.
+        labels: what it takes for a label; of no matter where it takes none.
+        embedding: (classes, features), for labels: embedding.
+        conversion: from its output to the model's images.
         seen: fingerprints of the images it was trained on; None where they are not known.
+        doubts: why its pictures may not be what it was trained to draw.
     """
 
     generator: nn.Module
-    latent: LatentSpec
+    space: LatentSpace
     classes: int | None
-    output_range: tuple[float, float]
     source: str
+    labels: Literal["index", "one_hot", "embedding"] = "index"
+    embedding: torch.Tensor | None = None
+    conversion: Conversion = Conversion()
     seen: frozenset[int] | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
         """The number of latent coordinates."""
-        return math.prod(self.latent.shape)
+        return self.space.size
+
+    def inputs(self, latents: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the generator is called with: its own latents, and its own form of the labels."""
+        own = self.space(latents)
+        if self.classes is None:
+            return (own,)
+        if self.labels == "one_hot":
+            return own, F.one_hot(labels, self.classes).to(own.dtype)
+        return own, labels if self.embedding is None else self.embedding[labels].to(own.dtype)
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Maps latents to images.
@@ -50,28 +98,5 @@ class Prior:
         Returns:
             (n, channels, height, width) in [0, 1].
         """
-        if self.latent.distribution == "uniform":
-            latents = torch.erf(latents / math.sqrt(2))  # 2 Phi(z) - 1
-        latents = latents.reshape(-1, *self.latent.shape)
-        inputs = (latents,) if self.classes is None else (latents, labels)
-        black, white = self.output_range
-        images: torch.Tensor = (self.generator(*inputs) - black) / (white - black)
-        return images.clamp(0, 1)
-
-    def shape(self) -> Shape:
-        """The (channels, height, width) of what it draws, found by drawing two images.
-
-        Raises:
-            ValueError: it does not draw an image for each latent, or draws what is not finite.
-        """
-        device = next((p.device for p in self.generator.parameters()), torch.device("cpu"))
-        latents = torch.zeros(2, self.size, device=device)
-        latents[1] = 1
-        with torch.no_grad():
-            images = self.decode(latents, torch.zeros(2, dtype=torch.long, device=device))
-        if images.ndim != 4 or len(images) != 2:
-            raise ValueError(f"it makes {tuple(images.shape)} of two latents")
-        if not bool(torch.isfinite(images).all()):
-            raise ValueError("it draws values that are NaN or infinite")
-        _, channels, height, width = images.shape
-        return channels, height, width
+        output: torch.Tensor = self.generator(*self.inputs(latents, labels))
+        return self.conversion(output.to(latents.dtype))

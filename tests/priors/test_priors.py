@@ -13,8 +13,9 @@ from ggl_audit.inputs.images import ImageSet, digits
 from ggl_audit.inputs.model import load_model
 from ggl_audit.priors.card import read_card
 from ggl_audit.priors.generator import Architecture, Generator
+from ggl_audit.priors.latents import DeclaredLatents
 from ggl_audit.priors.loading import bundled_folder, load_prior, load_trained
-from ggl_audit.priors.making import make_prior
+from ggl_audit.priors.making import architecture_for, make_prior
 from ggl_audit.priors.prior import Prior
 from ggl_audit.priors.training import Schedule, augment, invert
 from ggl_audit.spec import LatentSpec, Spec
@@ -24,8 +25,8 @@ CPU = torch.device("cpu")
 
 def made(folder: Path, seen: ImageSet, **schedule: int) -> None:
     make_prior(
-        folder, seen, None, 6, Schedule(**{"steps": 4, **schedule}), CPU, "a test", "none",
-        lambda: None,
+        folder, seen, None, architecture_for(seen, 6, 48), Schedule(**{"steps": 4, **schedule}),
+        CPU, "a test", "none", lambda steps: None,
     )  # fmt: skip
 
 
@@ -63,8 +64,8 @@ def test_sizes_and_channels(channels: int, size: int, tmp_path: Path) -> None:
     images = ImageSet(torch.rand(8, channels, size, size), torch.tensor([0, 1] * 4), "noise")
     made(tmp_path / "p", images)
     prior = load_trained(tmp_path / "p")
-    assert prior.shape() == (channels, size, size)
     drawn = prior.decode(torch.randn(3, 6), torch.tensor([0, 1, 0]))
+    assert drawn.shape == (3, channels, size, size)
     assert 0 <= float(drawn.min()) <= float(drawn.max()) <= 1
 
 
@@ -119,7 +120,7 @@ def test_a_uniform_latent_is_drawn_uniformly() -> None:
             return latents
 
     latent = LatentSpec(shape=[1, 1, 1], distribution="uniform")
-    prior = Prior(Identity(), latent, None, (-1.0, 1.0), "identity")
+    prior = Prior(Identity(), DeclaredLatents(latent), None, "identity")
     normal = torch.randn(5000, 1, generator=torch.Generator().manual_seed(0))
     drawn = prior.decode(normal, torch.zeros(5000, dtype=torch.long)).flatten()
     assert kstest(drawn.numpy(), "uniform").pvalue > 0.001
@@ -166,7 +167,7 @@ def test_a_generator_of_the_users_own(sample: Callable[..., Spec], tmp_path: Pat
     assert (prior.size, prior.classes) == (5, None)
     assert float(prior.decode(torch.zeros(1, 5), torch.zeros(1).long()).min()) == 1.0
     save_file({"up.bias": torch.zeros(1)}, tmp_path / "gan.safetensors")
-    with pytest.raises(InputError, match="does not fit"):
+    with pytest.raises(InputError, match=r"has no 'up\.weight'"):
         load_prior(spec, model)
     images = digits("private")
     made(tmp_path / "p", ImageSet(images.images, images.labels % 2, "two"))

@@ -1,3 +1,22 @@
-"""ggl-audit: what a federated-learning gradient gives away, measured against controls."""
+"""ggl-audit: what a federated-learning gradient gives away, measured against controls.
+
+From a client's training code, :func:`capture` writes a gradient and :func:`capture_update` the
+update of local training, as files that an audit can read.
+"""
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "capture", "capture_update"]
+
+if TYPE_CHECKING:
+    from ggl_audit.recording import capture, capture_update
+else:
+
+    def __getattr__(name: str) -> object:
+        """Imports what is asked for only then, as PyTorch takes seconds (PEP 562)."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from ggl_audit import recording
+
+        return getattr(recording, name)

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SPECS := $(wildcard sample_specs/digits_*.yaml)
 
-.PHONY: audit test samples clean
+.PHONY: audit test samples pneumonia clean
 
 audit: $(VENV)/installed
 	$(BIN)/ggl-audit run sample_specs/digits_sparsified.yaml --exit-zero -o report.html -o report.json
@@ -15,12 +15,19 @@ test: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-# Makes every file below sample_specs/ that is not a spec or code, bit for bit.
+# Makes the weights and captures of the digits below sample_specs/ again, bit for bit.
 samples: $(VENV)/installed
 	$(BIN)/python sample_specs/make_samples.py
 	for spec in $(SPECS); do \
 		$(BIN)/ggl-audit capture $$spec --image sample_specs/captures/private.png --label 2 || exit; \
 	done
+
+# The same for the radiographs, given the data: make pneumonia NPZ=PATH/pneumoniamnist.npz
+pneumonia: $(VENV)/installed
+	$(BIN)/python sample_specs/make_pneumonia.py $(NPZ)
+	$(BIN)/ggl-audit capture sample_specs/pneumonia.yaml --label 0 \
+		--image sample_specs/captures/radiograph.png \
+		--set 'evidence.reference={npz: $(abspath $(NPZ)), split: test}'
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed" if sys.version_info < (3, 10) else 0)'

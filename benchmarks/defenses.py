@@ -250,6 +250,7 @@ def faces_task(scratch: Path) -> Task:
         "(`benchmarks/faces.yaml`). They show few people often, so that candidates are alike.",
         base=HERE / "faces.yaml",
         budget={
+            "prior.weights": str(FACE_GENERATOR),
             "attack.evaluations": 2000,
             "evidence.matching_trials": 100,
             "evidence.reconstruction_trials": 10,

@@ -14,15 +14,17 @@ from ggl_audit.loading import load_client
 from ggl_audit.setting import Setting, labels_of
 
 USUAL_NORMALIZATIONS = {
-    1: (([0.0], [1.0]), ([0.5], [0.5]), ([0.1307], [0.3081])),
+    1: (([0.0], [1.0]), ([0.5], [0.5]), ([0.1307], [0.3081]), ([0.0], [1 / 255])),
     3: (
         ([0.0], [1.0]),
+        ([0.0], [1 / 255]),
         ([0.5], [0.5]),
         ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
     ),
 }
 MOST_SWAPS = 10
+COLOURS = 3
 
 
 def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
@@ -33,7 +35,9 @@ def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
     def other_model(cause: str, **changes: Any) -> Iterator[tuple[str, Setting]]:
         changed = spec.model_copy(update={"model": declared.model_copy(update=changes)})
         try:
-            defense, model = load_client(changed, setting.model.device)
+            defense, model = load_client(
+                changed, setting.model.device, unsent=setting.captured.unsent
+            )
             Matching(model, defense).try_out()
         except SpecError:
             return  # as it cannot be so
@@ -47,10 +51,21 @@ def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
             changed = declared.input.model_copy(update={"mean": mean, "std": std})
             cause = f"the images were normalized with mean {mean} and std {std}"
             yield from other_model(cause, input=changed)
+    if declared.input.shape[0] == COLOURS:
+        other = "bgr" if declared.input.channels == "rgb" else "rgb"
+        changed = declared.input.model_copy(update={"channels": other})
+        yield from other_model(f"the channels are in the order {other}", input=changed)
     if spec.capture.kind == "update":
         negative = {name: -tensor for name, tensor in setting.observed.items()}
         cause = "the update is the weights after training minus those before"
-        labels = labels_of(spec, setting.model, negative, setting.members, setting.reference)
+        labels = labels_of(
+            spec,
+            setting.model,
+            setting.defense,
+            negative,
+            setting.members,
+            setting.reference,
+        )
         yield cause, replace(setting, observed=negative, labels=labels)
     same = [
         (first, second)

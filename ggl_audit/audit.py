@@ -53,7 +53,8 @@ def run_audit(spec: Spec, progress: Progress) -> Report:
     """
     started = time.perf_counter()
     setting = prepare(spec)
-    evidence, measured = spec.evidence, Measurements()
+    evidence = spec.evidence
+    measured = Measurements(others=[Measurements() for _ in setting.others])
 
     def begin(stage: str) -> None:
         measured.stage = stage
@@ -79,6 +80,8 @@ def run_audit(spec: Spec, progress: Progress) -> Report:
 
         begin("the attack on the capture")
         attack_capture(setting, measured, advance)
+        for other, its in zip(setting.others, measured.others, strict=True):
+            attack_capture(other, its, advance)
 
         begin("reconstruction and the null control")
         reconstruct(setting, canaries, measured, advance)

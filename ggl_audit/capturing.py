@@ -28,7 +28,7 @@ def capture_gradient(spec: Spec, images: Sequence[Path], labels: Sequence[int]) 
     Args:
         spec: declares the model, the defense and the seed of the clients' randomness.
         images: picture files of the model's size, ``capture.batch_size`` for each client.
-        labels: their class indices.
+        labels: their class indices; none where the spec has ``capture.targets``.
 
     Returns:
         What is seen, float32.
@@ -38,6 +38,15 @@ def capture_gradient(spec: Spec, images: Sequence[Path], labels: Sequence[int]) 
     """
     cpu = torch.device("cpu")
     defense, model = load_client(spec, cpu, torch.float64)
+    if spec.capture.targets is not None:
+        if labels:
+            raise AuditError("labels are given, and capture.targets too: give one of them")
+        assert model.targets is not None
+        labels = model.targets.captured
+    elif model.targets is not None:
+        raise SpecError(
+            ("capture", "targets"), "not given, but reference labels are more than class indices"
+        )
     for label in labels:
         if not 0 <= label < model.classes:
             raise SpecError(

@@ -13,11 +13,11 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.gradient import Gradient, each, stack, take, unstack
-from ggl_audit.inputs.capture import fit_gradient
+from ggl_audit.inputs.capture import fit_capture
 from ggl_audit.inputs.images import ImageSet
 
 Step = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]
-"""The client's own training step: from (model, images, labels) to what it sends."""
+"""The client's own training step: from (model, images, labels or targets) to what it sends."""
 
 
 class Client(Protocol):
@@ -154,11 +154,12 @@ class OwnClient:
         model, generator = self.matching.model, context.generator
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
+            if model.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
             try:
-                sent = self.step(
-                    copy.deepcopy(model.module), (images - model.mean) / model.std, labels
-                )
+                targets = model.targets_of(labels)
+                sent = self.step(copy.deepcopy(model.module), model.normalize(images), targets)
             except (Exception, SystemExit) as error:
                 # Whatever the user's own code raises is a fault in the input.
                 raise _fault(f"failed with {type(error).__name__}: {error}") from error
@@ -166,7 +167,13 @@ class OwnClient:
             isinstance(t, torch.Tensor) for t in sent.values()
         ):
             raise _fault(f"returned a {type(sent).__name__}; expected tensors by parameter name")
-        return fit_gradient({n: t.detach() for n, t in sent.items()}, model, _fault)
+        fitted = fit_capture({n: t.detach() for n, t in sent.items()}, model, _fault)
+        if fitted.unsent:
+            raise _fault(
+                f"returned no {fitted.unsent[0]!r}",
+                "Declare capture.unsent where some parameters are never sent.",
+            )
+        return fitted.gradient
 
 
 def _fault(problem: str, hint: str = "") -> SpecError:

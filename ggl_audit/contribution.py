@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch.func import grad, vmap
 
 from ggl_audit.defenses import Context, Drawn, Pipeline
+from ggl_audit.errors import SpecError
 from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.spec import LocalTrainingSpec
@@ -26,9 +26,19 @@ class Contribution:
     Args:
         model: the client's model, and how it is trained.
         defense: its steps on the data, on the model and on each sample act in here.
+
+    Raises:
+        SpecError: the defense changes targets that cannot be changed.
     """
 
     def __init__(self, model: ClientModel, defense: Pipeline) -> None:
+        first = torch.zeros(1, dtype=torch.long, device=model.device)
+        if defense.changes_images and model.mixable_targets_of(first) is None:
+            raise SpecError(
+                ("defense",),
+                f"{defense} changes images and may change what they are to give, which is not "
+                "known for a loss of one's own or a target for each pixel",
+            )
         self._model = model
         self._defense = defense
         self._reduced: Callable[..., Gradient] = grad(self._loss)
@@ -62,10 +72,11 @@ class Contribution:
     def _gradient(
         self, parameters: Gradient, images: torch.Tensor, labels: torch.Tensor, drawn: Drawn
     ) -> Gradient:
-        targets = labels
+        targets = self._model.targets_of(labels)
         if self._defense.changes_images:
-            targets = F.one_hot(labels, self._model.classes).to(images.dtype)
-            images, targets = self._defense.transform(images, targets, drawn)
+            mixable = self._model.mixable_targets_of(labels)
+            assert mixable is not None
+            images, targets = self._defense.transform(images, mixable.to(images.dtype), drawn)
         if not self._defense.per_sample:
             return self._reduced(parameters, images, targets, drawn)
         order = torch.arange(len(images), device=images.device)

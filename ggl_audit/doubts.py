@@ -1,6 +1,6 @@
-"""Are the client's own code and the attacker's replica what they are taken for?
+"""Are the capture, the client's own code and the attacker's replica what they are taken for?
 
-Both are tried on a few public images. What is found wrong is a doubt about a low ceiling.
+The last two are tried on a few public images. What is found wrong is a doubt about a low ceiling.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from ggl_audit.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.defenses import Context, Pipeline, is_own, relative_l2
 from ggl_audit.evidence.consistency import check_remainder, check_truth
 from ggl_audit.gradient import norm, take
+from ggl_audit.inputs.capture import Capture
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.randomness import client_context
@@ -21,6 +22,23 @@ REPLICA_IS_CLOSE = 0.05
 
 MANY = 16
 """Images of a release, of which more are tried only once."""
+
+
+def capture_doubts(captured: Capture, spec: Spec) -> list[str]:
+    """What of the parameters that are not in the capture may make a client's release larger."""
+    local = spec.capture.local
+    doubts = []
+    if captured.unsent:
+        more = f" and {len(captured.unsent) - 1} more" if len(captured.unsent) > 1 else ""
+        doubts.append(
+            f"the capture lacks {captured.unsent[0]}{more}, which capture.unsent does not declare: "
+            "a client that sends them gives more away"
+        )
+    if spec.capture.unsent and local is not None and local.steps(spec.capture.batch_size) > 1:
+        doubts.append(
+            "parameters that are not sent change in local training, which is replayed without that"
+        )
+    return doubts
 
 
 def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: ImageSet) -> list[str]:
@@ -45,7 +63,9 @@ def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Imag
         one = take(sent, index)
         checks = defense.verify(one)
         if defense.leaves_only_noise():
-            checks.append(check_truth(client.matching, defense, one, image, reference.images[1:]))
+            told = None if client.matching.model.targets is None else labels[index, None]
+            others = reference.images[1:]
+            checks.append(check_truth(client.matching, defense, one, image, others, told))
         wrong = [check for check in checks if check.outcome == "contradicts"]
         if wrong:
             return [f"the client's own code contradicts {wrong[0].step}: {wrong[0].detail}"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ggl_audit.alternatives import alternatives
+from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attack.matching import LatentObjective, Matching, pictures
 from ggl_audit.attack.search import SearchResult, search
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
@@ -37,6 +38,7 @@ from ggl_audit.evidence.promise import (
 from ggl_audit.gradient import Gradient, concatenate, flat, norm, shares, stack, take, unstack
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import has_batch_norm
+from ggl_audit.optimizers import optimizer_factory
 from ggl_audit.setting import Setting
 
 CANARIES_TOGETHER = 25
@@ -81,15 +83,15 @@ class Measurements:
         repeated: the pictures of all searches of the capture, (searches, channels, height, width).
         agreement_db: mean PSNR between the pictures of independent searches of the capture.
         null_agreement_db: the same for the random gradient.
-        rank: of the truth, by its distance to the picture.
-        matching_rank: of the truth, by candidate matching.
-        candidates: how many the truth was ranked among.
+        ranks: of each truth, by its distance to the nearest picture.
+        matching_ranks: of each truth, by candidate matching, all other images being known.
         floor: canaries that the attack identified and the null control did not, by each distance.
         null: canaries that the null control identified, by the declared distance.
         canary_losses: the losses of the canaries' pictures.
         null_losses: the losses of the null control's pictures, the capture's included.
         likeness: of the capture to the canaries' gradients.
         undefended: canaries that the attack identified without the defense.
+        others: what became of the further captures of the round.
     """
 
     stage: str | None = "preparation"
@@ -104,27 +106,28 @@ class Measurements:
     repeated: torch.Tensor | None = None
     agreement_db: float | None = None
     null_agreement_db: float | None = None
-    rank: int | None = None
-    matching_rank: int | None = None
-    candidates: int | None = None
+    ranks: list[int | None] = field(default_factory=list)
+    matching_ranks: list[int | None] = field(default_factory=list)
     floor: dict[str, ReconstructionRate] = field(default_factory=dict)
     null: ReconstructionRate | None = None
     canary_losses: list[float] = field(default_factory=list)
     null_losses: list[float] = field(default_factory=list)
     likeness: Likeness | None = None
     undefended: ReconstructionRate | None = None
+    others: list[Measurements] = field(default_factory=list)
 
 
 def match_candidates(
     setting: Setting, trials: Trials, measured: Measurements, advance: Advance
 ) -> None:
     """Measures the ceiling, how often the label is recovered, and matching without the defense."""
-    captured = setting.captured_trial()
-    if captured is not None:
-        matching = Matching(setting.model, setting.defense)
-        random = setting.random("captured ties")
-        measured.matching_rank = match(matching, captured, stack([setting.observed]), random)[0]
-        measured.candidates = captured.candidates.shape[1]
+    matching, random = Matching(setting.model, setting.defense), setting.random("captured ties")
+    observed = stack([setting.observed])
+    measured.matching_ranks = [
+        # The attacker tries a candidate as its client's first image.
+        None if one is None or not matching.adds_up else match(matching, one, observed, random)[0]
+        for one in setting.captured_trials()
+    ]
     if len(trials) == 0:
         return
     chance = 1 / setting.spec.evidence.candidates
@@ -133,7 +136,7 @@ def match_candidates(
         setting, setting.client, setting.defense, trials, "matching", advance
     )
     measured.ceiling = measure_rate(hits, done, chance, planned)
-    if setting.model.head is not None:
+    if not why_not_inferred(setting.model, setting.members):
         guessed = blind_labels(setting.model.classes, setting.members)
         measured.label = measure_rate(labels_right, done, guessed, planned)
     if setting.defense.steps:
@@ -197,9 +200,11 @@ def identify_members(
 
 def can_identify_members(setting: Setting) -> bool:
     """Whether a release is of several images whose shares add up."""
-    local, batch_size = setting.model.local, setting.model.batch_size
-    adds_up = setting.defense.adds_up() and (local is None or batch_size == 1)
-    mixed = has_batch_norm(setting.model.module) and setting.model.module.training
+    model = setting.model
+    local, batch_size = model.local, model.batch_size
+    one = batch_size == 1
+    adds_up = setting.defense.adds_up() and (one or (local is None and model.criterion.adds_up))
+    mixed = has_batch_norm(model.module) and model.module.training
     enough = len(setting.reference) // 2 >= setting.members + setting.spec.evidence.candidates
     return setting.members > 1 and adds_up and enough and not (mixed and batch_size > 1)
 
@@ -260,11 +265,13 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
     measured.repeated = images[:SEARCHES_COMPARED]
     measured.agreement_db = _agreement_db(measured.repeated)
     measured.null_agreement_db = _agreement_db(images[SEARCHES_COMPARED:])
-    captured = setting.captured_trial()
-    if captured is not None and not setting.prior_saw_truth:
+    if not setting.prior_saw_truth:
         distance = candidate_distances(setting.model, setting.lpips)[setting.distance]
         random = setting.random("captured reconstruction ties")
-        measured.rank = reconstruction_ranks(images[:1], captured, distance, random)[0]
+        measured.ranks = [
+            None if one is None else reconstruction_ranks(images[:1], one, distance, random)[0]
+            for one in setting.captured_trials()
+        ]
 
 
 def reconstruct(
@@ -327,8 +334,6 @@ def reconstruct(
     null = sum(null_hits[setting.distance])
     measured.null = _rate(null, torch.cat(null_pictures), done_canaries, planned)
     canary_losses, null_losses = torch.cat(losses, dim=1).tolist()
-    measured.canary_losses = canary_losses
-    measured.null_losses = [*null_losses, measured.captured_null.loss]
     if not setting.defense.steps:
         controls = done_canaries.first(setting.spec.evidence.control_trials)
         if len(controls):
@@ -336,9 +341,13 @@ def reconstruct(
             right = sum(hits[setting.distance][: len(controls)])
             controls_planned = min(planned, setting.spec.evidence.control_trials)
             measured.undefended = _rate(right, found, controls, controls_planned)
-    measured.likeness = _likeness(
-        setting, measured, torch.cat(agreements, dim=1), concatenate(gradients), advance
-    )
+    agreement, sent = torch.cat(agreements, dim=1), concatenate(gradients)
+    others = zip(setting.others, measured.others, strict=True)
+    for of, own in ((setting, measured), *others):
+        assert own.captured_null is not None
+        own.canary_losses = canary_losses
+        own.null_losses = [*null_losses, own.captured_null.loss]
+        own.likeness = _likeness(of, own, agreement, sent, advance)
 
 
 def reconstruct_undefended(
@@ -376,13 +385,14 @@ def run_matching(
     """Counts canaries that matching identifies, those whose label is inferred, and all of them."""
     matching = Matching(setting.model, defense)
     context, random = setting.context(f"{purpose} clients"), setting.random(f"{purpose} ties")
-    head, evidence = setting.model.head, setting.spec.evidence
+    infers = not why_not_inferred(setting.model, setting.members)
+    evidence = setting.spec.evidence
     hits = labels_right = done = 0
     held = 4 * setting.model.size * setting.defense.aggregation.clients
     for part in trials.batches(max(1, min(CANARIES_TOGETHER, HELD_BYTES // held))):
         observed = client.send(*part.members, context)
         hits += match(matching, part, observed, random).count(1)
-        if head is not None:
+        if infers:
             inferred = setting.infer(observed).reshape(len(part), -1).sort(dim=1).values
             true = part.members[1].reshape(len(part), -1).sort(dim=1).values
             labels_right += int((inferred == true).all(1).sum())
@@ -421,9 +431,11 @@ def run_search(
     matching = Matching(setting.model, defense, attack.distance)
     objective = LatentObjective(matching, setting.prior, observed, labels, attack.regularizer)
     random = setting.random(purpose)
-    seeds = random.integers(2**32, size=(len(labels), attack.restarts)).tolist()
+    make_optimizer = optimizer_factory(attack, objective.dimension)
+    searches = (len(labels), attack.restarts, objective.parts)
+    seeds = random.integers(2**32, size=searches)
     budget = evaluations or attack.evaluations
-    result = search(objective, setting.make_optimizer, seeds, budget, advance)
+    result = search(objective, make_optimizer, seeds, budget, advance)
     found = pictures(setting.prior, result.latents, labels.reshape(len(labels), -1))
     return result, found if labels.ndim == 2 else found[:, 0]
 

@@ -118,11 +118,12 @@ def planned_matching(setting: Setting) -> int:
 
 
 def planned_searches(setting: Setting) -> int:
-    """The searches of the capture, the canaries, the null control and the undefended control."""
+    """The searches of the captures, the canaries, the null control and the undefended control."""
     evidence = setting.spec.evidence
     canaries = len(setting.trials().first(evidence.reconstruction_trials))
     controls = min(evidence.control_trials, canaries) if setting.defense.steps else 0
-    return 2 * (SEARCHES_COMPARED + canaries) + controls
+    captures = 1 + len(setting.others)
+    return 2 * (captures * SEARCHES_COMPARED + canaries) + controls
 
 
 def evaluations_each(setting: Setting) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.func import vmap
 
 from ggl_audit.defenses import DPSGD, Pipeline, build_pipeline, is_own
-from ggl_audit.errors import SpecError
+from ggl_audit.errors import Key, SpecError, nearest
 from ggl_audit.gradient import each, take
 from ggl_audit.inputs.model import ClientModel, load_model
 from ggl_audit.randomness import client_context
@@ -15,9 +18,18 @@ from ggl_audit.spec import Spec
 
 
 def load_client(
-    spec: Spec, device: torch.device, dtype: torch.dtype = torch.float32
+    spec: Spec,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    unsent: Collection[str] = (),
 ) -> tuple[Pipeline, ClientModel]:
     """Builds the declared defense and the client's model under it.
+
+    Args:
+        spec: declares both.
+        device: where the model is to be.
+        dtype: of its parameters.
+        unsent: parameters that are never sent, beside those that are declared so.
 
     Raises:
         AuditError: one of them cannot be built, or they do not fit each other.
@@ -37,6 +49,15 @@ def load_client(
             raise misfit(error) from None
 
     model = load_model(spec, device, dtype, wrap)
+    fixed = {
+        *_named(spec.model.frozen, model, ("model", "frozen")),
+        *_named(spec.capture.unsent, model, ("capture", "unsent")),
+        *unsent,
+    }
+    if len(fixed) == len(model.parameters):
+        raise SpecError(("capture", "unsent"), "no parameter is left that is trained and sent")
+    if fixed:
+        model = model.without(fixed)
     try:
         defense = defense.bind(model)
     except ValueError as error:
@@ -50,6 +71,21 @@ def load_client(
             "Declare stage: defended, or make the capture with `ggl-audit capture`.",
         )
     return defense, model
+
+
+def _named(patterns: list[str], model: ClientModel, key: Key) -> list[str]:
+    """The trained parameters that names or patterns stand for."""
+    named = []
+    for index, pattern in enumerate(patterns):
+        own = fnmatch.filter(model.parameters, pattern)
+        if not own:
+            raise SpecError(
+                (*key, index),
+                f"{pattern!r} is no trained parameter of the model",
+                nearest(pattern, model.parameters),
+            )
+        named += own
+    return named
 
 
 def _check_dp_sgd(spec: Spec) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ggl_audit.attack.labels import infer_labels, infer_several
+from ggl_audit.attack.labels import (
+    infer_labels,
+    infer_ones,
+    infer_several,
+    scale_of_one,
+    usual_head,
+    why_not_inferred,
+)
 from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.defenses import (
@@ -19,21 +25,24 @@ from ggl_audit.defenses import (
     Pipeline,
 )
 from ggl_audit.defenses.sec_adam import last_gradient
-from ggl_audit.doubts import client_doubts, replica_doubts
+from ggl_audit.doubts import capture_doubts, client_doubts, replica_doubts
 from ggl_audit.environment import choose_device
-from ggl_audit.errors import NothingToMeasureError, SpecError
+from ggl_audit.errors import InputError, Key, NothingToMeasureError, SpecError
+from ggl_audit.evidence.appearance import appearance
+from ggl_audit.evidence.assignment import assign_labels
 from ggl_audit.evidence.consistency import check_truth
 from ggl_audit.evidence.fidelity import Perceptual, load_lpips
 from ggl_audit.evidence.guarantee import Guarantee, account
 from ggl_audit.evidence.identification import Trials, captured_trial, draw_trials
+from ggl_audit.evidence.last_layer import check_last_layer, look_at_last_layer
 from ggl_audit.files import sha256
 from ggl_audit.gradient import Gradient, each, norm, stack, unstack
-from ggl_audit.inputs.capture import read_capture
+from ggl_audit.inputs.capture import Capture, read_capture, read_update
 from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image, read_image_set
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.loading import load_client
-from ggl_audit.optimizers import Optimizer, optimizer_factory
+from ggl_audit.optimizers import optimizer_factory
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME
 from ggl_audit.priors.loading import load_prior, prior_folder, sample_images
 from ggl_audit.priors.prior import Prior
@@ -41,7 +50,6 @@ from ggl_audit.randomness import client_context, stream
 from ggl_audit.spec import Spec
 
 SAMPLED_CLASSES = 10
-PUBLIC_IMAGES = 256
 NORMS_COMPARED = 8
 
 
@@ -54,18 +62,21 @@ class Setting:
         model: the client's model.
         defense: the declared steps.
         client: what canaries' gradients are made by.
-        client_doubts: why the client's own code may not stand for the client of the capture.
+        doubts: why canaries' gradients may not stand for what the client of the capture sends.
         guarantee: what the declared defense promises; None where nothing is, or not enough is said.
         prior: the generator to search.
         reference: public images for candidates and canaries.
         left_out: how many reference images are not used, as the prior was trained on them.
+        captured: the capture as it was read.
         observed: the captured gradient as the attacker sees it, defended.
         checks: the capture against each declared step.
         labels: of the images that the capture is made of, inferred or declared.
-        truth: (channels, height, width), or None where the auditor does not hold it.
-        prior_saw_truth: whether the prior was trained on the truth.
-        make_optimizer: from a seed to a fresh optimizer.
+        truths: (k, channels, height, width), the images that the capture is made of, client by
+            client; (0, ...) where the auditor does not hold them.
+        truth_labels: of these; None where it is not known which label belongs to which image.
+        prior_saw_truth: whether the prior was trained on any of them.
         lpips: the perceptual metric, or None.
+        others: the same for further captures of the round, which are only checked and attacked.
         files: the files that were read, as the spec names them, with their SHA-256.
     """
 
@@ -73,19 +84,21 @@ class Setting:
     model: ClientModel
     defense: Pipeline
     client: Client
-    client_doubts: list[str]
+    doubts: list[str]
     guarantee: Guarantee | None
     prior: Prior
     reference: ImageSet
     left_out: int
+    captured: Capture
     observed: Gradient
     checks: list[Check]
     labels: list[int]
-    truth: torch.Tensor | None
+    truths: torch.Tensor
+    truth_labels: list[int] | None
     prior_saw_truth: bool
-    make_optimizer: Callable[[int], Optimizer]
     lpips: Perceptual | None
     files: list[tuple[str, str]]
+    others: list[Setting] = field(default_factory=list)
 
     def random(self, purpose: str) -> np.random.Generator:
         """A stream of randomness for one purpose, decided by the spec's seed alone."""
@@ -104,12 +117,24 @@ class Setting:
         return knows_order and self.defense.has_likelihood()
 
     @functools.cached_property
+    def usual(self) -> Gradient:
+        """What a client computes from reference images, undefended; a leading dimension n."""
+        images, labels = self.reference.sets(NORMS_COMPARED, self.model.batch_size)
+        return Matching(self.model, self.defense).gradients(images, labels)
+
+    @functools.cached_property
     def usual_norm(self) -> float:
         """The median norm of what a client computes from reference images, undefended."""
-        images, labels = self.reference.sets(NORMS_COMPARED, self.model.batch_size)
-        gradients = Matching(self.model, self.defense).gradients(images, labels)
-        norms = [float(norm(gradient)) for gradient in unstack(gradients)]
-        return float(np.median(norms))
+        return float(np.median([float(norm(gradient)) for gradient in unstack(self.usual)]))
+
+    @functools.cached_property
+    def appearance(self) -> list[str]:
+        """What the capture looks like, in sentences, where that can be told."""
+        gradient, model = self.captured.gradient, self.model
+        plain = self.spec.model.loss.is_plain
+        seen = look_at_last_layer(model, gradient, self.captured.rounding) if plain else None
+        usual = None if seen is None else usual_head(model, self.reference)
+        return appearance(gradient, self.usual, model, seen, usual)
 
     @property
     def distance(self) -> str:
@@ -129,16 +154,18 @@ class Setting:
             self.reference, most, evidence.candidates, random, companions=self.members - 1
         )
 
-    def captured_trial(self) -> Trials | None:
-        """The truth among candidates of its class; None where it or they are lacking.
-
-        Nor is there one for a release of more images, as nobody says which class is the truth's.
-        """
-        if self.truth is None or self.members > 1:
-            return None
-        wanted = self.spec.evidence.candidates
-        random = self.random("captured candidates")
-        return captured_trial(self.truth, self.labels[0], self.reference, wanted, random)
+    def captured_trials(self) -> list[Trials | None]:
+        """Each truth among candidates of its class; None where that or they are lacking."""
+        if self.truth_labels is None:
+            return [None] * len(self.truths)
+        random, wanted = self.random("captured candidates"), self.spec.evidence.candidates
+        batch_size = self.model.batch_size
+        return [
+            captured_trial(
+                self.truths, self.truth_labels, place, batch_size, self.reference, wanted, random
+            )
+            for place in range(len(self.truths))
+        ]
 
     def labels_seen(self, observed: Gradient, true_labels: torch.Tensor) -> torch.Tensor:
         """The labels that the attacker assigns to t gradients, in the way of the captured one.
@@ -155,7 +182,7 @@ class Setting:
         Args:
             observed: tensors with a leading dimension t.
         """
-        return _infer(self.model, observed, self.members, self.reference)
+        return _infer(self.model, self.defense, observed, self.members, self.reference)
 
 
 def prepare(spec: Spec) -> Setting:
@@ -170,14 +197,12 @@ def prepare(spec: Spec) -> Setting:
         torch.backends.cudnn.deterministic = True
     capture = spec.capture
     defense, model = load_client(spec, device)
+    captured = _captured(spec, model, defense)
+    if captured.unsent:
+        defense, model = load_client(spec, device, unsent=captured.unsent)
     Matching(model, defense).try_out()
-    gradient = _captured(spec, model, defense)
-    if capture.stage == "raw":
-        context = client_context(spec.seed, "captured client", device)
-        gradient = defense.apply(gradient, context)
-        checks = []
-    else:
-        checks = defense.verify(gradient)
+    gradient, checks = _observe(spec, model, defense, captured)
+    members = capture.batch_size * defense.aggregation.clients
     if spec.evidence.distance == "representation" and model.head is None:
         raise SpecError(
             ("evidence", "distance"),
@@ -185,14 +210,13 @@ def prepare(spec: Spec) -> Setting:
             "Declare pixels, or lpips with its weights.",
         )
     prior = load_prior(spec, model)
+    optimizer_factory(spec.attack, prior.size)  # refuses what cannot be used before all else
     lpips = spec.evidence.lpips
-    truth = spec.evidence.truth
-    private = None if truth is None else read_image(spec.resolve(truth), model.shape).to(device)
-    mark = frozenset() if private is None else frozenset(fingerprints(private[None]))
-    seen = prior.seen or frozenset()
+    truths = _truths(spec, model, members)
+    marks, seen = frozenset(fingerprints(truths)), prior.seen or frozenset()
     public = _reference(spec, model, prior)
     left_out = len(public) - len(public.without(seen))
-    reference = public.without(seen | mark)
+    reference = public.without(seen | marks)
     if len(reference) == 0:
         raise SpecError(
             ("evidence", "reference"),
@@ -200,17 +224,19 @@ def prepare(spec: Spec) -> Setting:
             "On these the prior does better than on private images. Give others.",
         )
     guarantee = _guarantee(spec, model, defense)
-    members = capture.batch_size * defense.aggregation.clients
-    if private is not None and members == 1 and defense.leaves_only_noise():
-        matching = Matching(model, defense)
-        checks.append(check_truth(matching, defense, gradient, private, reference.images))
+    labels = labels_of(spec, model, defense, gradient, members, reference)
+    truth_labels, truth_checks = _check_truths(
+        spec, model, defense, gradient, truths, labels, reference
+    )
+    checks += truth_checks
     client = _client(spec, model, defense, reference)
-    return Setting(
+    setting = Setting(
         spec=spec,
         model=model,
         defense=defense,
         client=client,
-        client_doubts=[
+        doubts=[
+            *capture_doubts(captured, spec),
             *client_doubts(client, spec, defense, reference),
             *replica_doubts(model, defense, spec, reference),
         ],
@@ -218,18 +244,71 @@ def prepare(spec: Spec) -> Setting:
         prior=prior,
         reference=reference,
         left_out=left_out,
+        captured=captured,
         observed=gradient,
         checks=checks,
-        labels=labels_of(spec, model, gradient, members, reference),
-        truth=private,
-        prior_saw_truth=bool(mark & seen),
-        make_optimizer=optimizer_factory(spec.attack, members * prior.size),
+        labels=labels,
+        truths=truths,
+        truth_labels=truth_labels,
+        prior_saw_truth=bool(marks & seen),
         lpips=None if lpips is None else load_lpips(lpips, spec.resolve(lpips.weights), device),
         files=_files(spec, reference),
     )
+    others = [_other(setting, number) for number in range(len(capture.others))]
+    return replace(setting, others=others)
 
 
-def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Gradient:
+def _observe(
+    spec: Spec, model: ClientModel, defense: Pipeline, captured: Capture
+) -> tuple[Gradient, list[Check]]:
+    """What the attacker sees, and the capture against the declared steps, model and loss."""
+    gradient, raw = captured.gradient, spec.capture.stage == "raw"
+    if raw:
+        context = client_context(spec.seed, "captured client", model.device)
+        gradient, checks = defense.apply(gradient, context), []
+    else:
+        checks = defense.verify(gradient)
+    if spec.model.loss.is_plain:
+        applied = Pipeline() if raw else defense
+        members = model.batch_size * defense.aggregation.clients
+        check = check_last_layer(model, applied, captured.gradient, members, captured.rounding)
+        checks += [] if check is None else [check]
+    return gradient, checks
+
+
+def _other(setting: Setting, number: int) -> Setting:
+    """The setting of another capture of the round; its images are not held.
+
+    Raises:
+        AuditError: it cannot be read, does not fit, or lacks other parameters than the first.
+    """
+    first, model, defense = setting.spec, setting.model, setting.defense
+    capture = first.capture.model_copy(
+        update={"gradient": first.capture.others[number], "others": [], "labels": "infer"}
+    )
+    spec = first.model_copy(update={"capture": capture})
+    captured = _captured(spec, model, defense)
+    if captured.unsent:
+        raise InputError(
+            spec.resolve(first.capture.others[number]),
+            f"has no {captured.unsent[0]!r}, which the first capture has",
+            "Captures that lack different parameters are audits of their own.",
+        )
+    observed, checks = _observe(spec, model, defense, captured)
+    return replace(
+        setting,
+        spec=spec,
+        captured=captured,
+        observed=observed,
+        checks=checks,
+        labels=labels_of(spec, model, defense, observed, setting.members, setting.reference),
+        truths=setting.truths[:0],
+        truth_labels=None,
+        prior_saw_truth=False,
+    )
+
+
+def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Capture:
     """Reads the capture; Adam's moments are taken apart into the gradient that they hold.
 
     Raises:
@@ -244,27 +323,48 @@ def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Gradient:
             "to measure, which is not the same as safe",
             f"Audit what {holder} sees: view: key_holder, with the decrypted gradient.",
         )
-    gradient = read_capture(spec.resolve(capture.gradient), model)
+    if capture.after is not None:
+        before = None if capture.before is None else spec.resolve(capture.before)
+        return read_update(before, spec.resolve(capture.after), model)
+    assert capture.gradient is not None
+    captured = read_capture(spec.resolve(capture.gradient), model)
     if capture.kind != "moments":
-        return gradient
-    before = each(torch.zeros_like, gradient)
+        return captured
+    previous = each(torch.zeros_like, captured.gradient)
     if capture.previous is not None:
-        before = read_capture(spec.resolve(capture.previous), model)
-    return last_gradient(gradient, before, capture.beta1)
+        path = spec.resolve(capture.previous)
+        previous = read_capture(path, model).gradient
+        if previous.keys() != captured.gradient.keys():
+            odd = min(previous.keys() ^ captured.gradient.keys())
+            raise InputError(path, f"{odd!r} is only in one of capture.previous and the capture")
+    gradient = last_gradient(captured.gradient, previous, capture.beta1)
+    return replace(captured, gradient=gradient)
 
 
 def _reference(spec: Spec, model: ClientModel, prior: Prior) -> ImageSet:
     evidence = spec.evidence
     if evidence.reference is None:
         others = np.linspace(0, model.classes - 1, min(SAMPLED_CLASSES, model.classes)).round()
-        declared = [] if spec.capture.labels == "infer" else spec.capture.labels
+        if model.targets is not None:
+            raise SpecError(
+                ("evidence", "reference"),
+                "not given, but what images are to give is more than a class, and the prior's "
+                "samples have no such targets",
+                "Give an npz whose labels are such targets.",
+            )
+        declared = spec.capture.labels if isinstance(spec.capture.labels, list) else []
         classes = sorted({*declared, *map(int, others)})
         trials = max(evidence.matching_trials, evidence.reconstruction_trials)
         many = max(2 * evidence.candidates, -(-trials // len(classes)))
         labels = torch.tensor(classes, device=model.device).repeat_interleave(many)
         return sample_images(prior, labels, stream(spec.seed, "prior samples"))
     reference = read_image_set(
-        evidence.reference, spec.folder, ("evidence", "reference"), "reference", model.shape
+        evidence.reference,
+        spec.folder,
+        ("evidence", "reference"),
+        "reference",
+        model.shape,
+        targets=True,
     ).to(model.device)
     if reference.classes > model.classes:
         raise SpecError(
@@ -273,6 +373,54 @@ def _reference(spec: Spec, model: ClientModel, prior: Prior) -> ImageSet:
             f"{model.classes} classes, 0 to {model.classes - 1}",
         )
     return reference
+
+
+def _truths(spec: Spec, model: ClientModel, members: int) -> torch.Tensor:
+    paths = spec.evidence.truth
+    if len(paths) not in (0, members):
+        raise SpecError(
+            ("evidence", "truth"),
+            f"names {len(paths)} images; the capture is made of {members}",
+            "Give all of them, in the order of capture.labels and client by client, or none.",
+        )
+    images = [read_image(spec.resolve(path), model.shape) for path in paths]
+    return torch.stack(images).to(model.device) if images else torch.zeros(0, *model.shape)
+
+
+def _check_truths(
+    spec: Spec,
+    model: ClientModel,
+    defense: Pipeline,
+    observed: Gradient,
+    truths: torch.Tensor,
+    labels: list[int],
+    reference: ImageSet,
+) -> tuple[list[int] | None, list[Check]]:
+    """Compares the capture with the private images, where these are held.
+
+    Returns:
+        The label of each, None where it is not known, and what came of the comparison.
+    """
+    told = spec.capture.labels != "infer" or len(set(labels)) == 1
+    known = labels if told else None
+    if len(truths) == 0 or not defense.leaves_only_noise():
+        return known, []
+    matching = Matching(model, defense)
+    if len(truths) == 1:
+        # Of class indices every one is tried; targets of one's own may be too many.
+        own = None if model.targets is None else torch.tensor(labels, device=model.device)
+        return known, [check_truth(matching, defense, observed, truths[0], reference.images, own)]
+    ordered = labels
+    if not told:
+        scale = scale_of_one(model, defense, len(truths))
+        ordered = assign_labels(observed, model, truths, labels, scale)
+    of_each = torch.tensor(ordered, device=model.device)
+    check = check_truth(matching, defense, observed, truths, reference.images, of_each)
+    if told:
+        return labels, [check]
+    if check.outcome == "contradicts":
+        return None, []  # the images may be the right ones, with their labels in another order
+    return None if defense.is_random() else ordered, [check]
 
 
 def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageSet) -> Client:
@@ -339,57 +487,98 @@ def _guarantee(spec: Spec, model: ClientModel, defense: Pipeline) -> Guarantee |
 
 
 def labels_of(
-    spec: Spec, model: ClientModel, observed: Gradient, members: int, reference: ImageSet
+    spec: Spec,
+    model: ClientModel,
+    defense: Pipeline,
+    observed: Gradient,
+    members: int,
+    reference: ImageSet,
 ) -> list[int]:
     """The labels of the captured images, as declared or as the capture gives them away.
 
     Raises:
         SpecError: they cannot be inferred, are not of the model, or are too few or too many.
     """
-    declared = spec.capture.labels
+    declared, targets = spec.capture.labels, model.targets
+    key: Key = ("capture", "targets" if declared is None else "labels")
     if declared == "infer":
-        if model.head is None:
-            raise SpecError(
-                ("capture", "labels"),
-                "the model does not end in a trained linear layer, so the label cannot be inferred",
-                "Declare it: labels: [3].",
-            )
-        return _infer(model, stack([observed]), members, reference).flatten().tolist()
-    for index, label in enumerate(declared):
+        reason = why_not_inferred(model, members)
+        if reason:
+            raise SpecError(key, reason, _declare_labels(model))
+        inferred = _infer(model, defense, stack([observed]), members, reference)
+        labels = inferred.flatten().tolist()
+        if targets is not None and model.head is not None:
+            ones = infer_ones(stack([observed]), model.head)[0]
+            if not torch.equal(ones, targets.rows[labels[0]].bool()):
+                shown = ", ".join(map(str, ones.nonzero().flatten().tolist())) or "none"
+                raise SpecError(
+                    key,
+                    f"the capture gives away that of the labels {shown} apply, which is so for no "
+                    f"image of {reference.source}",
+                    _declare_labels(model),
+                )
+        return labels
+    if declared is None:
+        assert targets is not None
+        labels = list(targets.captured)
+    elif targets is not None:
+        raise SpecError(key, "class indices, but reference labels are not", _declare_labels(model))
+    else:
+        labels = declared
+    for index, label in enumerate(labels):
         if label >= model.classes:
             raise SpecError(
-                ("capture", "labels", index),
+                (*key, index),
                 f"{label}; the model has {model.classes} classes, 0 to {model.classes - 1}",
             )
-    if len(declared) != members:
+    if len(labels) != members:
         raise SpecError(
-            ("capture", "labels"),
-            f"labels has {len(declared)} entries; the capture is made of {members} images",
+            key,
+            f"{key[1]} has {len(labels)} entries; the capture is made of {members} images",
         )
-    return declared
+    return labels
+
+
+def _declare_labels(model: ClientModel) -> str:
+    if model.targets is None:
+        return "Declare it: labels: [3]."
+    return "Declare capture.targets, a file of one tensor with a row for each captured image."
 
 
 def _infer(
-    model: ClientModel, observed: Gradient, members: int, reference: ImageSet
+    model: ClientModel, defense: Pipeline, observed: Gradient, members: int, reference: ImageSet
 ) -> torch.Tensor:
     assert model.head is not None
-    if members == 1:
+    if members > 1:
+        scale = scale_of_one(model, defense, members)
+        return infer_several(observed, model, usual_head(model, reference), members, scale)
+    if model.criterion.shows == "lowest":
         return infer_labels(observed, model.head)
-    with torch.no_grad():
-        spread = torch.linspace(0, len(reference) - 1, min(PUBLIC_IMAGES, len(reference)))
-        logits = model.logits(model.parameters, reference.images[spread.long().to(model.device)])
-    return infer_several(observed, model.head, logits.softmax(1).mean(0), members)
+    ones = infer_ones(observed, model.head)
+    if model.targets is None:
+        return ones[:, 0].long()
+    return torch.cdist(ones.to(model.targets.rows), model.targets.rows, p=1).argmin(dim=1)
 
 
 def _files(spec: Spec, reference: ImageSet) -> list[tuple[str, str]]:
     named = [
         spec.capture.gradient,
+        *spec.capture.others,
+        spec.capture.before,
+        spec.capture.after,
         spec.capture.previous,
+        spec.capture.targets,
+        spec.model.torchscript,
+        spec.model.exported,
         spec.model.weights,
         spec.prior.weights,
-        spec.evidence.truth,
+        spec.prior.torchscript,
+        spec.prior.exported,
+        spec.prior.embedding,
+        *spec.evidence.truth,
         spec.evidence.lpips.weights if spec.evidence.lpips else None,
-        *(_factory_file(factory) for factory in (spec.model.factory, spec.prior.factory)),
+        *map(_factory_file, (spec.model.factory, spec.model.loss.factory)),
+        *map(_factory_file, (spec.prior.factory, spec.prior.latent_mapping)),
         _factory_file(spec.client.step) if spec.client else None,
         *(_factory_file(step.factory) for step in spec.defense),
     ]

@@ -7,13 +7,29 @@ them absolute, relative to the folder of the spec.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
 
 from ggl_audit.errors import Key
+
+Pixels = Annotated[int, Field(ge=1)]
+Split = Literal["train", "val", "test"]
+
+MODEL_SOURCES = ("factory", "torchscript", "exported")
+PRIOR_SOURCES = ("bundled", "trained", "factory", "torchscript", "exported")
+LARGEST_LATENT = 100_000
 
 
 class _Section(BaseModel):
@@ -30,6 +46,9 @@ class ImageFormat(_Section):
     std: list[Annotated[float, Field(gt=0)]] = Field(
         default=[1.0], description="one value, or one a channel"
     )
+    channels: Literal["rgb", "bgr"] = Field(
+        default="rgb", description="bgr: as OpenCV reads; mean and std are in this order"
+    )
 
     @model_validator(mode="after")
     def _one_value_or_one_a_channel(self) -> ImageFormat:
@@ -39,29 +58,88 @@ class ImageFormat(_Section):
                     f"{name} has {len(getattr(self, name))} values; "
                     f"expected 1 or {self.shape[0]} (the channels of shape)"
                 )
+        if self.channels == "bgr" and self.shape[0] != 3:
+            raise ValueError(f"channels: bgr is for 3 channels; shape has {self.shape[0]}")
         return self
 
 
 class LossSpec(_Section):
-    """The client's training loss; ``scale`` multiplies it, as a loss weight would."""
+    """The client's training loss; ``scale`` multiplies it, as a loss weight would.
 
-    name: Literal["cross_entropy"] = "cross_entropy"
+    One's own is called as ``loss(outputs, targets)``, returns a scalar for the batch, and does the
+    reduction that is declared here by itself.
+    """
+
+    name: Literal["cross_entropy", "binary_cross_entropy"] | None = Field(
+        default="cross_entropy", description="both take logits; unless there is a factory"
+    )
+    factory: str | None = Field(
+        default=None,
+        description="file.py:callable or package.module:callable, one's own; a class is made first",
+    )
+    kwargs: dict[str, Any] = Field(default={}, description="of the factory")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="for cross_entropy")
+    weight: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="of each class, for cross_entropy"
+    )
+    pos_weight: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="of each logit's ones, for binary_cross_entropy"
+    )
     reduction: Literal["mean", "sum"] = Field(default="mean", description="over the batch")
     scale: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_or_factory(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("factory") is not None:
+            data = {"name": None, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _what_belongs_to_the_loss(self) -> LossSpec:
+        if (self.name is None) == (self.factory is None):
+            raise ValueError("give either name or factory")
+        if self.factory is None and self.kwargs:
+            raise ValueError("kwargs are for a factory")
+        if self.name != "cross_entropy" and (self.label_smoothing or self.weight):
+            raise ValueError("label_smoothing and weight are for cross_entropy")
+        if self.name != "binary_cross_entropy" and self.pos_weight:
+            raise ValueError("pos_weight is for binary_cross_entropy")
+        return self
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is cross-entropy without label smoothing and weights."""
+        return self.name == "cross_entropy" and not self.label_smoothing and not self.weight
+
+    def __str__(self) -> str:
+        names = {"cross_entropy": "cross-entropy", "binary_cross_entropy": "binary cross-entropy"}
+        return self.factory or names[str(self.name)]
 
 
 class ModelSpec(_Section):
     """The client's model at the round of the capture."""
 
-    factory: str = Field(
-        description="file.py:callable beside the spec, package.module:callable, or torchvision:name"
+    factory: str | None = Field(
+        default=None,
+        description="file.py:callable beside the spec, package.module:callable, or "
+        "torchvision:name",
     )
-    kwargs: dict[str, Any] = {}
+    torchscript: Path | None = Field(default=None, description="a file of torch.jit.save")
+    exported: Path | None = Field(
+        default=None, description="a file of torch.export.save, with a dynamic batch dimension"
+    )
+    kwargs: dict[str, Any] = Field(default={}, description="of the factory")
     weights: Path | None = Field(
-        default=None, description=".safetensors, .pt (weights only) or .npz"
+        default=None,
+        description="tensors by name or in order: .safetensors, .pt, .npz; those of the program, "
+        "or of the factory, unless given",
     )
     input: ImageFormat
     loss: LossSpec = LossSpec()
+    frozen: list[str] = Field(
+        default=[], description="parameters that are not trained, as names or patterns: features.*"
+    )
     mode: Literal["eval", "train"] = Field(
         default="eval", description="train: batch norm uses the statistics of the batch"
     )
@@ -69,9 +147,27 @@ class ModelSpec(_Section):
     @model_validator(mode="before")
     @classmethod
     def _loss_by_name(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("loss"), str):
-            data = {**data, "loss": {"name": data["loss"]}}
+        if isinstance(data, dict) and isinstance(loss := data.get("loss"), str):
+            data = {**data, "loss": {"factory" if ":" in loss else "name": loss}}
         return data
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSpec:
+        if sum(getattr(self, source) is not None for source in MODEL_SOURCES) != 1:
+            raise ValueError(f"give exactly one of {', '.join(MODEL_SOURCES)}")
+        if self.factory is None and self.kwargs:
+            raise ValueError("kwargs are for a factory")
+        return self
+
+    @property
+    def source(self) -> str:
+        """The key that says where the model is from."""
+        return next(source for source in MODEL_SOURCES if getattr(self, source) is not None)
+
+    @property
+    def origin(self) -> str:
+        """What that key says."""
+        return str(getattr(self, self.source))
 
 
 class LocalTrainingSpec(_Section):
@@ -94,11 +190,30 @@ class LocalTrainingSpec(_Section):
         default="fixed", description="shuffled: drawn anew in each epoch, unknown to the attacker"
     )
 
+    def steps(self, images: int) -> int:
+        """The number of local steps on so many images."""
+        return self.epochs * -(-images // (self.batch_size or images))
+
 
 class CaptureSpec(_Section):
     """What was captured and what is known of it."""
 
-    gradient: Path = Field(description=".safetensors, .pt (weights only) or .npz")
+    gradient: Path | None = Field(
+        default=None, description="tensors by name or in order: .safetensors, .pt, .npz"
+    )
+    before: Path | None = Field(
+        default=None, description="with after: weights before training; the model's unless given"
+    )
+    after: Path | None = Field(
+        default=None, description="for kind: update, in place of gradient: weights after training"
+    )
+    others: list[Path] = Field(
+        default=[],
+        description="captures of other clients in the same round, each checked and attacked too",
+    )
+    unsent: list[str] = Field(
+        default=[], description="parameters that are never sent, as names or patterns: head.*"
+    )
     kind: Literal["gradient", "update", "moments"] = Field(
         default="gradient",
         description="update: weights before local training minus those after; moments: Adam's "
@@ -113,11 +228,45 @@ class CaptureSpec(_Section):
         default="defended", description="raw: the tool applies the declared defense first"
     )
     batch_size: int = Field(default=1, ge=1, description="images of one client")
-    labels: Literal["infer"] | list[Annotated[int, Field(ge=0)]] = "infer"
+    labels: Literal["infer"] | list[Annotated[int, Field(ge=0)]] | None = Field(
+        default="infer", description="class indices; none where there are targets"
+    )
+    targets: Path | None = Field(
+        default=None,
+        description="what the images were to give, where that is more than a class: a tensor with "
+        "a row for each, as the labels of the reference set",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _targets_in_place_of_labels(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("targets") is not None:
+            data = {"labels": None, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _labels_or_targets(self) -> CaptureSpec:
+        if (self.labels is None) == (self.targets is None):
+            raise ValueError("give labels or targets, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CaptureSpec:
+        if (self.gradient is None) == (self.after is None):
+            raise ValueError("give gradient, or after (a checkpoint) for kind: update")
+        if self.after is not None and self.kind != "update":
+            raise ValueError("after is for kind: update")
+        if self.before is not None and self.after is None:
+            raise ValueError("before is for after, the checkpoint after training")
+        if self.others and (self.gradient is None or self.kind == "moments" or self.targets):
+            raise ValueError("others are for captures that gradient names, without targets")
+        return self
 
     @model_validator(mode="after")
     def _labels_for_every_client(self) -> CaptureSpec:
-        if self.labels != "infer" and (not self.labels or len(self.labels) % self.batch_size):
+        if isinstance(self.labels, list) and (
+            not self.labels or len(self.labels) % self.batch_size
+        ):
             raise ValueError(
                 f"labels has {len(self.labels)} entries; expected {self.batch_size} "
                 "(capture.batch_size) for each client, or 'infer'"
@@ -187,12 +336,29 @@ class GuaranteeSpec(_Section):
 
 
 class LatentSpec(_Section):
-    """The shape and the distribution of what a generator takes."""
+    """The shape and the distribution of what a generator takes, each value drawn by itself."""
 
-    shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    distribution: Literal["normal", "uniform"] = Field(
-        default="normal", description="normal: N(0, 1); uniform: U[-1, 1]"
+    shape: list[Annotated[int, Field(ge=1)]] = Field(
+        min_length=1, description="without the batch: [64], or [100, 1, 1]"
     )
+    distribution: Literal["normal", "uniform", "truncated"] = Field(
+        default="normal",
+        description="normal: N(0, 1); uniform: U[-1, 1]; truncated: N(0, 1) within +-truncation",
+    )
+    truncation: float = Field(
+        default=2.0,
+        gt=0,
+        le=6,
+        description="for distribution: truncated (BigGAN, Brock et al., ICLR 2019, draws within 2)",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> LatentSpec:
+        if "truncation" in self.model_fields_set and self.distribution != "truncated":
+            raise ValueError("truncation is for distribution: truncated")
+        if math.prod(self.shape) > LARGEST_LATENT:
+            raise ValueError(f"shape has more values than {LARGEST_LATENT:,}, too many to search")
+        return self
 
 
 class ImageSetSpec(_Section):
@@ -200,48 +366,98 @@ class ImageSetSpec(_Section):
 
     bundled: str | None = None
     npz: Path | None = Field(default=None, description="arrays images (n, h, w[, c]) and labels")
+    split: Split | None = Field(
+        default=None, description="of an npz with train_images and train_labels and so on: MedMNIST"
+    )
     folder: Path | None = Field(default=None, description="CLASS_INDEX/*.png")
 
     @model_validator(mode="after")
     def _one_source(self) -> ImageSetSpec:
         if sum(source is not None for source in (self.bundled, self.npz, self.folder)) != 1:
             raise ValueError("give exactly one of bundled, npz and folder")
+        if self.split is not None and self.npz is None:
+            raise ValueError("split is for an npz")
         return self
 
 
 class PriorSpec(_Section):
-    """The generator whose latent space is searched: bundled, trained by this tool, or one's own."""
+    """The generator whose latent space is searched: bundled, trained by this tool, or one's own.
+
+    One's own is called as ``generator(latents)``, or ``generator(latents, labels)``, and returns
+    pictures (n, channels, height, width).
+    """
 
     bundled: str | None = None
     trained: Path | None = Field(default=None, description="a folder that `prior train` wrote")
     factory: str | None = Field(
         default=None, description="file.py:callable or package.module:callable"
     )
-    kwargs: dict[str, Any] = {}
-    weights: Path | None = None
+    kwargs: dict[str, Any] = Field(default={}, description="of the factory")
+    weights: Path | None = Field(
+        default=None, description="for a factory: .safetensors, .pt (weights only) or .npz"
+    )
+    torchscript: Path | None = Field(default=None, description="a file of torch.jit.save")
+    exported: Path | None = Field(default=None, description="a file of torch.export.save")
     latent: LatentSpec | None = None
-    conditional: bool = Field(
-        default=False, description="the generator is called with (latents, labels)"
+    latent_mapping: str | None = Field(
+        default=None,
+        description="file.py:callable or package.module:callable; called with the generator, it "
+        "returns what maps latents to the w that the generator takes, where the search then runs",
+    )
+    labels: Literal["none", "index", "one_hot", "embedding"] = Field(
+        default="none", description="what the generator takes as its second argument"
+    )
+    classes: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        default=None, description="for labels: index or one_hot; the model's unless declared"
+    )
+    embedding: Path | None = Field(
+        default=None, description="for labels: embedding, a file of one tensor (classes, features)"
     )
     output_range: tuple[float, float] = Field(
         default=(-1.0, 1.0), description="what black and white are in the generator's output"
     )
+    output_shape: tuple[Pixels, Pixels, Pixels] | None = Field(
+        default=None, description="channels, height, width of the generator's output"
+    )
+    colour: Literal["grey_to_rgb", "rgb_to_grey"] | None = Field(
+        default=None,
+        description="grey_to_rgb: three equal channels; rgb_to_grey: ITU-R 601 luma, as Pillow's L",
+    )
+    resize: tuple[Pixels, Pixels] | None = Field(
+        default=None, description="to height, width: bilinear, antialiased, as torchvision's"
+    )
     trained_on: ImageSetSpec | None = Field(
-        default=None, description="what a prior from a factory was trained on, where it is known"
+        default=None, description="what one's own generator was trained on, where it is known"
     )
 
     @model_validator(mode="after")
     def _one_source(self) -> PriorSpec:
-        if sum(source is not None for source in (self.bundled, self.trained, self.factory)) != 1:
-            raise ValueError("give exactly one of bundled, trained and factory")
-        if self.factory is not None and self.latent is None:
-            raise ValueError("a prior from a factory needs latent: {shape: [...]}")
-        if self.factory is None and self.model_fields_set - {"bundled", "trained"}:
-            extra = ", ".join(sorted(self.model_fields_set - {"bundled", "trained"}))
-            raise ValueError(f"{extra}: only for a prior from a factory")
+        if sum(getattr(self, source) is not None for source in PRIOR_SOURCES) != 1:
+            raise ValueError(f"give exactly one of {', '.join(PRIOR_SOURCES)}")
+        if self.bundled is not None or self.trained is not None:
+            given = self.model_fields_set - {"bundled", "trained", "colour", "resize"}
+            if given:
+                raise ValueError(f"{', '.join(sorted(given))}: only for one's own generator")
+        elif self.latent is None:
+            raise ValueError("one's own generator needs latent: {shape: [...]}")
+        if self.factory is None and (self.kwargs or self.weights):
+            raise ValueError("kwargs and weights are for a factory")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_and_range(self) -> PriorSpec:
+        if (self.labels == "embedding") != (self.embedding is not None):
+            raise ValueError("labels: embedding and embedding: FILE need each other")
+        if self.classes is not None and self.labels not in ("index", "one_hot"):
+            raise ValueError("classes is for labels: index or one_hot")
         if self.output_range[0] >= self.output_range[1]:
             raise ValueError("output_range must go from black to white, low to high")
         return self
+
+    @property
+    def source(self) -> str:
+        """The key that says where the generator is from."""
+        return next(source for source in PRIOR_SOURCES if getattr(self, source) is not None)
 
 
 class RegularizerSpec(_Section):
@@ -282,6 +498,27 @@ class LpipsSpec(_Section):
     weights: Path = Field(description="torchvision's ImageNet weights of the backbone")
 
 
+def _listed(value: Any) -> Any:
+    if value is None:
+        return []
+    return [value] if isinstance(value, (str, Path)) else value
+
+
+_OneOrMore = Annotated[
+    list[Path],
+    BeforeValidator(_listed),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
 class EvidenceSpec(_Section):
     """What the grade rests on."""
 
@@ -300,7 +537,11 @@ class EvidenceSpec(_Section):
     stop_early: bool = Field(
         default=False, description="end an experiment once the grade cannot change any more"
     )
-    truth: Path | None = Field(default=None, description="the private image, where it is held")
+    truth: _OneOrMore = Field(
+        default=[],
+        description="the private image, where it is held; of several all of them, in the order of "
+        "capture.labels and client by client",
+    )
     lpips: LpipsSpec | None = None
 
     @model_validator(mode="after")

@@ -144,12 +144,12 @@ def test_the_clients_code_is_compared_with_the_declaration(sample: Callable[...,
     path = Path(__file__).parent / "known_answers" / "clients.py"
     step_as = {"step": f"{path}:step"}
     right = {**step_as, "kwargs": {"bound": 1.0, "std": 1.0}}
-    assert prepare(sample("dp", client=right)).client_doubts == []
+    assert prepare(sample("dp", client=right)).doubts == []
     wrong = {**step_as, "kwargs": {"bound": 1.0, "std": 0.5}}
-    assert "own code contradicts" in prepare(sample("dp", client=wrong)).client_doubts[0]
+    assert "own code contradicts" in prepare(sample("dp", client=wrong)).doubts[0]
     batch = {**right, "batch_size": 3}
     mean = {**GUARANTEE, "reduction": "mean"}
-    doubts = prepare(sample("dp", client=batch, guarantee=mean)).client_doubts
+    doubts = prepare(sample("dp", client=batch, guarantee=mean)).doubts
     assert "a mean over 3 images" in doubts[0]
 
 

@@ -376,4 +376,4 @@ def test_own_code_is_compared_with_the_declaration_on_a_batch(
     write_capture(
         tmp_path / "sent.safetensors", capture_gradient(spec, images, data.labels[:4].tolist())
     )
-    assert bool(prepare(spec).client_doubts) == (reduction == "sum")
+    assert bool(prepare(spec).doubts) == (reduction == "sum")

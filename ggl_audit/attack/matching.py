@@ -7,6 +7,7 @@ that a trained model's small gradients are compared as those of a fresh one.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch.func import vmap
 from ggl_audit.contribution import Contribution
 from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient, concatenate, norm, stack, take, unstack
+from ggl_audit.gradient import Gradient, concatenate, each, norm, stack, take, unstack
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import RegularizerSpec
@@ -28,6 +29,9 @@ BATCH_BYTES = 64 * 2**20
 
 COPIES_OF_A_GRADIENT = 4
 """The gradient, its replica, the difference and its square, while a chunk is worked on."""
+
+ROUNDING = 1e-6
+"""Of a sum of gradients on any hardware, squared and relative."""
 
 
 def cosine(replica: Gradient, observed: Gradient) -> torch.Tensor:
@@ -68,6 +72,27 @@ class Matching:
         self._distances = vmap(vmap(compare, in_dims=(0, None, None)))
         bytes_each = COPIES_OF_A_GRADIENT * 4 * model.size
         self._chunk = max(1, BATCH_BYTES // bytes_each)
+
+    @functools.cached_property
+    def adds_up(self) -> bool:
+        """Whether a client's gradient is the sum of what its images add, tried on random ones.
+
+        It is not where images are trained on one after the other, share the statistics of a batch,
+        are mixed with each other or weighed against each other.
+        """
+        count = self.model.batch_size
+        if count == 1:
+            return True
+        random = torch.Generator().manual_seed(0)
+        images = torch.rand(count, *self.model.shape, generator=random).to(self.model.mean)
+        labels = torch.arange(count, device=self.model.device) % self.model.classes
+        whole = take(self.gradients(images[None], labels[None]), 0)
+        try:
+            own = self.gradients(images, labels)
+        except (Exception, SystemExit):
+            return False  # the user's own code, or batch norm, does not take one image alone
+        total = each(lambda tensor: self._share * tensor.sum(0), own)
+        return float(relative_l2(total, whole)) < ROUNDING
 
     def draw(self, context: Context, clients: int) -> Drawn:
         """What each of several clients draws before it begins, with a leading dimension."""
@@ -146,6 +171,41 @@ class Matching:
                         self._of_clients(images[part], labels[part], guess), seen, known
                     )
                     for guess in guesses
+                ]
+            distances.append(torch.stack(tried).amin(0))
+        return torch.cat(distances)
+
+    def distances_in_turn(
+        self,
+        candidates: torch.Tensor,
+        labels: torch.Tensor,
+        others: torch.Tensor,
+        observed: Gradient,
+    ) -> torch.Tensor:
+        """The distances of sets that differ from a given one in one image.
+
+        Each of k images has n candidates, which take its place one after the other. Where gradients
+        add up (:attr:`adds_up`) that takes the k x n gradients of the candidates, and k more.
+
+        Args:
+            candidates: (t, k, n, channels, height, width) in [0, 1].
+            labels: (t, k).
+            others: (t, k, channels, height, width), the given set.
+            observed: tensors with a leading dimension t.
+
+        Returns:
+            (t, k, n).
+        """
+        trials, members, count = candidates.shape[:3]
+        together = max(1, self._chunk // (members * count))
+        distances = []
+        for start in range(0, trials, together):
+            part = slice(start, start + together)
+            seen = {name: tensor[part] for name, tensor in observed.items()}
+            with torch.no_grad():
+                tried = [
+                    self._in_turn(candidates[part], labels[part], others[part], seen, guess)
+                    for guess in vmap(self._defense.guesses)(seen)
                 ]
             distances.append(torch.stack(tried).amin(0))
         return torch.cat(distances)
@@ -235,6 +295,71 @@ class Matching:
         )
         return {name: tensor.unflatten(0, shape) for name, tensor in gradients.items()}
 
+    @property
+    def _share(self) -> float:
+        """What an image's own gradient is multiplied by in that of its client."""
+        return 1 if self.model.loss_sum else 1 / self.model.batch_size
+
+    def _in_turn(
+        self,
+        candidates: torch.Tensor,
+        labels: torch.Tensor,
+        others: torch.Tensor,
+        observed: Gradient,
+        guess: Drawn,
+    ) -> torch.Tensor:
+        """See :meth:`distances_in_turn`, by one guess of what each of t clients drew."""
+        trials, members, count = candidates.shape[:3]
+        batch_size, share = self.model.batch_size, self._share
+        # From here on the leading dimension is t x k, as each image has candidates of its own.
+        seen, drawn = _repeated(observed, members), _repeated(guess, members)
+        candidates, labels = candidates.flatten(0, 1), labels.flatten()
+        own = self.gradients(others.flatten(0, 1), labels, drawn)
+        own = each(lambda tensor: share * tensor, own)
+        clients = each(lambda tensor: tensor.unflatten(0, (-1, batch_size)).sum(1), own)
+        whole = _repeated(clients, batch_size)
+        rest = {name: whole[name] - own[name] for name in own}
+        known: Gradient = {}
+        if members > batch_size:
+            shares = vmap(lambda gradient, observed: self._defense.share([gradient], observed))(
+                clients, _repeated(observed, members // batch_size)
+            )
+
+            def of_other_clients(share: torch.Tensor) -> torch.Tensor:
+                releases = share.unflatten(0, (trials, -1))
+                others: torch.Tensor = releases.sum(1, keepdim=True) - releases
+                return others.reshape_as(share)
+
+            known = _repeated(each(of_other_clients, shares), batch_size)
+
+        def compared(part: slice, images: torch.Tensor) -> torch.Tensor:
+            mine, target, rest_of_client, rest_of_cohort = (
+                each(lambda tensor: tensor[part], tensors) for tensors in (drawn, seen, rest, known)
+            )
+            width = images.shape[1]
+            gradients = self.gradients(
+                images.flatten(0, 1),
+                labels[part].repeat_interleave(width),
+                _repeated(mine, width),
+            )
+            sets = {
+                name: torch.add(
+                    rest[:, None], gradients[name].unflatten(0, (-1, width)), alpha=share
+                )
+                for name, rest in rest_of_client.items()
+            }
+            one_client = each(lambda tensor: tensor[:, :, None], sets)
+            distances: torch.Tensor = self._distances(one_client, target, rest_of_cohort)
+            return distances
+
+        rows = []
+        together = max(1, self._chunk // count)
+        for start in range(0, len(labels), together):
+            part = slice(start, start + together)
+            columns = candidates[part].split(self._chunk, dim=1)
+            rows.append(torch.cat([compared(part, images) for images in columns], dim=1))
+        return torch.cat(rows).reshape(trials, members, count)
+
     def _known(self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient) -> Gradient:
         if labels.shape[1] == 0:
             return {}
@@ -246,6 +371,11 @@ class Matching:
                 return self._defense.share(unstack(take(gradients, 0)), observed)
 
             return vmap(share)(gradients, observed)
+
+
+def _repeated(tensors: Gradient, times: int) -> Gradient:
+    """Each leading row so many times in a row."""
+    return each(lambda tensor: tensor.repeat_interleave(times, dim=0), tensors)
 
 
 def penalty(latents: torch.Tensor, regularizer: RegularizerSpec) -> torch.Tensor:
@@ -282,7 +412,7 @@ class LatentObjective:
         prior: decodes latents.
         observed: t observed gradients, tensors with a leading dimension t.
         labels: (t,), the label that the attacker assigns to each; (t, k) where k images made it.
-        regularizer: the penalty on latents.
+        regularizer: the penalty on latents, a mean over the k.
     """
 
     matching: Matching
@@ -290,6 +420,16 @@ class LatentObjective:
     observed: Gradient
     labels: torch.Tensor
     regularizer: RegularizerSpec
+
+    @property
+    def parts(self) -> int:
+        """How many latents are searched for each on its own: k, or one that holds all of them."""
+        return self.labels[0].numel() if self.matching.adds_up else 1
+
+    @property
+    def dimension(self) -> int:
+        """Of the latent of a part."""
+        return self.prior.size * self.labels[0].numel() // self.parts
 
     def losses(self, latents: torch.Tensor) -> torch.Tensor:
         """The losses of n latents for each of t observed gradients.
@@ -306,7 +446,34 @@ class LatentObjective:
         distances = self.matching.distances(
             images.unflatten(0, (trials, candidates)), labels, self.observed
         )
-        return distances + penalty(latents, self.regularizer)
+        of_each = latents.unflatten(2, (-1, self.prior.size))
+        return distances + penalty(of_each, self.regularizer).mean(2)
+
+    def losses_in_turn(self, candidates: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """The losses of sets of latents that differ from a given one in one latent.
+
+        Args:
+            candidates: (t, r, k, n, d), for each of the k latents of r given sets.
+            others: (t, r, k, d), the given sets.
+
+        Returns:
+            (t, r, k, n).
+        """
+        trials, sets, members, count, size = candidates.shape
+        labels = self.labels.reshape(trials, members).repeat_interleave(sets, dim=0)
+        tried = pictures(
+            self.prior, candidates.reshape(-1, size), labels.repeat_interleave(count)[:, None]
+        )
+        distances = self.matching.distances_in_turn(
+            tried.reshape(len(labels), members, count, *tried.shape[2:]),
+            labels,
+            pictures(self.prior, others.flatten(0, 1).flatten(1), labels),
+            _repeated(self.observed, sets),
+        )
+        given = penalty(others, self.regularizer)
+        of_others = given.sum(2, keepdim=True) - given
+        penalties = (of_others[..., None] + penalty(candidates, self.regularizer)) / members
+        return distances.reshape_as(penalties) + penalties
 
 
 def pictures(prior: Prior, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

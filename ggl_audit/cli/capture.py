@@ -16,8 +16,12 @@ def capture(
         list[Path], typer.Option("--image", help="A private image, a picture file; repeatable.")
     ],
     label: Annotated[
-        list[int], typer.Option("--label", help="Its class index; as often as --image.")
-    ],
+        list[int] | None,
+        typer.Option(
+            "--label",
+            help="Its class index; as often as --image, unless there are capture.targets.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Default: capture.gradient of the spec."),
@@ -28,11 +32,16 @@ def capture(
 ) -> None:
     """Write what clients of the declared model and defense send, as safetensors."""
     from ggl_audit.capturing import capture_gradient
+    from ggl_audit.errors import SpecError
     from ggl_audit.inputs.capture import write_capture
 
     declared = options.load_spec(spec, defense=defense, seed=seed, settings=settings)
     with options.located(declared):
-        gradient = capture_gradient(declared, image, label)
-        path = output or declared.resolve(declared.capture.gradient)
+        gradient = capture_gradient(declared, image, label or [])
+        path = output
+        if path is None and declared.capture.gradient is not None:
+            path = declared.resolve(declared.capture.gradient)
+        if path is None:
+            raise SpecError(("capture", "gradient"), "not declared", "Say where to with --output.")
         write_capture(path, gradient)
     typer.echo(f"wrote {path}", err=True)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ggl_audit.forecast import Forecast
+    from ggl_audit.setting import Setting
+
+TEXT = ("parameter", "in the file")
 
 
 def check(
@@ -28,7 +31,6 @@ def check(
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from ggl_audit.forecast import forecast, planned_evaluations
     from ggl_audit.setting import prepare
@@ -48,20 +50,24 @@ def check(
     with options.located(declared):
         setting = prepare(declared)
     console = Console()
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("parameter", "shape", "norm", "zeros"):
-        table.add_column(column, justify="left" if column == "parameter" else "right")
-    for name, tensor in setting.observed.items():
-        zeros = float((tensor == 0).double().mean())
-        table.add_row(
-            escape(name), "x".join(map(str, tensor.shape)), f"{tensor.norm():.4g}", f"{zeros:.1%}"
-        )
-    console.print(table)
-    how = "inferred" if declared.capture.labels == "infer" else "declared"
-    labels = ", ".join(map(str, setting.labels))
-    console.print(f"label {labels}, {how}; device {setting.model.device}")
-    for step in setting.checks:
-        console.print(f"{escape(step.step)}: {step.outcome} ({escape(step.detail)})")
+    console.print(_parameters(setting))
+    captured = setting.captured
+    console.print(escape(f"matched by {captured.how}"))
+    for what, names in (("not in the file", captured.unsent), ("not used", [*captured.unused])):
+        if names:
+            console.print(escape(f"{what}: {', '.join(names)}"))
+    for one in (setting, *setting.others):
+        if one is not setting:
+            console.print()
+            console.print(escape(f"{one.spec.capture.gradient}, matched by {one.captured.how}"))
+        for sentence in one.appearance:
+            console.print(escape(sentence))
+        how = "inferred" if one.spec.capture.labels == "infer" else "declared"
+        labels = ", ".join(map(str, one.labels))
+        label = f"label {labels}, {how}" if one.model.targets is None else f"targets {how}"
+        console.print(f"{label}; device {one.model.device}")
+        for step in one.checks:
+            console.print(f"{escape(step.step)}: {step.outcome} ({escape(step.detail)})")
     guarantee = setting.guarantee
     promise = (
         "none declared"
@@ -77,8 +83,32 @@ def check(
         f"the audit evaluates {planned_evaluations(setting):,} candidates, about "
         f"{predicted.seconds:.0f} s"
     )
-    if any(step.outcome == "contradicts" for step in setting.checks):
+    checks = [step for one in (setting, *setting.others) for step in one.checks]
+    if any(step.outcome == "contradicts" for step in checks):
         raise typer.Exit(3)
+
+
+def _parameters(setting: Setting) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ggl_audit.evidence.appearance import distinct_values
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("parameter", "in the file", "shape", "norm", "zeros", "values"):
+        table.add_column(column, justify="left" if column in TEXT else "right")
+    for name, tensor in setting.observed.items():
+        source = setting.captured.sources[name]
+        values = distinct_values(tensor)
+        table.add_row(
+            escape(name),
+            "=" if source == name else escape(source),
+            "x".join(map(str, tensor.shape)),
+            f"{tensor.norm():.4g}",
+            f"{float((tensor == 0).double().mean()):.1%}",
+            str(values) if values < tensor.numel() // 2 else "many",
+        )
+    return table
 
 
 def _needs(predicted: Forecast) -> Table:

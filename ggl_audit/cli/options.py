@@ -19,7 +19,12 @@ SpecFile = Annotated[
     Path | None, typer.Argument(help="The audit's YAML file; flags override it.", metavar="[SPEC]")
 ]
 ModelFactory = Annotated[
-    str | None, typer.Option("--model", help="file.py:callable, package:callable, torchvision:name")
+    str | None,
+    typer.Option(
+        "--model",
+        help="file.py:callable, package:callable, torchvision:name, or a file of torch.jit.save "
+        "(.pt) or torch.export.save (.pt2).",
+    ),
 ]
 Weights = Annotated[Path | None, typer.Option("--weights", help="The model's weights.")]
 Shape = Annotated[
@@ -34,7 +39,7 @@ PriorName = Annotated[
     str | None, typer.Option("--prior", help="A bundled prior, or a folder of `prior train`.")
 ]
 Reference = Annotated[
-    str | None, typer.Option("--reference", help="A bundled set, an .npz, or a folder.")
+    str | None, typer.Option("--reference", help="A bundled set, an .npz[:SPLIT], or a folder.")
 ]
 Truth = Annotated[Path | None, typer.Option("--truth", help="The private image, if it is held.")]
 Device = Annotated[
@@ -83,7 +88,8 @@ def load_spec(
         if value is not None:
             overrides.append((key, value))
 
-    override("model.factory", None if model is None else _absolute_factory(model))
+    if model is not None:
+        overrides += _model_source(model).items()
     override("model.weights", _absolute(weights))
     override("model.input.shape", None if shape is None else _numbers(shape))
     override("capture.gradient", _absolute(gradient))
@@ -107,6 +113,15 @@ def _absolute_factory(factory: str) -> str:
     return f"{Path(source).absolute()}:{name}" if source.endswith(".py") else factory
 
 
+def _model_source(text: str) -> dict[str, str | None]:
+    """The key that a model is declared by, and no other that a spec may have."""
+    from ggl_audit.spec import MODEL_SOURCES
+
+    kind = {".pt": "torchscript", ".pt2": "exported"}.get(Path(text).suffix)
+    own = _absolute_factory(text) if kind is None else str(Path(text).absolute())
+    return {**{f"model.{key}": None for key in MODEL_SOURCES}, f"model.{kind or 'factory'}": own}
+
+
 def _numbers(text: str) -> list[int | str]:
     return [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
 
@@ -116,17 +131,23 @@ def _prior(text: str) -> dict[str, str]:
     return {"trained": str(folder.absolute())} if folder.is_dir() else {"bundled": text}
 
 
-def image_set(text: str, part: Part) -> ImageSet:
-    """Reads the image set that an option names.
+def image_set(text: str, part: Part, *, labelled: bool = True) -> ImageSet:
+    """Reads the image set that an option names; its labels are not needed unless ``labelled``.
 
     Raises:
         AuditError: there is no such set, or it is broken.
     """
+    from pydantic import ValidationError
+
     from ggl_audit.inputs.images import read_image_set
     from ggl_audit.spec import ImageSetSpec
+    from ggl_audit.validation import first_problem
 
-    declared = ImageSetSpec.model_validate(_image_source(text))
-    return read_image_set(declared, Path(), ("data",), part)
+    try:
+        declared = ImageSetSpec.model_validate(_image_source(text))
+    except ValidationError as error:
+        raise SpecError(*first_problem(error, lambda _: ImageSetSpec.model_fields)) from None
+    return read_image_set(declared, Path(), ("data",), part, labelled=labelled)
 
 
 def _image_source(text: str) -> dict[str, str]:
@@ -135,6 +156,9 @@ def _image_source(text: str) -> dict[str, str]:
         return {"folder": str(path.absolute())}
     if path.suffix == ".npz":
         return {"npz": str(path.absolute())}
+    npz, _, split = text.rpartition(":")
+    if npz.endswith(".npz"):
+        return {"npz": str(Path(npz).absolute()), "split": split}
     return {"bundled": text}
 
 

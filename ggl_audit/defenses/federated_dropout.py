@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PrivateAttr
 from torch import nn
 from torch.func import grad
@@ -135,7 +134,7 @@ class FederatedDropout(BeforeGradient):
         smaller = replace(model, constants={**model.constants, **masks})
 
         def loss(parameters: Gradient) -> torch.Tensor:
-            return F.cross_entropy(smaller.logits(parameters, images), labels)
+            return smaller.loss(parameters, images, smaller.targets_of(labels))
 
         gradient = grad(loss)(model.parameters)
         for layer in hidden:

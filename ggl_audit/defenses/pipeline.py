@@ -12,7 +12,7 @@ from torch import nn
 
 from ggl_audit.defenses.aggregation import Aggregation, SecureAggregation
 from ggl_audit.defenses.base import Check, Context, Defense, Drawn, Trace
-from ggl_audit.defenses.clip import is_per_sample
+from ggl_audit.defenses.clip import Clip, is_per_sample
 from ggl_audit.defenses.encryption import Encryption
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sensitivity import GaussianMechanism, Unit, gaussian_mechanism
@@ -290,6 +290,10 @@ class Pipeline:
     def empties_tensors(self) -> bool:
         """Whether a step may leave nothing of a tensor for one image and something for another."""
         return not all(step.keeps_every_tensor for step in self.steps)
+
+    def only_scales(self) -> bool:
+        """Whether nothing is done but to scale the whole gradient down."""
+        return all(isinstance(step, Clip) and step.scope == "global" for step in self.steps)
 
     def leaves_only_noise(self) -> bool:
         """Whether the replica of the right images leaves the declared noise, or nothing."""

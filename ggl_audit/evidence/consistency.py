@@ -24,25 +24,29 @@ def check_truth(
     observed: Gradient,
     truth: torch.Tensor,
     others: torch.Tensor,
+    labels: torch.Tensor | None = None,
 ) -> Check:
-    """Compares the capture with what the private image gives under the declaration.
+    """Compares the capture with what the private images give under the declaration.
 
-    What is left between the capture and the image's own defended gradient must be the declared
+    What is left between the capture and the images' own defended gradient must be the declared
     noise: a chi-squared variable, judged on both sides at 1e-6 (Laplace noise: from above); or
-    nothing, without noise. The
-    label with the smallest remainder counts. Without noise it must also be ten times nearer than
-    the nearest tenth of other images of that label are, which may be near too. A wrong picture,
-    model, mode, normalization or loss scale shows here, and so does noise of another strength.
+    nothing, without noise. Without noise it must also be ten times nearer than the nearest tenth is
+    of what other images give, each in the place of one of them and with its label, which may be
+    near too. A wrong picture, model, mode, normalization or loss scale shows here, and so does
+    noise of another strength.
 
     Args:
         matching: of the client's model.
         defense: the declared steps, of which nothing but noise may follow noise.
         observed: the capture.
-        truth: (channels, height, width).
+        truth: (channels, height, width); (k, ...) for a release of k images, client by client.
         others: public images to compare with.
+        labels: (k,), of the images; without, that of the one image which leaves the least.
     """
-    classes = matching.model.classes
-    labels = torch.arange(classes, device=truth.device)
+    truths = truth.reshape(-1, *truth.shape[-3:])
+    tried = torch.arange(matching.model.classes, device=truth.device)[:, None]
+    if labels is not None:
+        tried = labels[None]
 
     def remainders(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if len(labels) > TOGETHER:
@@ -51,18 +55,22 @@ def check_truth(
         replicas = unstack(matching.replicas(images, labels, stack([observed] * len(labels))))
         return torch.stack([norm({n: r[n] - observed[n] for n in observed}) for r in replicas])
 
-    own = remainders(truth.expand(classes, *truth.shape), labels)
-    remainder, label = float(own.min()), own.argmin()
+    own = remainders(truths.expand(len(tried), *truths.shape), tried)
+    remainder, own_labels = float(own.min()), tried[own.argmin()]
     if noise_norm(defense.steps, 1, 0.5):
         return _noise_check(defense, remainder, flat(observed).numel())
     size = norm(observed)
     distance = float((own.min() / size) ** 2)
-    around = (remainders(others[:COMPARED], label.expand(len(others[:COMPARED]))) / size) ** 2
+    exchanged = truths.repeat(len(others[:COMPARED]), 1, 1, 1, 1)
+    for index, other in enumerate(others[:COMPARED]):
+        exchanged[index, index % len(truths)] = other
+    around = (remainders(exchanged, own_labels.expand(len(exchanged), -1)) / size) ** 2
     near = SHARE_OF_OTHERS * float(around.quantile(NEAR_OTHERS))
     limit = max(SMALLEST_LIMIT, min(LARGEST_DISTANCE, near))
+    whose = "its" if len(truths) == 1 else "their"
     detail = (
-        f"its own defended gradient is at a relative distance of {distance:.2g}; "
-        f"at most {limit:.2g} is its own"
+        f"{whose} own defended gradient is at a relative distance of {distance:.2g}; "
+        f"at most {limit:.2g} is {whose} own"
     )
     return Check(PRIVATE_IMAGE, "agrees" if distance <= limit else "contradicts", detail)
 

@@ -8,7 +8,7 @@ probability of exactly 1/N, however typical an image the prior draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ class Trials:
 
     Attributes:
         candidates: (t, N), indices into the reference set; column 0 is the canary.
-        labels: (t,), the canaries' classes.
+        labels: (t,), the canaries' own, which the attacker gives to every candidate.
         reference: the set that the indices point into.
         companions: (t, k - 1), the other images that the canary's gradient is made of.
     """
@@ -85,7 +85,7 @@ def draw_trials(
     random: np.random.Generator,
     companions: int = 0,
 ) -> Trials:
-    """Draws canaries, no image twice, and candidates of their class.
+    """Draws canaries, no image twice, and candidates of their class (:attr:`ImageSet.groups`).
 
     The intervals hold for independent trials, so there are never more than there are images.
 
@@ -99,9 +99,9 @@ def draw_trials(
     Raises:
         SpecError: no class has N images.
     """
-    labels = reference.labels.cpu().numpy()
-    members = {int(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
-    eligible = np.flatnonzero([len(members[int(label)]) >= candidates for label in labels])
+    groups = reference.groups.cpu().numpy()
+    members = {int(group): np.flatnonzero(groups == group) for group in np.unique(groups)}
+    eligible = np.flatnonzero([len(members[int(group)]) >= candidates for group in groups])
     if len(eligible) == 0:
         most = max(map(len, members.values()))
         raise SpecError(
@@ -113,7 +113,7 @@ def draw_trials(
     canaries = random.permutation(eligible)[:trials]
     rows = []
     for canary in canaries:
-        others = members[int(labels[canary])]
+        others = members[int(groups[canary])]
         others = random.permutation(others[others != canary])
         rows.append(np.concatenate([[canary], others[: candidates - 1]]))
     if len(reference) < candidates + companions:
@@ -149,30 +149,42 @@ def blind_labels(classes: int, images: int) -> float:
 
 
 def captured_trial(
-    truth: torch.Tensor,
-    label: int,
+    truths: torch.Tensor,
+    labels: Sequence[int],
+    place: int,
+    batch_size: int,
     reference: ImageSet,
     candidates: int,
     random: np.random.Generator,
 ) -> Trials | None:
-    """The captured image among reference images of its class; None if these are too few.
+    """A captured image among reference images of its class; None if these are too few.
 
     Args:
-        truth: (channels, height, width), not a member of the reference set.
-        label: its class, as the attacker knows it.
+        truths: (k, channels, height, width), all images of the release, client by client; none of
+            them is a member of the reference set.
+        labels: of these.
+        place: of the one that is to be found.
+        batch_size: images of one client.
         reference: the others.
         candidates: N, the truth included.
         random: draws the others.
     """
-    members = np.flatnonzero(reference.labels.cpu().numpy() == label)
+    label = labels[place]
+    alike = reference.groups == (0 if reference.one_group else label)
+    members = np.flatnonzero(alike.cpu().numpy())
     if len(members) < candidates - 1:
         return None
-    others = torch.as_tensor(random.permutation(members)[: candidates - 1], device=truth.device)
-    images = torch.cat([truth[None], reference.images[others]])
-    labels = torch.full((len(images),), label, device=truth.device)
-    indices = torch.arange(len(images), device=truth.device)[None]
-    source = ImageSet(images, labels, "the captured image's candidates")
-    return Trials(indices, labels[:1], source, indices[:, :0])
+    others = torch.as_tensor(random.permutation(members)[: candidates - 1], device=truths.device)
+    # The client's own images come before those of other clients.
+    beside = [other for other in range(len(truths)) if other != place]
+    beside.sort(key=lambda other: other // batch_size != place // batch_size)
+    images = torch.cat([truths[place][None], reference.images[others], truths[beside]])
+    own = [label] * candidates + [labels[other] for other in beside]
+    source = ImageSet(
+        images, torch.tensor(own, device=truths.device), "the captured image's candidates"
+    )
+    indices = torch.arange(len(images), device=truths.device)[None]
+    return Trials(indices[:, :candidates], source.labels[:1], source, indices[:, candidates:])
 
 
 def rank_of_truth(distances: torch.Tensor, random: np.random.Generator) -> list[int]:

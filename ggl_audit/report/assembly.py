@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ggl_audit import __version__
+from ggl_audit.attack.labels import why_not_inferred
+from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import OwnClient
 from ggl_audit.environment import describe, peak_memory_bytes
+from ggl_audit.evidence.assignment import assign
 from ggl_audit.evidence.bounds import empirical_mu
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
-from ggl_audit.evidence.fidelity import compare
+from ggl_audit.evidence.fidelity import candidate_distances, compare
 from ggl_audit.evidence.findings import find, promise_is_broken
 from ggl_audit.evidence.grade import decide, doubts_about_ceiling
 from ggl_audit.evidence.guarantee import largest_advantage
+from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.experiments import (
     SEARCHES_COMPARED,
     Measurements,
@@ -51,7 +57,18 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
     proven = not setting.defense.is_random() and any(
         check.step == PRIVATE_IMAGE and check.outcome == "agrees" for check in setting.checks
     )
-    likeness = measured.likeness
+    checks = [
+        *setting.checks,
+        *(
+            replace(check, step=f"{check.step} ({_file(other)})")
+            for other in setting.others
+            for check in other.checks
+            if check.outcome == "contradicts"
+        ),
+    ]
+    likenesses = [own.likeness for own in ([] if proven else [measured]) + measured.others]
+    likeness = min(likenesses, key=_confidence, default=None)
+    proven = proven and not setting.others
     fits = proven or (likeness is not None and likeness.rules_out_larger)
     bound = largest_advantage(setting.defense.guarantee(), 1 / spec.evidence.candidates)
     rates = [rate for rate in (measured.ceiling, measured.promise) if rate is not None]
@@ -60,12 +77,12 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
         verdict=decide(
             floor,
             measured.ceiling,
-            setting.checks,
-            None if proven else measured.likeness,
+            checks,
+            likeness,
             doubts_about_ceiling(
                 measured.matching_control,
-                setting.checks,
-                measured.likeness,
+                checks,
+                likeness,
                 has_likelihood=setting.has_likelihood,
                 bound_for_any_model=bound,
                 fit_is_proven=proven,
@@ -73,13 +90,17 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
                 promise_is_broken=promise_is_broken(
                     measured.ceiling, measured.promise, setting.guarantee
                 ),
-                about_the_client=setting.client_doubts,
+                about_the_client=setting.doubts,
             ),
             measured.stage,
             spec.gate.fail_on,
             0.0 if fits else bound,
         ),
         captured=_captured(setting, measured),
+        others=[
+            _captured(other, replace(own, stage=measured.stage))
+            for other, own in zip(setting.others, measured.others, strict=True)
+        ],
         evidence=EvidenceReport(
             floor=floor,
             floor_distance=setting.distance,
@@ -97,7 +118,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             empirical_mu=max(map(empirical_mu, rates), default=None),
             checks=[
                 CheckedStep(step=check.step, outcome=check.outcome, detail=check.detail)
-                for check in setting.checks
+                for check in checks
             ],
             not_measured=_not_measured(setting, measured),
         ),
@@ -106,8 +127,8 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             measured.ceiling,
             measured.label,
             measured.undefended,
-            setting.checks,
-            None if proven else measured.likeness,
+            checks,
+            likeness,
             setting.guarantee,
             measured.promise,
             measured.membership,
@@ -128,24 +149,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
 
 
 def _captured(setting: Setting, measured: Measurements) -> Captured:
-    reasons = {}
-    if setting.truth is None:
-        reasons["truth"] = "the auditor does not hold the private image (evidence.truth)"
-    elif setting.members > 1:
-        reasons["rank"] = (
-            f"the release is made of {setting.members} images, and which class the private one is "
-            "of is not said"
-        )
-    elif setting.captured_trial() is None:
-        reasons["rank"] = (
-            f"{setting.reference.source} has fewer than {setting.spec.evidence.candidates - 1} "
-            f"images of class {setting.labels[0]}"
-        )
-    elif setting.prior_saw_truth:
-        reasons["rank"] = (
-            "the prior was trained on the private image itself, but not on the other candidates, "
-            "so its rank by the reconstruction would be no evidence"
-        )
+    reasons = _no_ranks(setting)
     cut = f"the audit was cut short during {measured.stage}"
     if measured.captured is None:
         reasons["reconstructions"] = cut
@@ -155,27 +159,89 @@ def _captured(setting: Setting, measured: Measurements) -> Captured:
         no_trials = setting.spec.evidence.reconstruction_trials == 0
         reasons["likeness"] = "evidence.reconstruction_trials is 0" if no_trials else cut
     inferred = setting.spec.capture.labels == "infer"
+    method = "inferred from the last layer's gradient" if inferred else "declared"
+    rows = "" if setting.model.targets is None else "; a number stands for a row of targets"
     return Captured(
+        file=_file(setting),
+        appearance=setting.appearance,
         labels=setting.labels,
-        label_method="inferred from the last layer's gradient" if inferred else "declared",
+        label_method=f"{method}{rows}",
         norm=float(norm(setting.observed)),
-        truth=None if setting.truth is None else png_uri(setting.truth),
+        truths=[png_uri(truth) for truth in setting.truths],
         reconstructions=[
-            shown.model_copy(
-                update={
-                    "rank": measured.rank,
-                    "matching_rank": measured.matching_rank,
-                    "candidates": measured.candidates,
-                }
-            )
+            shown
+            if shown.truth is None
+            else shown.model_copy(update=_ranks(measured, setting, shown.truth))
             for shown in _reconstructions(measured.captured, setting)
         ],
-        null=next(iter(_reconstructions(measured.captured_null, setting)), None),
+        nulls=_reconstructions(measured.captured_null, setting),
         agreement=_agreement(measured),
         loss_place=_loss_place(measured),
         likeness=measured.likeness,
         not_measured=reasons,
     )
+
+
+def _file(setting: Setting) -> str:
+    capture = setting.spec.capture
+    return str(capture.gradient or capture.after)
+
+
+def _confidence(likeness: Likeness | None) -> int:
+    """The least first: a release is no better than the capture that fits worst."""
+    if likeness is None:
+        return 1
+    outcomes = ("unlike", "hidden", "like")
+    return 2 * outcomes.index(likeness.outcome) + likeness.rules_out_larger
+
+
+def _no_ranks(setting: Setting) -> dict[str, str]:
+    """Why the private images are not ranked, by what of them is lacking."""
+    if len(setting.truths) == 0:
+        of = "image" if setting.members == 1 else "images"
+        return {"truths": f"the auditor does not hold the private {of} (evidence.truth)"}
+    if setting.truth_labels is None:
+        reasons = {
+            "rank": "which label belongs to which private image is not known: declare "
+            "capture.labels, in the order of evidence.truth"
+        }
+        checked = any(check.step == PRIVATE_IMAGE for check in setting.checks)
+        if setting.defense.leaves_only_noise() and not checked:
+            reasons["check"] = (
+                "whether the capture is of the private images: it is not with the inferred labels "
+                "in the order that fits best, and others were not tried"
+            )
+        return reasons
+    reasons = {}
+    lacking = [
+        label
+        for label, trial in zip(setting.truth_labels, setting.captured_trials(), strict=True)
+        if trial is None
+    ]
+    if lacking:
+        reasons["rank"] = (
+            f"{setting.reference.source} has fewer than {setting.spec.evidence.candidates - 1} "
+            f"images of class {lacking[0]}"
+        )
+    elif setting.prior_saw_truth:
+        reasons["rank"] = (
+            "the prior was trained on a private image itself, but not on the other candidates, "
+            "so its rank by the reconstruction would be no evidence"
+        )
+    if not Matching(setting.model, setting.defense).adds_up:
+        reasons["matching_rank"] = (
+            "what the images of a client give does not add up, so that their order may matter"
+        )
+    return reasons
+
+
+def _ranks(measured: Measurements, setting: Setting, truth: int) -> dict[str, int | None]:
+    rank, matching_rank = (
+        ranks[truth] if ranks else None for ranks in (measured.ranks, measured.matching_ranks)
+    )
+    ranked = rank is not None or matching_rank is not None
+    candidates = setting.spec.evidence.candidates if ranked else None
+    return {"rank": rank, "matching_rank": matching_rank, "candidates": candidates}
 
 
 def _agreement(measured: Measurements) -> Agreement | None:
@@ -201,27 +267,30 @@ def _loss_place(measured: Measurements) -> LossPlace | None:
 
 
 def _reconstructions(found: Reconstructed | None, setting: Setting) -> list[Reconstruction]:
-    """The pictures, the one nearest to the truth first where that is held."""
+    """The pictures, in the order of the truths where these are held."""
     if found is None:
         return []
     every = -(-len(found.curve) // LONGEST_CURVE)
     curve = found.curve[::every]
     if curve[-1] != found.curve[-1]:
         curve.append(found.curve[-1])
-    truth = setting.truth
-    images = list(found.images)
-    if truth is not None:
-        images.sort(key=lambda image: float((image - truth).square().sum()))
+    truths: list[int | None] = [None] * len(found.images)
+    if len(setting.truths):
+        distance = candidate_distances(setting.model, setting.lpips)[setting.distance]
+        truths = [*assign(found.images, setting.truths, distance)]
+    pictures = zip(found.images, setting.labels, truths, strict=True)
     return [
         Reconstruction(
             image=png_uri(image),
+            label=label,
             matching_loss=found.loss,
             curve=curve,
+            truth=truth,
             metrics=None
-            if truth is None or index
-            else compare(image, truth, setting.model, setting.lpips),
+            if truth is None
+            else compare(image, setting.truths[truth], setting.model, setting.lpips),
         )
-        for index, image in enumerate(images)
+        for image, label, truth in sorted(pictures, key=lambda picture: picture[2] or 0)
     ]
 
 
@@ -232,13 +301,13 @@ def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
     no_trials = evidence.reconstruction_trials == 0
     no_reconstruction = "evidence.reconstruction_trials is 0" if no_trials else cut
     no_control = "evidence.control_trials is 0" if evidence.control_trials == 0 else cut
-    no_head = "" if setting.model.head else "the model has no linear head"
+    no_label = why_not_inferred(setting.model, setting.members)
     applied = "the tool applied the defense itself (capture.stage is raw)"
     raw = applied if setting.spec.capture.stage == "raw" and setting.defense.steps else ""
     reasons = {
         "ceiling": "" if measured.ceiling else no_matching,
         "floor": "" if measured.floor else no_reconstruction,
-        "label": "" if measured.label else no_head or no_matching,
+        "label": "" if measured.label else no_label or no_matching,
         "membership": "" if measured.membership else _no_membership(setting) or no_matching,
         "promise": "" if measured.promise else _no_promise(setting) or no_matching,
         "controls.null": "" if measured.null else no_reconstruction,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.defenses import Encryption
+from ggl_audit.evidence.last_layer import MODEL_AND_LOSS
 from ggl_audit.experiments import Measurements
 from ggl_audit.setting import Setting
+
+MOST_NAMES = 5
+COLOURS = 3
+COARSE = 1e-4
 
 
 def assumptions(setting: Setting, measured: Measurements) -> list[str]:
@@ -14,9 +20,10 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     said = [
         "The attacker is the server: it sees this gradient, knows the model, its loss, and the "
         "declared defense with its parameters, but not the client's randomness.",
-        f"The capture is {_release(setting)}, model in {spec.model.mode} mode, cross-entropy "
+        f"The capture is {_release(setting)}, model in {spec.model.mode} mode, {_loss(setting)} "
         f"times {spec.model.loss.scale:g}, images normalized with mean {spec.model.input.mean} and "
-        f"std {spec.model.input.std}.",
+        f"std {spec.model.input.std}{_channels(setting)}.",
+        *_parts(setting),
         *_training(setting),
         *_cohort(setting),
     ]
@@ -29,16 +36,18 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     else:
         said.append(
             f"The private images are like those of {setting.reference.source}; the rates are "
-            "measured on canaries from there, with candidates of the canary's own class."
+            f"measured on canaries from there, with candidates {_alike(setting)}."
         )
         said.append(_seen(setting))
+    said += [f"{doubt[:1].upper()}{doubt[1:]}." for doubt in setting.prior.doubts]
     if spec.capture.labels == "infer":
         said.append(_inferred(setting))
     else:
-        said.append(f"The attacker knows the {'labels' if setting.members > 1 else 'label'}.")
+        known = "label" if spec.capture.targets is None else "target"
+        said.append(f"The attacker knows the {known}{'s' if setting.members > 1 else ''}.")
     if spec.model.weights is None:
         said.append(
-            f"The model's weights are those that {spec.model.factory} makes by itself; no weights "
+            f"The model's weights are those that {spec.model.origin} has by itself; no weights "
             "file was given."
         )
     if spec.capture.stage == "raw" and setting.defense.steps:
@@ -65,15 +74,16 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     if likeness is not None and likeness.outcome == "like":
         said.append(
             "The capture is like the canaries' gradients in every tensor that tells; a slightly "
-            "different normalization, or a loss scaled by a constant, may be too small to show."
+            f"different normalization{_scale(setting)}{_colours(setting)} may be too small to show."
         )
     said.append(
         f"The floor is that of one attack, {spec.attack.optimizer} with "
         f"{spec.attack.evaluations} evaluations on {setting.prior.source}; others may do better. "
         f"The ceiling is about identification among {evidence.candidates} same-class images."
     )
-    if model.head is None and spec.capture.labels != "infer":
-        said.append("The model has no linear head: label recovery was not measured.")
+    reason = why_not_inferred(model, setting.members)
+    if reason:
+        said.append(f"Label recovery was not measured: {reason}.")
     return said
 
 
@@ -86,6 +96,19 @@ def _release(setting: Setting) -> str:
         reduction = f", their {spec.model.loss.reduction}" if spec.capture.batch_size > 1 else ""
         one = f"the gradient of {images} in one step{reduction}"
     return one if clients == 1 else f"{one}, averaged over {clients} clients"
+
+
+def _loss(setting: Setting) -> str:
+    loss = setting.spec.model.loss
+    more = {"label smoothing": loss.label_smoothing, "weights": loss.weight or loss.pos_weight}
+    given = [f"{name} {value}" for name, value in more.items() if value]
+    return f"{loss} with {' and '.join(given)}" if given else str(loss)
+
+
+def _alike(setting: Setting) -> str:
+    if setting.reference.one_group:
+        return "that are all given the canary's own target"
+    return "of the canary's own class"
 
 
 def _training(setting: Setting) -> list[str]:
@@ -167,3 +190,47 @@ def _guarantee(setting: Setting) -> list[str]:
             "covered)"
         )
     return [f"{said}. The measured rates are for one release that the image takes part in."]
+
+
+def _parts(setting: Setting) -> list[str]:
+    """What of the model is in the capture, and what else the file held."""
+    captured, said = setting.captured, []
+    if captured.how != "name":
+        said.append(f"The file's tensors were matched with the model's by {captured.how}.")
+    fixed = [n for n, _ in setting.model.module.named_parameters() if n in setting.model.constants]
+    silent = [name for name in fixed if name not in captured.unsent]
+    if silent:
+        said.append(f"Not trained, or trained and never sent: {_listed(silent)}.")
+    if captured.unsent:
+        said.append(
+            f"Not in the file, and so taken for never sent: {_listed(captured.unsent)}. Declare "
+            "capture.unsent if that is so."
+        )
+    buffers = [name for name in captured.unused if name not in fixed]
+    if buffers:
+        said.append(
+            f"The file also holds buffers, which are not attacked: {_listed(buffers)}. Running "
+            "statistics say something about the images too."
+        )
+    if captured.rounding > COARSE:
+        said.append(f"The file's numbers are rounded to {captured.rounding:.1g} of their size.")
+    return said
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:MOST_NAMES])
+    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES} more"
+
+
+def _scale(setting: Setting) -> str:
+    agrees = any(c.step == MODEL_AND_LOSS and c.outcome == "agrees" for c in setting.checks)
+    return "" if agrees and setting.members == 1 else ", or a loss scaled by a constant,"
+
+
+def _channels(setting: Setting) -> str:
+    declared = setting.spec.model.input
+    return f", channels in the order {declared.channels}" if declared.shape[0] == COLOURS else ""
+
+
+def _colours(setting: Setting) -> str:
+    return " or another order of the channels" if setting.model.shape[0] == COLOURS else ""

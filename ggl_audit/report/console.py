@@ -14,7 +14,7 @@ from rich_pixels import HalfcellRenderer, Pixels
 from ggl_audit.errors import printable
 from ggl_audit.evidence.grade import IN_WORDS
 from ggl_audit.report import wording
-from ggl_audit.report.model import Report, picture
+from ggl_audit.report.model import Captured, Report, picture
 
 GRADE_STYLE = {
     "A": "bold white on green4",
@@ -44,16 +44,23 @@ def render_console(report: Report, console: Console) -> None:
     console.print(Text.assemble(badge, f"  {IN_WORDS[grade]}"))
     console.print(Text(report.verdict.reason))
     console.print()
-    _print_pictures(report, console)
+    _print_pictures(report.captured, console)
     console.print(_rates(report))
     distances = wording.other_distances(report)
     if distances:
         console.print(Text(distances))
     console.print(Text(wording.privacy(report)))
     console.print()
-    for sentence in wording.captured(report):
+    for sentence in wording.captured(report.captured):
         console.print(Text(sentence))
     console.print()
+    for other in report.others:
+        labels = ", ".join(map(str, other.labels))
+        console.print(Text(f"{other.file} (label {labels}, {other.label_method})", style="bold"))
+        _print_pictures(other, console)
+        for sentence in wording.captured(other):
+            console.print(Text(sentence))
+        console.print()
     for check in report.evidence.checks:
         console.print(Text(f"The capture and {check.step}: {check.outcome} ({check.detail})."))
     if report.evidence.checks:
@@ -82,18 +89,25 @@ def _visible(value: Any) -> Any:
     return [_visible(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _print_pictures(report: Report, console: Console) -> None:
-    captured = report.captured
-    label = ", ".join(map(str, captured.labels))
-    shown: list[tuple[str, str]] = []
-    if captured.truth:
-        shown.append(("the private image", captured.truth))
-    for found in captured.reconstructions[:MOST_PICTURES]:
-        shown.append((f"out of the gradient (label {label})", found.image))
-    if captured.null:
-        shown.append(("out of noise (null control)", captured.null.image))
-    if not shown:
-        return
+def _print_pictures(captured: Captured, console: Console) -> None:
+    rows = [
+        [("the private image", uri) for uri in captured.truths],
+        [
+            (f"out of the gradient (label {one.label})", one.image)
+            for one in captured.reconstructions
+        ],
+        [("out of noise (null control)", one.image) for one in captured.nulls],
+    ]
+    if all(len(row) <= 1 for row in rows):
+        rows = [[shown for row in rows for shown in row]]
+    for row in filter(None, rows):
+        _print_row(row[:MOST_PICTURES], console)
+        if len(row) > MOST_PICTURES:
+            console.print(Text(f"and {len(row) - MOST_PICTURES} more", style="dim"))
+        console.print()
+
+
+def _print_row(shown: list[tuple[str, str]], console: Console) -> None:
     width = max(8, min(WIDEST_PICTURE, (console.width - 2 * len(shown)) // len(shown)))
     grid = Table.grid(padding=(0, 2))
     for _ in shown:
@@ -101,7 +115,6 @@ def _print_pictures(report: Report, console: Console) -> None:
     grid.add_row(*(_draw(picture(uri), width, console) for _, uri in shown))
     grid.add_row(*(Text(title, style="dim") for title, _ in shown))
     console.print(grid)
-    console.print()
 
 
 def _draw(image: Image.Image, width: int, console: Console) -> RenderableType:

@@ -29,7 +29,7 @@ def render_html(report: Report) -> str:
         in_words=IN_WORDS[report.verdict.grade],
         rates=wording.rate_rows(report),
         fidelity=wording.fidelity_rows(report),
-        captured=wording.captured(report),
+        sentences=wording.captured,
         distances=wording.other_distances(report),
         privacy=wording.privacy(report),
         cost=wording.cost(report),
@@ -41,9 +41,9 @@ def render_html(report: Report) -> str:
 def _plot(report: Report) -> dict[str, object] | None:
     """The matching-loss curves in the coordinates of the drawing, losses on a logarithmic axis."""
     captured = report.captured
-    curves = [("capture", found.curve) for found in captured.reconstructions]
-    if captured.null:
-        curves.append(("null", captured.null.curve))
+    # The pictures of one search have one curve.
+    curves = [("capture", found.curve) for found in captured.reconstructions[:1]]
+    curves += [("null", found.curve) for found in captured.nulls[:1]]
     points = [point for _, curve in curves for point in curve if point[1] > 0]
     if not points:
         return None

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ggl_audit.errors import AuditError
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate
 from ggl_audit.evidence.fidelity import Fidelity
 from ggl_audit.evidence.findings import Finding
 from ggl_audit.evidence.grade import Verdict
 from ggl_audit.evidence.guarantee import Guarantee
 from ggl_audit.evidence.likeness import Likeness
-from ggl_audit.inputs.images import to_picture
+from ggl_audit.inputs.images import decode_picture, to_picture
 
 PNG_URI = "data:image/png;base64,"
 
@@ -33,18 +34,17 @@ def picture(uri: str) -> Image.Image:
 
     Raises:
         ValueError: it is not such a URI.
+        AuditError: the picture is broken, or larger than any of a report.
     """
     if not uri.startswith(PNG_URI):
         raise ValueError("not a PNG data URI")
-    with Image.open(io.BytesIO(base64.b64decode(uri[len(PNG_URI) :], validate=True))) as image:
-        image.load()
-        return image
+    return decode_picture(base64.b64decode(uri[len(PNG_URI) :], validate=True), ("PNG",))
 
 
 def _decodable(uri: str) -> str:
     try:
         picture(uri)
-    except (ValueError, OSError, Image.DecompressionBombError):
+    except (ValueError, AuditError):
         raise ValueError("not a PNG in a data URI") from None
     return uri
 
@@ -64,21 +64,30 @@ class Tool(_Part):
 
 
 class Reconstruction(_Part):
-    """What the attack made of the captured gradient.
+    """One of the pictures that a search found together.
 
     Attributes:
         image: PNG as a data URI.
-        matching_loss: distance of its gradient to the capture, relative, with the regularizer.
+        label: that it was drawn for.
+        matching_loss: distance of the gradient of all of them to the capture, relative, with the
+            regularizer.
         curve: the best loss so far, by candidates evaluated.
-        metrics: against the truth; None where the truth is not held.
-        rank: of the truth among the candidates by pixel distance to the image; 1 is identified.
-        matching_rank: of the truth among the candidates by matching distance, without any image.
+        truth: the private image that it is compared with, by its place among them: of several
+            pictures the Hungarian method assigns each to one, by the declared distance. None where
+            they are not held.
+        metrics: against that image.
+        rank: of that image among the candidates, by the distance of the nearest picture to each of
+            them, whichever was assigned to it; 1 is identified.
+        matching_rank: of that image among the candidates by matching distance, without any picture,
+            all other images of the release being known.
         candidates: N.
     """
 
     image: PngUri
+    label: int
     matching_loss: float
     curve: list[tuple[Annotated[int, Field(ge=1)], float]]
+    truth: Annotated[int, Field(ge=0)] | None = None
     metrics: Fidelity | None = None
     rank: int | None = None
     matching_rank: int | None = None
@@ -119,24 +128,28 @@ class Captured(_Part):
     """The captured gradient, and what came out of it.
 
     Attributes:
+        file: as the spec names it.
+        appearance: what it looks like, in sentences, where that can be told.
         labels: as inferred or declared.
         label_method: how they were found.
         norm: l2 norm of the defended gradient.
-        truth: the private image as a PNG data URI, where it is held.
-        reconstructions: one for each image of the batch.
-        null: what the same attack makes of a random gradient of the same norm.
+        truths: the private images as PNG data URIs; empty where they are not held.
+        reconstructions: one for each image of the release, in the order of the truths.
+        nulls: what the same attack makes of a random gradient of the same norm, likewise.
         agreement: between independent searches.
         loss_place: the matching loss among those of canaries and of random gradients.
         likeness: whether it is like the canaries' gradients, so that their rates speak for it.
         not_measured: the reason for what is null or missing.
     """
 
+    file: str
+    appearance: list[str] = []
     labels: list[int]
     label_method: str
     norm: float
-    truth: PngUri | None = None
+    truths: list[PngUri] = []
     reconstructions: list[Reconstruction] = []
-    null: Reconstruction | None = None
+    nulls: list[Reconstruction] = []
     agreement: Agreement | None = None
     loss_place: LossPlace | None = None
     likeness: Likeness | None = None
@@ -222,6 +235,7 @@ class Report(_Part):
     tool: Tool
     verdict: Verdict
     captured: Captured
+    others: list[Captured] = Field(default=[], description="further captures of the round")
     evidence: EvidenceReport
     findings: list[Finding]
     assumptions: list[str]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ggl_audit.evidence.bounds import Rate
-from ggl_audit.report.model import Report
+from ggl_audit.evidence.fidelity import Fidelity
+from ggl_audit.report.model import Captured, Reconstruction, Report
 
 
 @dataclass(frozen=True)
@@ -61,29 +62,44 @@ def rate_rows(report: Report) -> list[RateRow]:
     return rows
 
 
-def identification(report: Report) -> str | None:
-    """What became of the captured image itself, where the truth is held."""
-    if not report.captured.reconstructions:
+def identification(about: Captured) -> str | None:
+    """What became of the captured images themselves, where the truths are held."""
+    pictures = about.reconstructions
+    ranked = [found for found in pictures if found.candidates is not None]
+    if not ranked:
         return None
-    found = report.captured.reconstructions[0]
-    if found.rank is None and found.matching_rank is None:
-        return None
-    parts = []
+    if len(pictures) > 1:
+        return _several(ranked, len(pictures))
+    found, parts = ranked[0], []
     if found.matching_rank is not None:
         parts.append(f"by matching it ranks {found.matching_rank}")
     if found.rank is not None:
         parts.append(f"by the reconstruction {found.rank}")
-    labels = ", ".join(map(str, report.captured.labels))
     return (
-        f"The true image among {found.candidates} candidates of class {labels}: {', '.join(parts)}."
+        f"The true image among {found.candidates} candidates of class {found.label}: "
+        f"{', '.join(parts)}."
     )
 
 
-def captured(report: Report) -> list[str]:
-    """What is known of the captured gradient itself, a sentence each."""
-    about = report.captured
-    said = []
-    found = identification(report)
+def _several(ranked: list[Reconstruction], images: int) -> str:
+    parts = []
+    for how, ranks in (
+        ("by matching", [found.matching_rank for found in ranked]),
+        ("by the reconstructions", [found.rank for found in ranked]),
+    ):
+        measured = [rank for rank in ranks if rank is not None]
+        if measured:
+            parts.append(f"{how} {measured.count(1)} of {len(measured)} rank first")
+    return (
+        f"The {images} true images, each among {ranked[0].candidates} candidates of its class: "
+        f"{', '.join(parts)}."
+    )
+
+
+def captured(about: Captured) -> list[str]:
+    """What is known of a captured gradient itself, a sentence each."""
+    said = [*about.appearance]
+    found = identification(about)
     if found:
         said.append(found)
     if about.agreement:
@@ -146,12 +162,14 @@ def privacy(report: Report) -> str:
 
 
 def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:
-    """Metrics of the reconstruction and of the null control's picture: name, value, value."""
+    """Metrics of the reconstructions and of the null control's pictures: name, mean, mean."""
     captured = report.captured
-    if not captured.reconstructions or captured.reconstructions[0].metrics is None:
+    columns = [
+        [one.metrics for one in pictures if one.metrics is not None]
+        for pictures in (captured.reconstructions, captured.nulls)
+    ]
+    if not columns[0]:
         return []
-    found = captured.reconstructions[0].metrics
-    null = captured.null.metrics if captured.null else None
     rows = []
     for key, name in (
         ("mse", "MSE"),
@@ -160,13 +178,18 @@ def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:
         ("lpips", "LPIPS"),
         ("mse_representation", "MSE-R"),
     ):
-        values = []
-        for metrics in (found, null):
-            value = getattr(metrics, key, None)
-            reason = metrics.not_measured.get(key, "not measured") if metrics else "not measured"
-            values.append(reason if value is None else f"{value:.4g}")
-        rows.append((name, values[0], values[1]))
+        found, null = (_mean(column, key) for column in columns)
+        rows.append((name, found, null))
     return rows
+
+
+def _mean(metrics: list[Fidelity], key: str) -> str:
+    values = [getattr(one, key) for one in metrics]
+    if not values:
+        return "not measured"
+    if None in values:
+        return metrics[values.index(None)].not_measured.get(key, "not measured")
+    return f"{sum(values) / len(values):.4g}"
 
 
 def cost(report: Report) -> str:

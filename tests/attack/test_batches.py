@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import binom, multivariate_normal
+from torch import nn
 
-from ggl_audit.attack.labels import infer_several
-from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.labels import infer_several, scale_of_one, usual_head
+from ggl_audit.attack.matching import LatentObjective, Matching, pictures
+from ggl_audit.attack.search import search
 from ggl_audit.clients import DeclaredClient
 from ggl_audit.defenses import Clip, Context, Defense, Pipeline, Sign, Sparsify
+from ggl_audit.evidence.assignment import assign
+from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr
 from ggl_audit.evidence.identification import blind_labels, draw_trials, match, rank_of_truth
 from ggl_audit.evidence.membership import UnknownMembers
 from ggl_audit.gradient import Gradient, each, flat, stack, take
-from ggl_audit.inputs.images import digits
+from ggl_audit.inputs.images import ImageSet, digits, fingerprints
 from ggl_audit.inputs.model import ClientModel, Head
 from ggl_audit.loading import load_client
-from ggl_audit.spec import Spec
+from ggl_audit.optimizers import optimizer_factory
+from ggl_audit.priors.loading import bundled_folder, load_trained
+from ggl_audit.spec import AttackSpec, RegularizerSpec, Spec
 
 CPU = torch.device("cpu")
 Cohort = tuple[Pipeline, ClientModel]
@@ -136,6 +143,138 @@ def test_distances_of_sets_are_those_of_a_plain_loop(
         assert float(found[:, 1:].min()) > 1e-2
 
 
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("clients", [1, 3])
+@pytest.mark.parametrize("name", CLIENT_SIDE)
+def test_distances_in_turn_are_those_of_the_whole_sets(
+    cohort: Callable[..., Cohort], name: str, clients: int, chunk: int | None, loss: str
+) -> None:
+    tail = [{**TOGETHER, "clients": clients}] if clients > 1 else []
+    defense, model = cohort(2, [*CLIENT_SIDE[name][0], *tail], model__loss__reduction=loss)
+    matching = Matching(model, defense, "l2")
+    data, random, members = digits("private"), torch.Generator().manual_seed(3), 2 * clients
+    true, given = torch.randint(len(data), (2, 2, members), generator=random)
+    tried = torch.randint(len(data), (2, members, 3), generator=random)
+    labels = data.labels[true]
+    observed = DeclaredClient(matching, defense).send(data.images[true], labels, context())
+    assert matching.adds_up
+    whole = given[:, None, None].expand(-1, members, 3, -1).clone()
+    for place in range(members):
+        whole[:, place, :, place] = tried[:, place]
+    expected = matching.distances(
+        data.images[whole.flatten(1, 2)],
+        labels[:, None].expand(-1, 3 * members, -1),
+        observed,
+    )
+    if chunk is not None:
+        matching._chunk = chunk
+    found = matching.distances_in_turn(data.images[tried], labels, data.images[given], observed)
+    assert found.shape == (2, members, 3)
+    # The sign of a value that is zero up to rounding may fall either way.
+    tolerance = 1e-2 if name == "sign" else 1e-4
+    torch.testing.assert_close(found.flatten(1), expected, rtol=tolerance, atol=1e-6)
+
+
+class Normalized(nn.Module):
+    """Batch statistics, of each pixel or of all of them."""
+
+    def __init__(self, *, flat: bool = False) -> None:
+        super().__init__()
+        self.flat = flat
+        self.normalize = nn.BatchNorm1d(256) if flat else nn.BatchNorm2d(1)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        normalized = self.normalize(images.flatten(1) if self.flat else images)
+        output: torch.Tensor = self.head(normalized.flatten(1))
+        return output
+
+
+NORMALIZED = {
+    "model__factory": f"{__file__}:Normalized",
+    "model__weights": None,
+    "model__mode": "train",
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "adds_up"),
+    [
+        ({}, True),
+        ({"model__loss__reduction": "sum"}, True),
+        ({"defense": [{"name": "clip", "bound": 0.1, "unit": "sample"}]}, True),
+        ({"defense": [{"name": "ats", "policies": ["rotate 2"]}]}, True),
+        ({"defense": [{"name": "mixup"}]}, False),
+        ({"capture__kind": "update", "capture__local": {"lr": 0.1, "epochs": 2}}, False),
+        ({"capture__kind": "update", "capture__local": {"lr": 0.1}}, True),
+        (NORMALIZED, False),
+        ({**NORMALIZED, "model__kwargs": {"flat": True}}, False),
+    ],
+)
+def test_which_gradients_add_up(
+    cohort: Callable[..., Cohort], keys: dict[str, Any], adds_up: bool
+) -> None:
+    keys = {"defense": [], **keys}
+    defense, model = cohort(4, **keys)
+    assert Matching(model, defense).adds_up is adds_up
+
+
+def test_the_losses_in_turn_are_those_of_the_whole_sets(cohort: Callable[..., Cohort]) -> None:
+    defense, model = cohort(3, [])
+    data, random = digits("private"), torch.Generator().manual_seed(0)
+    observed = Matching(model, defense).gradients(data.images[None, :3], data.labels[None, :3])
+    prior = load_trained(bundled_folder() / "digits")
+    objective = LatentObjective(
+        Matching(model, defense, "l2"),
+        prior,
+        observed,
+        data.labels[None, :3],
+        RegularizerSpec(name="norm"),
+    )
+    assert (objective.parts, objective.dimension) == (3, prior.size)
+    given = torch.randn(1, 2, 3, prior.size, generator=random)
+    tried = torch.randn(1, 2, 3, 4, prior.size, generator=random)
+    found = objective.losses_in_turn(tried, given)
+    assert found.shape == (1, 2, 3, 4)
+    for place, part, count in itertools.product(range(2), range(3), range(4)):
+        whole = given[0, place].clone()
+        whole[part] = tried[0, place, part, count]
+        expected = objective.losses(whole.reshape(1, 1, -1))
+        assert float(found[0, place, part, count]) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_a_search_for_each_image_finds_more_than_one_for_all(
+    cohort: Callable[..., Cohort], batch_size: int
+) -> None:
+    """At equal evaluations, by the mean PSNR after assignment."""
+    defense, model = cohort(batch_size, [])
+    data, prior = digits("private"), load_trained(bundled_folder() / "digits")
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    chosen = chosen[: 3 * batch_size].view(3, batch_size)
+    labels = data.labels[chosen]
+    observed = Matching(model, defense).gradients(data.images[chosen], labels)
+    psnr = {}
+    for apart in (True, False):
+        matching = Matching(model, defense, "l2")
+        matching.adds_up = apart
+        objective = LatentObjective(matching, prior, observed, labels, RegularizerSpec())
+        make = optimizer_factory(AttackSpec(), objective.dimension)
+        seeds = np.arange(3 * objective.parts).reshape(3, 1, objective.parts)
+        result = search(objective, make, seeds, 250, lambda _: None)
+        assert result.evaluations == 3 * 241
+        found = pictures(prior, result.latents, labels)
+        pixels = candidate_distances(model, None)["pixels"]
+        psnr[apart] = np.mean(
+            [
+                mean_psnr(own, truths[assign(own, truths, pixels)])
+                for own, truths in zip(found, data.images[chosen], strict=True)
+            ]
+        )
+    assert psnr[True] > psnr[False] + 1
+
+
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_the_order_of_a_batch_does_not_matter(
     cohort: Callable[..., Cohort], batch_size: int
@@ -190,11 +329,6 @@ def batches_with_duplicates(batch_size: int) -> torch.Tensor:
     return chosen
 
 
-def usual_prediction(model: ClientModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model.logits(model.parameters, digits("reference").images).softmax(1).mean(0)
-
-
 @pytest.mark.parametrize(
     "batch_size",
     [*range(2, 9), 16],
@@ -207,9 +341,128 @@ def test_the_labels_of_an_undefended_batch_are_inferred_exactly(
     data = digits("private")
     chosen = batches_with_duplicates(batch_size)
     observed = Matching(model, defense).gradients(data.images[chosen], data.labels[chosen])
-    assert model.head is not None
-    found = infer_several(observed, model.head, usual_prediction(model), batch_size)
+    usual = usual_head(model, digits("reference"))
+    scale = scale_of_one(model, defense, batch_size)
+    found = infer_several(observed, model, usual, batch_size, scale)
     assert found.tolist() == data.labels[chosen].sort(1).values.tolist()
+
+
+def finer(data: ImageSet, classes: int) -> ImageSet:
+    """Odd or even; or each digit in ten, by how much of it is on the right."""
+    if classes == 2:
+        return replace(data, labels=data.labels % 2)
+    weight = (data.images * torch.linspace(-1, 1, 16)).sum((1, 2, 3))
+    labels = 10 * data.labels
+    for label in range(10):
+        members = torch.nonzero(data.labels == label).flatten()
+        labels[members] += weight[members].argsort().argsort() * 10 // len(members)
+    return replace(data, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("steps", "whole_head"),
+    [([], True), ([], False), ([NOISE], True)],
+    ids=["undefended", "by the errors alone", "noise"],
+)
+@pytest.mark.parametrize("batch_size", [2, 4, 8, 16])
+@pytest.mark.parametrize("classes", [2, 100])
+def test_the_labels_of_few_and_of_many_classes_are_inferred_exactly(
+    cohort: Callable[..., Cohort],
+    monkeypatch: pytest.MonkeyPatch,
+    classes: int,
+    batch_size: int,
+    steps: Steps,
+    whole_head: bool,
+) -> None:
+    """With 2 classes there are more images than classes, and the counts are only in the scale."""
+    if not whole_head:
+        monkeypatch.setattr("ggl_audit.attack.labels.LARGEST_TABLE", 1)
+    defense, model = cohort(
+        batch_size, steps, model__weights=None, model__kwargs={"classes": classes}
+    )
+    data, public = finer(digits("private"), classes), finer(digits("reference"), classes)
+    random = torch.Generator().manual_seed(batch_size)
+    chosen = torch.randint(len(data), (20, batch_size), generator=random)
+    sent = DeclaredClient(Matching(model, defense), defense).send(
+        data.images[chosen], data.labels[chosen], context()
+    )
+    scale = scale_of_one(model, defense, batch_size)
+    found = infer_several(sent, model, usual_head(model, public), batch_size, scale)
+    assert found.tolist() == data.labels[chosen].sort(1).values.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_the_labels_of_a_sparsified_batch_are_read_off_what_is_left(
+    cohort: Callable[..., Cohort], batch_size: int
+) -> None:
+    """Of the ten values of the bias one is left."""
+    defense, model = cohort(batch_size, CLIENT_SIDE["sparsify"][0])
+    data = digits("private")
+    chosen = batches_with_duplicates(batch_size)
+    sent = DeclaredClient(Matching(model, defense), defense).send(
+        data.images[chosen], data.labels[chosen], context()
+    )
+    scale = scale_of_one(model, defense, batch_size)
+    usual = usual_head(model, digits("reference"))
+    found = infer_several(sent, model, usual, batch_size, scale)
+    assert found.tolist() == data.labels[chosen].sort(1).values.tolist()
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+@pytest.mark.parametrize("loss", [{"reduction": "mean"}, {"reduction": "sum", "scale": 0.5}])
+def test_the_scale_of_one_image_is_that_of_its_error_in_the_bias(
+    cohort: Callable[..., Cohort], loss: dict[str, Any], clients: int
+) -> None:
+    tail = [{**TOGETHER, "clients": clients}] if clients > 1 else []
+    loss = {"name": "cross_entropy", **loss}
+    defense, model = cohort(2, tail, model__loss=loss)
+    data = digits("private")
+    images, labels = data.images[: 2 * clients], data.labels[: 2 * clients]
+    client = DeclaredClient(Matching(model, defense), defense)
+    sent = client.send(images[None], labels[None], context())
+    with torch.no_grad():
+        logits = model.module((images - model.mean) / model.std)
+        errors = logits.softmax(1) - F.one_hot(labels, 10)
+    scale = scale_of_one(model, defense, 2 * clients)
+    assert scale is not None
+    torch.testing.assert_close(sent["7.bias"][0], scale * errors.sum(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "known"),
+    [
+        ([], True),
+        ([NOISE], True),
+        ([{"name": "sparsify", "fraction": 0.5}, NOISE], True),
+        ([{"name": "clip", "bound": 1.0}], False),
+        ([{"name": "clip", "bound": 1.0, "unit": "sample"}], False),
+        ([{"name": "sign"}], False),
+        ([{"name": "quantize", "bits": 4}], False),
+        ([{"name": "sec_adam", "clients": 2}], False),
+    ],
+)
+def test_a_step_that_changes_magnitudes_hides_the_scale(
+    cohort: Callable[..., Cohort], steps: Steps, known: bool
+) -> None:
+    defense, model = cohort(2, steps)
+    assert (scale_of_one(model, defense, 2) is not None) is known
+
+
+def test_a_class_without_public_images_is_taken_for_all_of_them(
+    cohort: Callable[..., Cohort],
+) -> None:
+    _, model = cohort(1, [])
+    public = digits("reference")
+    few = public.without(frozenset(fingerprints(public.images[public.labels == 3])))
+    usual = usual_head(model, replace(few, images=few.images[:200], labels=few.labels[:200]))
+    with torch.no_grad():
+        taken = model.module[:-1]((few.images[:200] - model.mean) / model.std).double()
+        given = model.module((few.images[:200] - model.mean) / model.std).softmax(1).double()
+    torch.testing.assert_close(usual.representations[3], taken.mean(0))
+    torch.testing.assert_close(usual.predictions[3], given.mean(0))
+    own = few.labels[:200] == 5
+    torch.testing.assert_close(usual.representations[5], taken[own].mean(0))
+    torch.testing.assert_close(usual.predictions[5], given[own].mean(0))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -223,8 +476,9 @@ def test_the_inferred_labels_do_not_see_the_scale(
     observed = Matching(model, defense).gradients(data.images[chosen], data.labels[chosen])
     observed = each(lambda tensor: scale * tensor, observed)
     assert model.head is not None
-    head = model.head if bias else Head(model.head.module, model.head.weight, None)
-    found = infer_several(observed, head, usual_prediction(model), 6)
+    if not bias:
+        model = replace(model, head=Head(model.head.module, model.head.weight, None))
+    found = infer_several(observed, model, usual_head(model, digits("reference")), 6)
     assert found.tolist() == data.labels[chosen].sort(1).values.tolist()
 
 
@@ -238,8 +492,8 @@ def test_the_labels_of_a_cohort_are_those_of_one_large_batch(
     observed = DeclaredClient(matching, defense).send(
         data.images[chosen], data.labels[chosen], context()
     )
-    assert model.head is not None
-    found = infer_several(observed, model.head, usual_prediction(model), 6)
+    usual = usual_head(model, digits("reference"))
+    found = infer_several(observed, model, usual, 6, scale_of_one(model, defense, 6))
     assert found.tolist() == data.labels[chosen].sort(1).values.tolist()
 
 

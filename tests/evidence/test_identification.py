@@ -105,12 +105,12 @@ def test_matching_finds_all_without_noise_and_guesses_in_strong_noise(
 def test_the_captured_image_stands_among_its_class() -> None:
     reference = digits("reference")
     truth = digits("private").images[0]
-    trial = captured_trial(truth, 4, reference, 32, random())
+    trial = captured_trial(truth[None], [4], 0, 1, reference, 32, random())
     assert trial is not None
     assert trial.images.shape == (1, 32, 1, 16, 16)
     assert torch.equal(trial.canaries[0], truth)
     few = ImageSet(reference.images[:60], reference.labels[:60], "few")
-    assert captured_trial(truth, 4, few, 32, random()) is None
+    assert captured_trial(truth[None], [4], 0, 1, few, 32, random()) is None
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_and_no_tie(model: ClientModel) -> None:

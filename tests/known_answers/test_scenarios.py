@@ -37,10 +37,10 @@ SAFE = ("A", "B")
 NOTHING_SAID = ("inconclusive",)
 
 SEARCHED = {
-    "attack.evaluations": 480,
+    "attack.evaluations": 300,
     "evidence.matching_trials": 60,
-    "evidence.reconstruction_trials": 8,
-    "evidence.control_trials": 5,
+    "evidence.reconstruction_trials": 6,
+    "evidence.control_trials": 2,
 }
 WELL_SEARCHED = {**SEARCHED, "attack.evaluations": 1500, "evidence.reconstruction_trials": 10}
 MATCHED = {**SEARCHED, "attack.evaluations": 13, "evidence.matching_trials": 200}
@@ -66,7 +66,7 @@ STRONG_DP = [clip(1.0), noise(5.0)]
 OTHER_DOMAIN = {
     "factory": f"{HERE / 'models.py'}:OtherDomain",
     "latent": {"shape": [48]},
-    "conditional": True,
+    "labels": "index",
 }
 BROKEN = {"factory": f"{HERE / 'models.py'}:Broken", "latent": {"shape": [4]}}
 PROMISE = {"unit": "sample", "reduction": "mean", "rounds": 1, "sampling_rate": 1, "delta": 1e-5}
@@ -243,6 +243,15 @@ TABLE = [
         ("GGL005",),
         ("normalized with mean [0.0]",),
         client={"input": {"shape": [1, 16, 16], "mean": [0.0], "std": [1.0]}},
+    ),
+    Scenario(
+        "half the declared loss",
+        [],
+        NOTHING_SAID,
+        ("GGL005",),
+        ("model.loss.scale 0.5 would fit",),
+        client={"loss": {"scale": 0.5}},
+        budget=CHECKED,
     ),
     Scenario(
         "train in place of eval mode",

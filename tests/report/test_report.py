@@ -23,7 +23,7 @@ from ggl_audit.report.compare import render_comparison
 from ggl_audit.report.console import render_console
 from ggl_audit.report.formats import check_outputs, read_report, render_json, write_report
 from ggl_audit.report.html import render_html
-from ggl_audit.report.model import Report, picture, png_uri
+from ggl_audit.report.model import Reconstruction, Report, picture, png_uri
 from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
@@ -59,7 +59,8 @@ def test_the_report_survives_json(report: Report, tmp_path: Path) -> None:
     finite(data)
     assert data["schema_version"] == 1
     assert set(data) == {
-        "schema_version", "tool", "verdict", "captured", "evidence", "findings", "assumptions",
+        "schema_version", "tool", "verdict", "captured", "others", "evidence", "findings",
+        "assumptions",
         "cost", "inputs", "environment", "spec",
     }  # fmt: skip
     assert set(data["evidence"]["ceiling"]) >= {
@@ -94,7 +95,7 @@ def test_nothing_that_was_not_measured_is_a_number(sample: Callable[..., Spec]) 
     assert all(evidence.not_measured.values())
     found = report.captured.reconstructions[0]
     assert found.rank is found.metrics is found.matching_rank is None
-    assert "truth" in report.captured.not_measured
+    assert "truths" in report.captured.not_measured
     text = shown(report)
     assert "not measured" in text
     assert "safe" not in text.lower()
@@ -115,6 +116,7 @@ def test_the_planned_evaluations_are_those_that_happen(sample: Callable[..., Spe
     for name, overrides in (
         ("sparsified", {}),
         ("undefended", {"attack__restarts": 3}),
+        ("undefended", {"capture__batch_size": 3, "evidence__truth": None}),
         ("noise", {"evidence__control_trials": 9, "attack__evaluations": 47}),
     ):
         spec = sample(name, **overrides)
@@ -134,7 +136,7 @@ def test_pictures_are_stored_without_loss() -> None:
 
 def test_the_truth_in_the_report_is_the_private_picture(report: Report, samples: Path) -> None:
     truth = read_image(samples / "captures" / "private.png", (1, 16, 16))
-    assert report.captured.truth == png_uri(truth)
+    assert report.captured.truths == [png_uri(truth)]
 
 
 def shown(report: Report, *, colour: bool = False, width: int = 100) -> str:
@@ -277,12 +279,69 @@ def test_a_picture_of_another_shape_is_drawn(report: Report) -> None:
     assert isinstance(picture(wide), Image.Image)
 
 
+def release_of(report: Report, images: int, held: bool) -> Report:
+    """The same report as if the release were of so many images."""
+    captured = report.captured
+
+    def of_each(found: Reconstruction) -> list[Reconstruction]:
+        return [
+            found.model_copy(
+                update={
+                    "image": png_uri(torch.full((1, 16, 16), (place + 1) / 20)),
+                    "label": place,
+                    "truth": place if held else None,
+                    "rank": 1 + place % 2 if held else None,
+                    "matching_rank": 1 if held else None,
+                    "candidates": 32 if held else None,
+                    "metrics": None
+                    if not held or found.metrics is None
+                    else found.metrics.model_copy(update={"mse": float(place)}),
+                }
+            )
+            for place in range(images)
+        ]
+
+    changed = {
+        "labels": list(range(images)),
+        "truths": captured.truths * images if held else [],
+        "reconstructions": of_each(captured.reconstructions[0]),
+        "nulls": of_each(captured.nulls[0]),
+    }
+    return report.model_copy(update={"captured": captured.model_copy(update=changed)})
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("images", [2, 8])
+def test_each_of_several_pictures_stands_with_its_truth(
+    report: Report, images: int, held: bool
+) -> None:
+    several = release_of(report, images, held)
+    page = Page(render_html(several))
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    captured = several.captured
+    found = [one.image for one in (*captured.reconstructions, *captured.nulls)]
+    assert sources == [*captured.truths, *found]
+    assert [tag for tag, _ in page.tags].count("polyline") == 2
+    text = " ".join(page.text.split())
+    terminal = " ".join(shown(several, width=200).split())
+    for place in range(images):
+        assert f"label {place}" in text
+    drawn = min(images, 6) if held else 0
+    assert terminal.count("the private image") == drawn + 1  # and the check against it
+    assert ("and 2 more" in terminal) == (images == 8)
+    if held:
+        ranks = f"by matching {images} of {images} rank first, by the reconstructions {images // 2}"
+        assert ranks in text
+        assert ranks in terminal
+        assert f"MSE{(images - 1) / 2:.4g}" in "".join(page.text.split())
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda r: r["findings"][0].update(id="GGL001[/nope]"),
-        lambda r: r["captured"].update(truth="http://example.org/x.png"),
-        lambda r: r["captured"].update(truth="data:image/png;base64,AAAA"),
+        lambda r: r["captured"].update(truths=["http://example.org/x.png"]),
+        lambda r: r["captured"].update(truths=["data:image/png;base64,AAAA"]),
         lambda r: r["evidence"]["ceiling"].update(chance=1),
         lambda r: r["evidence"]["ceiling"].update(upper=9),
         lambda r: r["captured"]["reconstructions"][0].update(curve=[[0, 1.0]]),

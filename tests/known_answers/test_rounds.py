@@ -1,0 +1,99 @@
+"""Several captures of one round in one audit."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from ggl_audit.audit import run_audit
+from ggl_audit.capturing import capture_gradient
+from ggl_audit.errors import InputError
+from ggl_audit.forecast import planned_evaluations
+from ggl_audit.inputs.capture import write_capture
+from ggl_audit.inputs.images import digits, write_image
+from ggl_audit.report.console import render_console
+from ggl_audit.report.html import render_html
+from ggl_audit.setting import prepare
+from ggl_audit.spec import Spec
+from tests.conftest import Counter
+
+FEW = {
+    "attack.evaluations": 300,
+    "evidence.matching_trials": 40,
+    "evidence.reconstruction_trials": 5,
+    "evidence.truth": None,
+}
+
+
+@pytest.fixture
+def round_of_three(sample: Callable[..., Spec], tmp_path: Path) -> list[str]:
+    """What three clients send for a picture each."""
+    private, paths = digits("private"), []
+    for index in (0, 40, 80):
+        write_image(tmp_path / "private.png", private.images[index])
+        sent = capture_gradient(
+            sample("undefended"), [tmp_path / "private.png"], [int(private.labels[index])]
+        )
+        paths.append(str(tmp_path / f"{index}.safetensors"))
+        write_capture(Path(paths[-1]), sent)
+    return paths
+
+
+def test_each_capture_is_checked_and_attacked(
+    sample: Callable[..., Spec], round_of_three: list[str]
+) -> None:
+    first, *others = round_of_three
+    keys = {**FEW, "capture.gradient": first}
+    spec = sample("undefended", **keys, **{"capture.others": others})
+    progress = Counter()
+    report = run_audit(spec, progress)
+    assert progress.done >= progress.planned == planned_evaluations(prepare(spec))
+    assert report.verdict.grade in ("C", "D", "F")
+    wanted = [int(digits("private").labels[index]) for index in (0, 40, 80)]
+    captures = [report.captured, *report.others]
+    assert [captured.labels for captured in captures] == [[label] for label in wanted]
+    assert [captured.file for captured in captures] == round_of_three
+    assert all(captured.likeness.outcome == "like" for captured in captures)
+    assert len({captured.reconstructions[0].image for captured in captures}) == 3
+
+    alone = run_audit(sample("undefended", **keys), Counter())
+    assert alone.evidence == report.evidence
+    assert alone.captured == report.captured
+
+    page = render_html(report)
+    assert all(captured.reconstructions[0].image in page for captured in captures)
+    terminal = Console(width=200, file=io.StringIO())
+    render_console(report, terminal)
+    assert f"{others[1]} (label {wanted[2]}, inferred" in terminal.file.getvalue()
+
+
+def test_one_wrong_capture_is_no_pass_for_the_round(
+    sample: Callable[..., Spec], round_of_three: list[str]
+) -> None:
+    first, second, third = round_of_three
+    halved = {name: 0.5 * tensor for name, tensor in load_file(second).items()}
+    save_file(halved, second)
+    keys = {**FEW, "capture.gradient": first, "evidence.reconstruction_trials": 0}
+    report = run_audit(
+        sample("undefended", **keys, **{"capture.others": [second, third]}), Counter()
+    )
+    assert report.verdict.grade == "inconclusive"
+    assert f"the declared model and loss ({second})" in report.verdict.reason
+    assert "model.loss.scale 0.5 would fit" in report.verdict.reason
+
+
+def test_the_captures_of_a_round_lack_the_same_parameters(
+    sample: Callable[..., Spec], round_of_three: list[str]
+) -> None:
+    first, second, _ = round_of_three
+    tensors = load_file(second)
+    del tensors["0.bias"]
+    save_file(tensors, second)
+    spec = sample("undefended", **FEW, **{"capture.gradient": first, "capture.others": [second]})
+    with pytest.raises(InputError, match=r"has no '0.bias', which the first capture has"):
+        prepare(spec)

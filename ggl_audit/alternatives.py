@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -58,15 +59,10 @@ def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if spec.capture.kind == "update":
         negative = {name: -tensor for name, tensor in setting.observed.items()}
         cause = "the update is the weights after training minus those before"
-        labels = labels_of(
-            spec,
-            setting.model,
-            setting.defense,
-            negative,
-            setting.members,
-            setting.reference,
-        )
-        yield cause, replace(setting, observed=negative, labels=labels)
+        parts = (setting.model, setting.defense, negative, setting.members, setting.reference)
+        with suppress(SpecError):  # as it gives no label away
+            labels = labels_of(spec, *parts)
+            yield cause, replace(setting, observed=negative, labels=labels)
     same = [
         (first, second)
         for first, second in itertools.combinations(setting.observed, 2)

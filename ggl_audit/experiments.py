@@ -138,7 +138,8 @@ def match_candidates(
     measured.ceiling = measure_rate(hits, done, chance, planned)
     if not why_not_inferred(setting.model, setting.members):
         guessed = blind_labels(setting.model.classes, setting.members)
-        measured.label = measure_rate(labels_right, done, guessed, planned)
+        if guessed < 1:
+            measured.label = measure_rate(labels_right, done, guessed, planned)
     if setting.defense.steps:
         control = trials.first(MATCHING_CONTROL_TRIALS)
         without = undefended(setting)

@@ -131,7 +131,7 @@ class Setting:
     def appearance(self) -> list[str]:
         """What the capture looks like, in sentences, where that can be told."""
         gradient, model = self.captured.gradient, self.model
-        plain = self.spec.model.loss.is_plain
+        plain = self.spec.model.loss.is_plain and model.targets is None
         seen = look_at_last_layer(model, gradient, self.captured.rounding) if plain else None
         usual = None if seen is None else usual_head(model, self.reference)
         return appearance(gradient, self.usual, model, seen, usual)
@@ -255,6 +255,14 @@ def prepare(spec: Spec) -> Setting:
         files=_files(spec, reference),
     )
     others = [_other(setting, number) for number in range(len(capture.others))]
+    for number, other in enumerate(others):
+        for earlier in (setting, *others[:number]):
+            if all(torch.equal(other.observed[n], earlier.observed[n]) for n in other.observed):
+                raise SpecError(
+                    ("capture", "others", number),
+                    f"{capture.others[number]} holds the same values as another capture",
+                    "Name each client's capture once.",
+                )
     return replace(setting, others=others)
 
 
@@ -268,7 +276,7 @@ def _observe(
         gradient, checks = defense.apply(gradient, context), []
     else:
         checks = defense.verify(gradient)
-    if spec.model.loss.is_plain:
+    if spec.model.loss.is_plain and model.targets is None:
         applied = Pipeline() if raw else defense
         members = model.batch_size * defense.aggregation.clients
         check = check_last_layer(model, applied, captured.gradient, members, captured.rounding)
@@ -295,13 +303,21 @@ def _other(setting: Setting, number: int) -> Setting:
             "Captures that lack different parameters are audits of their own.",
         )
     observed, checks = _observe(spec, model, defense, captured)
+    try:
+        labels = labels_of(spec, model, defense, observed, setting.members, setting.reference)
+    except SpecError as error:
+        raise SpecError(
+            ("capture", "others", number),
+            error.problem,
+            "Labels of the others are always inferred; audit this capture by itself.",
+        ) from None
     return replace(
         setting,
         spec=spec,
         captured=captured,
         observed=observed,
         checks=checks,
-        labels=labels_of(spec, model, defense, observed, setting.members, setting.reference),
+        labels=labels,
         truths=setting.truths[:0],
         truth_labels=None,
         prior_saw_truth=False,
@@ -401,10 +417,13 @@ def _check_truths(
     Returns:
         The label of each, None where it is not known, and what came of the comparison.
     """
-    told = spec.capture.labels != "infer" or len(set(labels)) == 1
-    known = labels if told else None
+    told = spec.capture.labels != "infer" or len(labels) == 1
+    known = labels if told or len(set(labels)) == 1 else None
+    fixed = [name for name, _ in model.module.named_parameters() if name in model.constants]
     if len(truths) == 0 or not defense.leaves_only_noise():
         return known, []
+    if fixed and defense.acts_on_the_whole():
+        return known, []  # whether the client's norm is over what is sent alone is not known
     matching = Matching(model, defense)
     if len(truths) == 1:
         # Of class indices every one is tried; targets of one's own may be too many.

@@ -16,7 +16,11 @@ from ggl_audit.optimizers import Array
 
 PUBLIC_IMAGES = 256
 LARGEST_TABLE = 2**20
+"""Values that the labels' shares in a head may take; of a larger one only the errors are used."""
+
 CLEARLY = 0.8
+"""How much nearer a guess of the predictions must come that is itself made from the gradient."""
+
 ROUNDING = 1e-12
 
 

@@ -18,6 +18,7 @@ from ggl_audit.contribution import Contribution
 from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
 from ggl_audit.errors import SpecError
 from ggl_audit.gradient import Gradient, concatenate, each, norm, stack, take, unstack
+from ggl_audit.inputs.losses import CrossEntropy
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import RegularizerSpec
@@ -83,9 +84,12 @@ class Matching:
         count = self.model.batch_size
         if count == 1:
             return True
+        if isinstance(self.model.criterion, CrossEntropy) and not self.model.criterion.adds_up:
+            return False
         random = torch.Generator().manual_seed(0)
         images = torch.rand(count, *self.model.shape, generator=random).to(self.model.mean)
-        labels = torch.arange(count, device=self.model.device) % self.model.classes
+        labels = torch.linspace(0, self.model.classes - 1, count, device=self.model.device)
+        labels = labels.round().long()  # as different as they can be
         whole = take(self.gradients(images[None], labels[None]), 0)
         try:
             own = self.gradients(images, labels)

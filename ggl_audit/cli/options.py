@@ -41,7 +41,10 @@ PriorName = Annotated[
 Reference = Annotated[
     str | None, typer.Option("--reference", help="A bundled set, an .npz[:SPLIT], or a folder.")
 ]
-Truth = Annotated[Path | None, typer.Option("--truth", help="The private image, if it is held.")]
+Truth = Annotated[
+    list[Path] | None,
+    typer.Option("--truth", help="The private image, if it is held; of a batch all. Repeatable."),
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", envvar="GGL_AUDIT_DEVICE", help="auto, cpu, cuda or cuda:N."),
@@ -69,7 +72,7 @@ def load_spec(
     defense: str | None = None,
     prior: str | None = None,
     reference: str | None = None,
-    truth: Path | None = None,
+    truth: list[Path] | None = None,
     device: str | None = None,
     seed: int | None = None,
     fail_on: str | None = None,
@@ -96,7 +99,7 @@ def load_spec(
     override("defense", None if defense is None else parse_defense(defense))
     override("prior", None if prior is None else _prior(prior))
     override("evidence.reference", None if reference is None else _image_source(reference))
-    override("evidence.truth", _absolute(truth))
+    override("evidence.truth", [_absolute(path) for path in truth] if truth else None)
     override("device", device)
     override("seed", seed)
     override("gate.fail_on", fail_on)

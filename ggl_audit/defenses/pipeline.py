@@ -295,6 +295,10 @@ class Pipeline:
         """Whether nothing is done but to scale the whole gradient down."""
         return all(isinstance(step, Clip) and step.scope == "global" for step in self.steps)
 
+    def acts_on_the_whole(self) -> bool:
+        """Whether a step depends on all tensors together, as on the norm of the whole."""
+        return any(getattr(step, "scope", None) == "global" for step in self.steps)
+
     def leaves_only_noise(self) -> bool:
         """Whether the replica of the right images leaves the declared noise, or nothing."""
         if self.earlier_rounds or self._hides_draws() or any(s.stochastic for s in self.steps):

@@ -36,6 +36,8 @@ def appearance(
     said = [*_values(observed), *_zeros(observed, usual)]
     if said or last_layer is None:
         return said  # the last layer is not what it was
+    if last_layer.full < 2 and model.batch_size > 1:
+        return []  # a head of two classes has one rank for any number of images
     if last_layer.fine_rank >= max(2, last_layer.full):
         return _noise(observed, usual)
     return [_images(observed, model, last_layer, usual_head)]

@@ -22,9 +22,13 @@ MODEL_AND_LOSS = "the declared model and loss"
 ROUNDINGS = 25
 """What may be off, in roundings of the file's numbers."""
 
-CLEAR_RANK, FINE_RANK, LEAST_ROUNDING = 0.02, 1e-5, 0.1
-"""Relative, of singular values and of the scale. A client that computes in bfloat16 and sends
-float32 stays below all but the second, which is for what is only said."""
+CLEAR_RANK, FINE_RANK, LEAST_ROUNDING, MOST_ROUNDING = 0.02, 1e-5, 0.1, 0.3
+"""Relative, of singular values and of the scale; with more rounding than the last nothing is told.
+"""
+
+COARSE, LOGIT_ROUNDINGS = 2**-7, 5
+"""One image's gradient that is not of rank one to the second of these was computed in bfloat16,
+whose rounding of the logits comes in full into p."""
 
 SMALLEST = 1e-3
 """Of the largest value: below, half precision may have lost too much."""
@@ -72,7 +76,9 @@ def look_at_last_layer(model: ClientModel, observed: Gradient, rounding: float) 
     weight = observed[head.weight].double()
     columns = [weight] if head.bias is None else [weight, observed[head.bias].double()[:, None]]
     errors, sizes, _ = torch.linalg.svd(torch.cat(columns, dim=1), full_matrices=False)
-    rounding *= ROUNDINGS
+    own, rounding = rounding, ROUNDINGS * rounding
+    if rounding > MOST_ROUNDING:
+        return None
     rank, fine_rank = (
         int((sizes > max(least, rounding) * sizes[0]).sum()) for least in (CLEAR_RANK, FINE_RANK)
     )
@@ -84,7 +90,11 @@ def look_at_last_layer(model: ClientModel, observed: Gradient, rounding: float) 
     logits = model.parameters[head.weight].double() @ representation
     error = (logits + model.parameters[head.bias].double()).softmax(0)
     error[infer_labels(stack([observed]), head)] -= 1
-    rounding = max(LEAST_ROUNDING, rounding) + ERROR_ROUNDING / float(error.abs().max())
+    grain = own if fine_rank == 1 else max(own, COARSE)
+    rounding = max(LEAST_ROUNDING, rounding) + LOGIT_ROUNDINGS * grain * float(logits.abs().max())
+    if rounding > MOST_ROUNDING:
+        return LastLayer(rank, fine_rank, full, rounding)
+    rounding += ERROR_ROUNDING / float(error.abs().max())
     scale = (bias @ error) / (error @ error)
     misfit = (bias - scale * error).norm() / bias.norm()
     return LastLayer(rank, fine_rank, full, rounding, float(scale), float(misfit))
@@ -104,7 +114,8 @@ def check_last_layer(
 
     Returns:
         None where it cannot be told: the defense does more than to scale the gradient, it is of
-        more than one step, there is no linear head, or its gradient is too small.
+        more than one step, there is no linear head, its gradient is too small or rounded too much,
+        or so many images may have any rank.
     """
     local = model.local
     steps = 1 if local is None else local.steps(model.batch_size)
@@ -113,13 +124,16 @@ def check_last_layer(
     seen = look_at_last_layer(model, observed, rounding)
     if seen is None:
         return None
-    if seen.rank > images:
+    if seen.rank > min(images, seen.full):
         return Check(
             MODEL_AND_LOSS,
             "contradicts",
             f"its last layer's gradient has the rank {seen.rank}, so it is of {seen.rank} images "
-            f"or more, or of more than one step; of {images} by the declaration",
+            f"or more, of more than one step, or of none; of {images} by the declaration, and "
+            f"cross-entropy gives {seen.full} at most",
         )
+    if images > 1 and images >= seen.full:
+        return None
     if images > 1 or seen.scale is None or seen.misfit is None:
         return Check(
             MODEL_AND_LOSS, "agrees", f"its last layer's gradient has the rank {seen.rank}"

@@ -22,6 +22,10 @@ SAME_WEIGHTS = 4
 """In roundings of the file, relative."""
 
 
+MOST_ROUNDING = 0.25
+"""Largest rounding of a number, relative to an update; the mean is a fifth of that."""
+
+
 @dataclass(frozen=True)
 class Capture:
     """A captured gradient, fitted to the model.
@@ -83,7 +87,7 @@ def fit_capture(captured: Tensors, model: ClientModel, misfit: Misfit) -> Captur
         file = fitted.unused.get(name)
         if name in model.constants and file is not None and bool(captured[file].any()):
             raise misfit(
-                f"{file!r} is not zero, but {name!r} {tuple(parameter.shape)} is declared not to "
+                f"{file!r} is not zero, but {name!r} {tuple(parameter.shape)} is taken not to "
                 "be trained or not to be sent",
                 "See model.frozen, capture.unsent and what the model's code freezes.",
             )
@@ -121,6 +125,12 @@ def read_update(before: Path | None, after: Path, model: ClientModel) -> Capture
     if not any(bool(tensor.any()) for tensor in update.values()):
         raise InputError(after, "holds the same weights as the model: nothing was trained")
     rounding *= float(norm(start) / norm(update))
+    if rounding > MOST_ROUNDING:
+        raise InputError(
+            after,
+            "holds rounded numbers, and the update is hardly larger than their rounding",
+            "Save the checkpoints before and after in single precision.",
+        )
     return replace(trained, gradient=update, rounding=rounding)
 
 

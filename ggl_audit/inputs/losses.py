@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ggl_audit.errors import Key, SpecError
 from ggl_audit.inputs.factories import find_callable
@@ -208,18 +209,28 @@ class OwnLoss:
         return False
 
 
-def build_criterion(spec: LossSpec, folder: Path) -> Criterion:
+def build_criterion(
+    spec: LossSpec,
+    folder: Path,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Criterion:
     """Makes the declared loss.
 
     Args:
         spec: declares it.
         folder: the folder of the spec, where a file of the client's own code is.
+        device: where the tensors of the client's own module are to be.
+        dtype: of its floating-point tensors.
 
     Raises:
         SpecError: the client's own is not there, or cannot be made.
     """
     if spec.factory is not None:
-        return OwnLoss(_own_function(spec, folder), spec.factory, spec.scale)
+        function = _own_function(spec, folder)
+        if isinstance(function, nn.Module):
+            function.to(device=device, dtype=dtype)
+        return OwnLoss(function, spec.factory, spec.scale)
     if spec.name == "binary_cross_entropy":
         pos_weight = None if spec.pos_weight is None else torch.tensor(spec.pos_weight)
         return BinaryCrossEntropy(spec.reduction, spec.scale, pos_weight)

@@ -121,8 +121,7 @@ def _check_code(name: str, content: bytes) -> None:
     if b"torch.classes" in content:
         raise UnsupportedError("it holds an object of a class in C++, such as quantized weights")
     if name.endswith((".pkl", ".debug_pkl")):
-        for _ in pickletools.genops(content):
-            pass  # PyTorch makes room for the length of a text before it looks for the text
+        _check_pickle(content)
     if not name.endswith(".py"):
         return
     if b"__setstate__" in content:
@@ -134,6 +133,13 @@ def _check_code(name: str, content: bytes) -> None:
         depth = max(0, depth + opened - closed)
         if len(line) > LONGEST_LINE or length > LONGEST_STATEMENT:
             raise UnsupportedError("it holds code with a statement that is too long to be parsed")
+
+
+def _check_pickle(content: bytes) -> None:
+    """PyTorch makes room for what a pickle says of a text or its memory before it looks for it."""
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
+        if instruction.name == "LONG_BINPUT" and argument is not None and argument > count:
+            raise ValueError("a pickle in it numbers more than it has")
 
 
 def _content(archive: Archive, name: str) -> bytes:

@@ -113,7 +113,9 @@ def _one_message(path: Path) -> Iterator[None]:
     try:
         if not path.is_file():
             raise AuditError("not a file" if path.exists() else "no such file")
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old formats, which fail or are fine
+            yield
     except AuditError as error:
         raise InputError(path, error.problem, error.remedy) from None
     except OSError as error:
@@ -173,9 +175,7 @@ def _read_array(stream: io.BufferedIOBase, size: int, name: str) -> torch.Tensor
     """Reads what ``np.save`` wrote, once its header agrees with the number of bytes."""
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError(f"{name!r} has fields or an unusual version")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about headers that Python 2 wrote
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     if dtype.kind not in "biufc":
         raise AuditError(
             f"{name!r} is an array of {dtype.str}, not of numbers",

@@ -213,6 +213,13 @@ def _no_ranks(setting: Setting) -> dict[str, str]:
             )
         return reasons
     reasons = {}
+    if setting.defense.leaves_only_noise() and not any(
+        check.step == PRIVATE_IMAGE for check in setting.checks
+    ):
+        reasons["check"] = (
+            "whether the capture is of the private images: a declared step depends on the whole "
+            "gradient, of which not all is sent"
+        )
     lacking = [
         label
         for label, trial in zip(setting.truth_labels, setting.captured_trials(), strict=True)
@@ -302,6 +309,8 @@ def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
     no_reconstruction = "evidence.reconstruction_trials is 0" if no_trials else cut
     no_control = "evidence.control_trials is 0" if evidence.control_trials == 0 else cut
     no_label = why_not_inferred(setting.model, setting.members)
+    if not no_label and setting.model.classes == 1:
+        no_label = "there is one label only"
     applied = "the tool applied the defense itself (capture.stage is raw)"
     raw = applied if setting.spec.capture.stage == "raw" and setting.defense.steps else ""
     reasons = {

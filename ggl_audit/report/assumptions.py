@@ -200,7 +200,10 @@ def _parts(setting: Setting) -> list[str]:
     fixed = [n for n, _ in setting.model.module.named_parameters() if n in setting.model.constants]
     silent = [name for name in fixed if name not in captured.unsent]
     if silent:
-        said.append(f"Not trained, or trained and never sent: {_listed(silent)}.")
+        said.append(
+            f"Not trained, or trained and never sent: {_listed(silent)}. The declared steps "
+            "are taken to act on what is sent alone."
+        )
     if captured.unsent:
         said.append(
             f"Not in the file, and so taken for never sent: {_listed(captured.unsent)}. Declare "

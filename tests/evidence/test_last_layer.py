@@ -134,7 +134,9 @@ def test_more_images_than_declared_are_counted(
     assert alone is not None
     assert right is not None
     assert (alone.outcome, right.outcome) == ("contradicts", "agrees")
-    assert "images or more, or of more than one step; of 1 by the declaration" in alone.detail
+    assert (
+        "images or more, of more than one step, or of none; of 1 by the declaration" in alone.detail
+    )
 
 
 def test_a_client_that_computes_in_bfloat16_is_not_accused(

@@ -399,7 +399,7 @@ def test_nothing_is_allocated_because_a_header_says_so(tmp_path: Path) -> None:
         assert "memory" not in line.lower()
 
 
-def test_no_program_is_loaded_whose_pickle_lies_about_a_length(tmp_path: Path) -> None:
+def test_no_program_is_loaded_whose_pickle_claims_memory(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated; files of it are there
         seed = fuzz._torchscript_seeds()[0]
@@ -413,6 +413,10 @@ def test_no_program_is_loaded_whose_pickle_lies_about_a_length(tmp_path: Path) -
         lying = members[name][:place] + b"\xff\xff\xff\x7f" + members[name][place + 4 :]
         (tmp_path / "x.pt").write_bytes(zipped({**members, name: lying}))
         with pytest.raises(InputError, match="expected 2147483647 bytes"):
+            load_torchscript(tmp_path / "x.pt")
+        remembering = members[name][:-1] + b"r\xff\xff\xff\x7f."
+        (tmp_path / "x.pt").write_bytes(zipped({**members, name: remembering}))
+        with pytest.raises(InputError, match="numbers more than it has"):
             load_torchscript(tmp_path / "x.pt")
 
 

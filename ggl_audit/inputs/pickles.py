@@ -70,6 +70,11 @@ OTHER_NAMES = {
     "torch Size",
     "torch Tensor",
     "torch device",
+    "torch per_channel_affine",
+    "torch per_channel_affine_float_qparams",
+    "torch per_channel_symmetric",
+    "torch per_tensor_affine",
+    "torch per_tensor_symmetric",
     "torch._tensor _rebuild_from_type_v2",
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_parameter_with_state",
@@ -163,12 +168,15 @@ OTHER = object()
 """Stands for a value that holds no tensor."""
 
 
-def describe(stream: IO[bytes], storages: dict[str, Storage] | None = None) -> Any:
+def describe(
+    stream: IO[bytes], storages: dict[str, Storage] | None = None, *, program: bool = False
+) -> Any:
     """Follows one pickle, and leaves the stream after it.
 
     Args:
         stream: at the start of the pickle.
         storages: takes all storages that the pickle names, by key.
+        program: whether it is of TorchScript, which has classes of its own.
 
     Returns:
         Dicts, lists, tuples and plain values; :class:`StoredTensor`, :class:`Array` and
@@ -232,11 +240,15 @@ def describe(stream: IO[bytes], storages: dict[str, Storage] | None = None) -> A
                 items = since_mark()
                 _set_items(stack[-1], list(zip(items[::2], items[1::2], strict=True)))
             case "BINPUT" | "LONG_BINPUT":
+                if argument > count:
+                    raise ValueError("its pickle numbers more than it has")
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                stack.append(_name(argument))
+                stack.append(Name(argument) if program else _name(argument))
+            case "NEWOBJ" if program:
+                stack[-2:] = [OTHER]
             case "BINPERSID":
                 storage = _storage(stack.pop())
                 stack.append(storage)
@@ -244,18 +256,24 @@ def describe(stream: IO[bytes], storages: dict[str, Storage] | None = None) -> A
                     raise ValueError(f"its storage {storage.key} is described in two ways")
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_result(function.text, arguments))
+                own = program and not _is_known(function.text)
+                stack.append(OTHER if own else _result(function.text, arguments))
             case "BUILD":
                 state = stack.pop()
-                _fill(stack[-1], state)
+                if not (program and stack[-1] is OTHER):
+                    _fill(stack[-1], state)
             case other:
                 raise ValueError(f"its pickle has the instruction {other}")
     return stack.pop()
 
 
+def _is_known(name: str) -> bool:
+    known = name in STORAGES or name in VALUELESS or name in OTHER_NAMES
+    return known or _dtype(name) is not None
+
+
 def _name(argument: str) -> Name:
-    known = argument in STORAGES or argument in VALUELESS or argument in OTHER_NAMES
-    if not known and _dtype(argument) is None and argument not in QUANTIZATION_SCHEMES:
+    if not _is_known(argument):
         raise AuditError(
             "not a plain file of tensors: the pickle in it names "
             f"{argument.replace(' ', '.')[:80]!r}, which could run code, so it was not opened",
@@ -263,18 +281,6 @@ def _name(argument: str) -> Name:
             ".safetensors.",
         )
     return Name(argument)
-
-
-QUANTIZATION_SCHEMES = {
-    f"torch {scheme}"
-    for scheme in (
-        "per_tensor_affine",
-        "per_tensor_symmetric",
-        "per_channel_affine",
-        "per_channel_symmetric",
-        "per_channel_affine_float_qparams",
-    )
-}
 
 
 def _dtype(argument: str) -> torch.dtype | None:

@@ -6,8 +6,8 @@ only compute are run (:mod:`ggl_audit.inputs.interpreter`).
 
 from __future__ import annotations
 
+import io
 import json
-import pickletools
 import re
 import tempfile
 import warnings
@@ -56,6 +56,8 @@ def load_torchscript(path: Path) -> Program:
                 for name in archive.members:
                     content = _content(archive, name)
                     _check_code(name, content)
+                    if name.endswith((".pkl", ".debug_pkl")):
+                        _check_sizes(archive, name, content)
                     copy.writestr(name, content)
             script = torch.jit.load(packed, map_location="cpu")
         return torchscript.translate(script)
@@ -117,13 +119,13 @@ def _loaded(load: Callable[[Archive], Program], path: Path, kind: str, function:
 
 
 def _check_code(name: str, content: bytes) -> None:
-    """Refuses code that would run while it is loaded or overrun its parser, and untrue lengths."""
+    """Refuses code that would run while it is loaded, or break its parser."""
     if b"torch.classes" in content:
         raise UnsupportedError("it holds an object of a class in C++, such as quantized weights")
-    if name.endswith((".pkl", ".debug_pkl")):
-        _check_pickle(content)
     if not name.endswith(".py"):
         return
+    if not content.isascii():
+        raise ValueError(f"{name} is not in ASCII, as its parser takes it")
     if b"__setstate__" in content:
         raise UnsupportedError("it holds a module with __setstate__, which runs when it is loaded")
     depth = length = 0
@@ -135,11 +137,16 @@ def _check_code(name: str, content: bytes) -> None:
             raise UnsupportedError("it holds code with a statement that is too long to be parsed")
 
 
-def _check_pickle(content: bytes) -> None:
-    """PyTorch makes room for what a pickle says of a text or its memory before it looks for it."""
-    for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
-        if instruction.name == "LONG_BINPUT" and argument is not None and argument > count:
-            raise ValueError("a pickle in it numbers more than it has")
+def _check_sizes(archive: Archive, name: str, content: bytes) -> None:
+    """Compares what a pickle claims with what is there; PyTorch believes it."""
+    storages: dict[str, Storage] = {}
+    describe(io.BytesIO(content), storages, program=True)
+    for storage in storages.values():
+        member = archive.members.get(f"{name.rpartition('.')[0]}/{storage.key}")
+        if member is not None and member.file_size != storage.nbytes:
+            raise ValueError(
+                f"{member.filename} has {member.file_size} bytes, not {storage.nbytes}"
+            )
 
 
 def _content(archive: Archive, name: str) -> bytes:

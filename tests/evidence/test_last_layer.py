@@ -203,3 +203,44 @@ def test_nothing_is_said_that_cannot_be_told(model: ClientModel) -> None:
     noise = each(lambda t: torch.randn(t.shape, generator=random), model.parameters)
     assert look_at_last_layer(model, noise, EPS).rank >= 9
     assert look_at_last_layer(replace(model, head=None), noise, EPS) is None
+
+
+def test_noise_is_of_no_number_of_images(model: ClientModel) -> None:
+    """The rows of p - y sum to zero, so that no gradient has the rank of all classes."""
+    random = torch.Generator().manual_seed(0)
+    noise = each(lambda t: torch.randn(t.shape, generator=random), model.parameters)
+    check = check_last_layer(model, NONE, noise, 12, EPS)
+    assert check is not None
+    assert check.outcome == "contradicts"
+    assert "cross-entropy gives 9 at most" in check.detail
+
+
+def test_more_images_than_ranks_show_nothing(model: ClientModel, public: ImageSet) -> None:
+    chosen = torch.arange(9) * 53
+    gradient = mean_gradient(model, public.images[chosen], public.labels[chosen])
+    assert check_last_layer(model, NONE, gradient, 9, EPS) is None
+
+
+def test_rounding_that_hides_the_scale_is_no_agreement(
+    model: ClientModel, public: ImageSet
+) -> None:
+    gradient = plain_gradient(model, public.images[3], int(public.labels[3]))
+    tripled = each(lambda t: 3 * t, gradient)
+    assert check_last_layer(model, NONE, tripled, 1, 0.1) is None
+    told = check_last_layer(model, NONE, tripled, 1, EPS)
+    assert told is not None
+    assert told.outcome == "contradicts"
+
+
+def test_a_confident_model_in_bfloat16_is_not_accused(
+    trained: ClientModel, public: ImageSet
+) -> None:
+    for index in range(0, 500, 5):
+        trained.module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = trained.module((public.images[index][None] - trained.mean) / trained.std)
+            loss = nn.CrossEntropyLoss()(logits, public.labels[index][None])
+        loss.backward()
+        gradient = {n: p.grad for n, p in trained.module.named_parameters()}
+        check = check_last_layer(trained, NONE, gradient, 1, EPS)
+        assert check is None or check.outcome == "agrees", (index, check)

@@ -208,6 +208,20 @@ def test_an_update_is_the_weights_before_less_those_after(
         assert 1e-7 < update.rounding < 1e-3
 
 
+def test_an_update_that_rounding_swallows_is_refused(
+    model: ClientModel, good: Tensors, tmp_path: Path
+) -> None:
+    after = tmp_path / "after.pt"
+    for rate, refused in ((1e-3, True), (10.0, False)):
+        trained = {n: (t - rate * good[n]).bfloat16() for n, t in model.parameters.items()}
+        torch.save(trained, after)
+        if refused:
+            with pytest.raises(InputError, match="hardly larger than their rounding"):
+                read_update(None, after, model)
+        else:
+            read_update(None, after, model)
+
+
 def test_checkpoints_that_do_not_belong_together_are_refused(
     model: ClientModel, good: Tensors, tmp_path: Path
 ) -> None:

@@ -560,3 +560,46 @@ def test_a_sub_model_is_tried_with_the_declared_loss(
     steps = [("defense", [{"name": "federated_dropout", "kept": 0.5}])]
     defense, model = load_client(read_spec(tmp_path / "audit.yaml", steps), CPU)
     Matching(model, defense).try_out()
+
+
+def test_class_weights_make_images_depend_on_each_other(declare: Declare) -> None:
+    weighted = {"name": "cross_entropy", "weight": [1.0] * 5 + [20.0] * 5}
+    for loss, adds_up in (("cross_entropy", True), (weighted, False)):
+        spec = declare("classifier", loss, kwargs={"outputs": 10}, batch_size=2, labels=[5, 3])
+        assert Matching(load_model(spec, CPU), Pipeline()).adds_up == adds_up
+
+
+def test_the_tensors_of_ones_own_loss_follow_the_model(declare: Declare, tmp_path: Path) -> None:
+    (tmp_path / "weighted.py").write_text(
+        "import torch\n"
+        "class Weighted(torch.nn.CrossEntropyLoss):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(weight=torch.arange(1.0, 11.0))\n"
+    )
+    spec = declare("classifier", "weighted.py:Weighted", kwargs={"outputs": 10}, labels=[3])
+    for dtype in (torch.float32, torch.float64):
+        model = load_model(spec, CPU, dtype)
+        images = torch.rand(1, 1, 16, 16, dtype=dtype)
+        found = Matching(model, Pipeline()).gradients(images, torch.tensor([3]))
+        assert all(tensor.dtype == dtype for tensor in found.values())
+
+
+def test_a_layer_that_is_used_twice_is_no_head(declare: Declare, tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(
+        "import torch\n"
+        "class Twice(torch.nn.Module):\n"
+        "    def __init__(self, times):\n"
+        "        super().__init__()\n"
+        "        self.times, self.first = times, torch.nn.Linear(256, 10)\n"
+        "        self.mix = torch.nn.Linear(10, 10)\n"
+        "    def forward(self, images):\n"
+        "        values = self.first(images.flatten(1))\n"
+        "        for _ in range(self.times):\n"
+        "            values = self.mix(values.tanh())\n"
+        "        return values\n"
+    )
+    for times in (1, 2):
+        declare("classifier", "cross_entropy", kwargs={"outputs": 10})
+        factory = [("model.factory", "twice.py:Twice"), ("model.kwargs", {"times": times})]
+        head = load_model(read_spec(tmp_path / "audit.yaml", factory), CPU).head
+        assert (head is None) == (times == 2)

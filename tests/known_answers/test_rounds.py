@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ggl_audit.audit import run_audit
 from ggl_audit.capturing import capture_gradient
-from ggl_audit.errors import InputError
+from ggl_audit.errors import InputError, SpecError
 from ggl_audit.forecast import planned_evaluations
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, write_image
@@ -97,3 +97,10 @@ def test_the_captures_of_a_round_lack_the_same_parameters(
     spec = sample("undefended", **FEW, **{"capture.gradient": first, "capture.others": [second]})
     with pytest.raises(InputError, match=r"has no '0.bias', which the first capture has"):
         prepare(spec)
+
+
+def test_a_capture_is_named_once(sample: Callable[..., Spec], round_of_three: list[str]) -> None:
+    first, second, _ = round_of_three
+    keys = {**FEW, "capture.gradient": first, "capture.others": [second, first]}
+    with pytest.raises(SpecError, match=r"holds the same values as another capture"):
+        prepare(sample("undefended", **keys))

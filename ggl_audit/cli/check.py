@@ -32,6 +32,7 @@ def check(
     from rich.console import Console
     from rich.markup import escape
 
+    from ggl_audit.errors import printable
     from ggl_audit.forecast import forecast, planned_evaluations
     from ggl_audit.setting import prepare
 
@@ -52,10 +53,10 @@ def check(
     console = Console()
     console.print(_parameters(setting))
     captured = setting.captured
-    console.print(escape(f"matched by {captured.how}"))
+    console.print(escape(printable(f"matched by {captured.how}")))
     for what, names in (("not in the file", captured.unsent), ("not used", [*captured.unused])):
         if names:
-            console.print(escape(f"{what}: {', '.join(names)}"))
+            console.print(escape(printable(f"{what}: {', '.join(names)}")))
     for one in (setting, *setting.others):
         if one is not setting:
             console.print()
@@ -92,6 +93,7 @@ def _parameters(setting: Setting) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    from ggl_audit.errors import printable
     from ggl_audit.evidence.appearance import distinct_values
 
     table = Table(box=None, header_style="dim", pad_edge=False)
@@ -102,7 +104,7 @@ def _parameters(setting: Setting) -> Table:
         values = distinct_values(tensor)
         table.add_row(
             escape(name),
-            "=" if source == name else escape(source),
+            "=" if source == name else escape(printable(source)),
             "x".join(map(str, tensor.shape)),
             f"{tensor.norm():.4g}",
             f"{float((tensor == 0).double().mean()):.1%}",

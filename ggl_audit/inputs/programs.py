@@ -22,6 +22,7 @@ from ggl_audit.errors import AuditError, InputError
 from ggl_audit.inputs import exported, torchscript
 from ggl_audit.inputs.archives import Archive, open_archive, read_bytes
 from ggl_audit.inputs.interpreter import Program, UnsupportedError
+from ggl_audit.inputs.pickles import Storage, describe
 from ggl_audit.inputs.tensors import MOST_BYTES, Tensors, read_tensors
 
 LONGEST_REASON = 200
@@ -30,6 +31,9 @@ LONGEST_LINE, LONGEST_STATEMENT = 4_000, 40_000
 """Of TorchScript code, in bytes: its parser recurses, and the stack is the only other limit."""
 
 STRING = re.compile(rb'"(?:[^"\\\n]|\\.)*"')
+
+TRACED_INPUTS = re.compile(r"[^/]+/traced_inputs(\.pkl|/.*)")
+"""Shapes of the images that a module was traced with, which are not needed."""
 
 PROGRAM = re.compile(r"([^/]+)/models/(.+)\.json")
 OLDER_PROGRAM = "serialized_exported_program.json"
@@ -54,6 +58,8 @@ def load_torchscript(path: Path) -> Program:
             with zipfile.ZipFile(packed, "w") as copy:
                 # Packed anew, it holds what was looked at, and nothing else.
                 for name in archive.members:
+                    if TRACED_INPUTS.fullmatch(name):
+                        continue
                     content = _content(archive, name)
                     _check_code(name, content)
                     if name.endswith((".pkl", ".debug_pkl")):

@@ -37,9 +37,9 @@ SAFE = ("A", "B")
 NOTHING_SAID = ("inconclusive",)
 
 SEARCHED = {
-    "attack.evaluations": 300,
+    "attack.evaluations": 480,
     "evidence.matching_trials": 60,
-    "evidence.reconstruction_trials": 6,
+    "evidence.reconstruction_trials": 8,
     "evidence.control_trials": 2,
 }
 WELL_SEARCHED = {**SEARCHED, "attack.evaluations": 1500, "evidence.reconstruction_trials": 10}

@@ -19,7 +19,7 @@ from tests.conftest import SAMPLES, Counter
 
 RADIOGRAPH = SAMPLES / "captures" / "radiograph.png"
 REDUCED = {
-    "attack.evaluations": 600,
+    "attack.evaluations": 900,
     "evidence.matching_trials": 40,
     "evidence.reconstruction_trials": 8,
     "evidence.control_trials": 2,

@@ -64,4 +64,5 @@ def test_undefended_radiographs_are_reconstructed(shared: Path, tmp_path: Path) 
     assert floor.psnr_db is not None
     assert null.psnr_db is not None
     assert floor.psnr_db > null.psnr_db + 3
-    assert report.verdict.grade in ("D", "F")
+    # Eight trials are too few to tell C, D and F apart at every seed.
+    assert report.verdict.exit_code == 1

@@ -1,26 +1,77 @@
-"""The protocol of a gradient-free optimizer: ask for a batch, tell its losses."""
+"""The protocol of an optimizer: ask for a batch of candidates, tell what became of them."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+State = dict[str, torch.Tensor]
+"""Where an optimizer is, in tensors alone, so that it can be kept in a file of safetensors."""
+
+Wants = Literal["losses", "derivatives", "residuals"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What became of P candidates of each of s searches.
+
+    Attributes:
+        losses: (s, P), finite.
+        derivatives: (s, P, d), of the losses; only for an optimizer that wants them.
+        residuals: (s, P, m), whose sum of squares is about the loss; only for one that wants them.
+    """
+
+    losses: torch.Tensor
+    derivatives: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
+
 
 class Optimizer(Protocol):
-    """Minimizes a function of d standard normal coordinates, a population at a time."""
+    """Minimizes s functions of d standard normal coordinates at once, each on its own.
 
-    def ask(self) -> Array:
-        """The next candidates, (population, d)."""
+    All searches of one optimizer ask together, so that one call evaluates the candidates of all;
+    none learns of another's.
+    """
+
+    wants: ClassVar[Wants]
+
+    def ask(self) -> torch.Tensor:
+        """The next candidates, (s, P, d), of type float32; P may differ from call to call."""
         ...
 
-    def tell(self, losses: Array) -> None:
-        """Takes the losses, (population,), of what the last ``ask`` gave, in its order."""
+    def tell(self, evaluation: Evaluation) -> None:
+        """Takes what became of the candidates that the last ``ask`` gave, in its order."""
         ...
 
-    def recommend(self) -> Array:
-        """Where the optimizer believes the minimum to be, (d,); it may never have been asked."""
+    def recommend(self) -> torch.Tensor:
+        """Where each search believes its minimum to be, (s, d); it may never have been asked."""
+        ...
+
+    def state(self) -> State:
+        """Where it is, between a ``tell`` and the next ``ask``."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Goes on from there: a fresh optimizer of the same arguments does what that one did."""
+        ...
+
+
+class Start(Protocol):
+    """Starts an optimizer of as many searches as there are seeds."""
+
+    def __call__(self, seeds: Sequence[int], evaluations: int, device: torch.device) -> Optimizer:
+        """Starts it.
+
+        Args:
+            seeds: of each search; it does the same whatever others are beside it.
+            evaluations: candidates that each search will be given.
+            device: where the candidates are to be.
+        """
         ...

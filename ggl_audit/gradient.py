@@ -37,6 +37,11 @@ def concatenate(stacks: Sequence[Gradient]) -> Gradient:
     return {name: torch.cat([gradients[name] for gradients in stacks]) for name in stacks[0]}
 
 
+def repeated(gradients: Gradient, times: int) -> Gradient:
+    """Each gradient of a stack so many times in a row."""
+    return each(lambda tensor: tensor.repeat_interleave(times, dim=0), gradients)
+
+
 def shares(gradients: Gradient) -> torch.Tensor:
     """The share of each of k tensors in the squared norm of each of t gradients, (t, k)."""
     squares = [tensor.flatten(1).double().square().sum(1) for tensor in gradients.values()]

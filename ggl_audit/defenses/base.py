@@ -188,6 +188,17 @@ class Defense(BaseModel, ABC):
         """
         return self.replicate(gradient, observed)
 
+    def smooth(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """The replica, or where that is made of plateaus something near to it that is not.
+
+        For attacks that follow derivatives, which a plateau does not have.
+
+        Args:
+            gradient: of a candidate, after the same of the earlier steps.
+            observed: the capture, or None when later steps hide this step's trace in it.
+        """
+        return self.replicate(gradient, observed)
+
     def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
         """How likely the capture is if this step came last, after noise; a scalar.
 

@@ -52,6 +52,10 @@ class FloatFormat(Defense):
         """The same, with the candidate's own scale."""
         return each(self._rounded, gradient)
 
+    def smooth(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """Leaves the rounding away."""
+        return gradient
+
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds values that the format does not have."""
         counts = {}

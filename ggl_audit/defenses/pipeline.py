@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sensitivity import GaussianMechanism, Unit, gaussian_mechanism
 from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.model import ClientModel
+
+Replica = Literal["replicate", "exact_replica", "smooth"]
+"""Which of a step's methods stands for it."""
 
 ALONE = SecureAggregation(clients=1)
 """A cohort of one, where none is declared."""
@@ -175,12 +179,23 @@ class Pipeline:
             observed: the capture.
             known: the share of all other clients (:meth:`share`).
         """
-        return self._replicate(gradients, observed, known, len(self._steps), exact=False)
+        return self._replicate(gradients, observed, known, len(self._steps), "replicate")
+
+    def smooth(
+        self, gradients: Sequence[Gradient], observed: Gradient, known: Gradient | None = None
+    ) -> Gradient:
+        """The same, for attacks that follow derivatives: without plateaus."""
+        return self._replicate(gradients, observed, known, len(self._steps), "smooth")
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether the replica has no plateaus."""
+        return all(type(step).smooth is Defense.smooth for step in self.steps)
 
     def share(self, gradients: Sequence[Gradient], observed: Gradient) -> Gradient:
         """What clients whose gradients the attacker knows add to the aggregate."""
         join = self._join()
-        sent = [self._through(gradient, observed, 0, join, exact=True) for gradient in gradients]
+        sent = [self._through(gradient, observed, 0, join, "exact_replica") for gradient in gradients]
         return self.aggregation.share(sent)
 
     def mismatch(
@@ -203,13 +218,13 @@ class Pipeline:
         """
         last = self._steps[-1] if self._steps else None
         if last is not None and last.stochastic and self.has_likelihood():
-            before = self._replicate(gradients, observed, known, len(self._steps) - 1, exact=True)
+            before = self._replicate(gradients, observed, known, len(self._steps) - 1, "exact_replica")
             return -last.log_likelihood_alone(before, observed)
         first, noise = self._noise()
         if noise is None or last is None or not self.has_likelihood():
-            replica = self._replicate(gradients, observed, known, len(self._steps), exact=True)
+            replica = self._replicate(gradients, observed, known, len(self._steps), "exact_replica")
             return relative_l2(replica, observed)
-        before = self._replicate(gradients, observed, known, first, exact=True)
+        before = self._replicate(gradients, observed, known, first, "exact_replica")
         if not isinstance(last, Noise | Encryption):
             return -last.log_likelihood(before, noise, observed)
         if noise.distribution == "gaussian":
@@ -346,26 +361,25 @@ class Pipeline:
         observed: Gradient,
         known: Gradient | None,
         count: int,
-        exact: bool,
+        how: Replica,
     ) -> Gradient:
         join = self._join()
         aggregation = self.aggregation
         before = min(join, count)
-        sent = [self._through(gradient, observed, 0, before, exact) for gradient in gradients]
+        sent = [self._through(gradient, observed, 0, before, how) for gradient in gradients]
         mean = aggregation.share(sent)
         if known is not None:
             mean = {name: mean[name] + known[name] for name in mean}
-        return self._through(aggregation.finish(mean), observed, join + 1, count, exact)
+        return self._through(aggregation.finish(mean), observed, join + 1, count, how)
 
     def _through(
-        self, gradient: Gradient, observed: Gradient, start: int, stop: int, exact: bool
+        self, gradient: Gradient, observed: Gradient, start: int, stop: int, how: Replica
     ) -> Gradient:
         for index in range(start, stop):
             step = self._steps[index]
             seen = observed if self._is_readable(index) else None
             if not is_per_sample(step):
-                replica = step.exact_replica if exact else step.replicate
-                gradient = replica(gradient, seen)
+                gradient = getattr(step, how)(gradient, seen)
         return gradient
 
     def _around(self) -> tuple[list[Defense], list[Defense]]:

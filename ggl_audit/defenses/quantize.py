@@ -58,6 +58,10 @@ class Quantize(Defense):
             rounded[name] = low + step * (below + above.to(place.dtype))
         return rounded
 
+    def smooth(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """Leaves the rounding away."""
+        return gradient
+
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds more levels than bits allow."""
         parts = {"the gradient": flat(observed)} if self.scope == "global" else observed

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from ggl_audit.errors import SpecError, nearest
-from ggl_audit.optimizers.base import Array, Evaluation, Optimizer, Start, State
+from ggl_audit.optimizers.base import Array, Evaluation, Optimizer, Start, State, Wants
 from ggl_audit.spec import AttackSpec
 
-__all__ = ["Array", "Evaluation", "Optimizer", "Start", "State", "start_optimizer"]
+__all__ = ["Array", "Evaluation", "Optimizer", "Start", "State", "Wants", "start_optimizer"]
 
 FAMILIES = {
     "cma": "CMA-ES with a diagonal covariance (Ros and Hansen, PPSN 2008), all searches at once",

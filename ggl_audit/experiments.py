@@ -11,7 +11,9 @@ import torch
 
 from ggl_audit.alternatives import alternatives
 from ggl_audit.attack.labels import why_not_inferred
-from ggl_audit.attack.matching import LatentObjective, Matching, pictures
+from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.objective import LatentObjective, pictures
+from ggl_audit.attack.residuals import Residuals
 from ggl_audit.attack.search import SearchResult, search
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.defenses import Pipeline, SecureAggregation
@@ -38,7 +40,7 @@ from ggl_audit.evidence.promise import (
 from ggl_audit.gradient import Gradient, concatenate, flat, norm, shares, stack, take, unstack
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import has_batch_norm
-from ggl_audit.optimizers import optimizer_factory
+from ggl_audit.optimizers import WANTS, start_optimizer
 from ggl_audit.setting import Setting
 
 CANARIES_TOGETHER = 25
@@ -430,13 +432,23 @@ def run_search(
     """
     attack = setting.spec.attack
     matching = Matching(setting.model, defense, attack.distance)
-    objective = LatentObjective(matching, setting.prior, observed, labels, attack.regularizer)
+    noise = defense.total_noise()
+    objective = LatentObjective(
+        matching,
+        Residuals(matching, defense, attack.distance),
+        setting.prior,
+        observed,
+        labels,
+        attack.regularizer,
+        noise.std if noise else 0.0,
+    )
     random = setting.random(purpose)
-    make_optimizer = optimizer_factory(attack, objective.dimension)
-    searches = (len(labels), attack.restarts, objective.parts)
+    parts = objective.parts(WANTS.get(attack.optimizer, "losses"))
+    searches = (len(labels), attack.restarts, parts)
     seeds = random.integers(2**32, size=searches)
     budget = evaluations or attack.evaluations
-    result = search(objective, make_optimizer, seeds, budget, advance)
+    start = start_optimizer(attack, setting.prior.size * objective.members // parts)
+    result = search(objective, start, seeds, budget, advance)
     found = pictures(setting.prior, result.latents, labels.reshape(len(labels), -1))
     return result, found if labels.ndim == 2 else found[:, 0]
 
@@ -498,12 +510,8 @@ def _likeness(
 def _reconstructed(
     result: SearchResult, images: torch.Tensor, index: int, setting: Setting
 ) -> Reconstructed:
-    attack = setting.spec.attack
-    step = attack.restarts * attack.population
-    spent = result.evaluations // len(images)
-    curve = [
-        (min(step * (i + 1), spent), float(loss)) for i, loss in enumerate(result.curves[index])
-    ]
+    losses = result.curves[index].tolist()
+    curve = list(zip(result.spent.tolist(), losses, strict=True))
     own = images[index].reshape(-1, *setting.model.shape)
     return Reconstructed(own, float(result.losses[index]), curve)
 

@@ -42,7 +42,7 @@ from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image, read_image_set
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.loading import load_client
-from ggl_audit.optimizers import optimizer_factory
+from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME
 from ggl_audit.priors.loading import load_prior, prior_folder, sample_images
 from ggl_audit.priors.prior import Prior
@@ -210,7 +210,7 @@ def prepare(spec: Spec) -> Setting:
             "Declare pixels, or lpips with its weights.",
         )
     prior = load_prior(spec, model)
-    optimizer_factory(spec.attack, prior.size)  # refuses what cannot be used before all else
+    start_optimizer(spec.attack, prior.size)  # refuses what cannot be used before all else
     lpips = spec.evidence.lpips
     truths = _truths(spec, model, members)
     marks, seen = frozenset(fingerprints(truths)), prior.seen or frozenset()

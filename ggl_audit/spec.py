@@ -461,10 +461,14 @@ class PriorSpec(_Section):
 
 
 class RegularizerSpec(_Section):
-    """A penalty on latents that the prior would not draw (Li et al. 2022, section 3.3)."""
+    """A penalty on latents that the prior would not draw.
 
-    name: Literal["none", "kl", "norm"] = "none"
-    weight: float = Field(default=0.1, ge=0)
+    ``posterior`` weighs the prior's density against the declared noise as Bayes' rule does, and is
+    nothing without noise; ``kl`` and ``norm`` are the paper's (Li et al. 2022, section 3.3).
+    """
+
+    name: Literal["none", "posterior", "kl", "norm"] = "posterior"
+    weight: float = Field(default=0.1, ge=0, description="of kl and norm")
 
 
 class AttackSpec(_Section):

@@ -177,9 +177,7 @@ class Matching:
             with torch.no_grad():
                 guesses = vmap(self._defense.guesses)(seen)
                 tried = [
-                    self._distances(
-                        self._of_clients(images[part], labels[part], guess), seen, known
-                    )
+                    self._distances(self.of_clients(images[part], labels[part], guess), seen, known)
                     for guess in guesses
                 ]
             distances.append(torch.stack(tried).amin(0))
@@ -263,7 +261,7 @@ class Matching:
         with torch.no_grad():
             guesses = vmap(self._defense.guesses)(observed)
             found: list[Gradient] = [
-                vmap(replicate)(self._of_clients(images[:, None], labels[:, None], guess), observed)
+                vmap(replicate)(self.of_clients(images[:, None], labels[:, None], guess), observed)
                 for guess in guesses
             ]
             if len(found) == 1:
@@ -292,7 +290,7 @@ class Matching:
                 "draws, or buffers that it changes.",
             ) from None
 
-    def _of_clients(self, images: torch.Tensor, labels: torch.Tensor, guess: Drawn) -> Gradient:
+    def of_clients(self, images: torch.Tensor, labels: torch.Tensor, guess: Drawn) -> Gradient:
         """Of (t, n, k) images with what is guessed of each of t draws: tensors (t, n, k / B)."""
         batch_size = self.model.batch_size
         trials, candidates, members = labels.shape
@@ -375,7 +373,7 @@ class Matching:
             return {}
         with torch.no_grad():
             guess = vmap(self._defense.guesses)(observed)[0]
-            gradients = self._of_clients(images[:, None], labels[:, None], guess)
+            gradients = self.of_clients(images[:, None], labels[:, None], guess)
 
             def share(gradients: Gradient, observed: Gradient) -> Gradient:
                 return self._defense.share(unstack(take(gradients, 0)), observed)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.residuals import Residuals
 from ggl_audit.gradient import Gradient, repeated
 from ggl_audit.optimizers import Evaluation, Wants
 from ggl_audit.priors.prior import Prior
@@ -29,7 +30,7 @@ def penalty(latents: torch.Tensor, regularizer: RegularizerSpec) -> torch.Tensor
     Returns:
         (...,), not negative.
     """
-    if regularizer.name == "none":
+    if regularizer.name in ("none", "posterior"):
         return torch.zeros(latents.shape[:-1], device=latents.device)
     if regularizer.name == "kl":
         mean = latents.mean(-1)
@@ -41,31 +42,64 @@ def penalty(latents: torch.Tensor, regularizer: RegularizerSpec) -> torch.Tensor
 
 @dataclass(frozen=True)
 class LatentObjective:
-    """What a search minimizes: the matching distance of decoded latents plus the regularizer.
+    """What a search minimizes: the matching distance of decoded latents plus penalties.
 
     Attributes:
         matching: compares images with gradients.
+        residuals: the same, value by value.
         prior: decodes latents.
         observed: t observed gradients, tensors with a leading dimension t.
         labels: (t,), the label that the attacker assigns to each; (t, k) where k images made it.
         regularizer: the penalty on latents, a mean over the k.
+        noise_std: of the declared noise on each value, which leaves room for what the prior says.
     """
 
     matching: Matching
+    residuals: Residuals
     prior: Prior
     observed: Gradient
     labels: torch.Tensor
     regularizer: RegularizerSpec
+    noise_std: float = 0.0
+
+    @functools.cached_property
+    def prior_weight(self) -> torch.Tensor:
+        """(t,), of a latent's squared norm against the squared relative distance.
+
+        The mode of the posterior minimizes |g - observed|^2 / std^2 + |z|^2.
+        """
+        wanted = self.regularizer.name == "posterior"
+        squares = [tensor.flatten(1).square().sum(1) for tensor in self.observed.values()]
+        observed = torch.stack(squares).sum(0).clamp(min=1e-30)
+        return (self.noise_std**2 if wanted else 0.0) / observed
 
     @property
-    def parts(self) -> int:
-        """How many latents are searched for each on its own: k, or one that holds all of them."""
-        return self.labels[0].numel() if self.matching.adds_up else 1
+    def members(self) -> int:
+        """k, how many images made each gradient."""
+        return self.labels[0].numel()
 
-    @property
-    def dimension(self) -> int:
-        """Of the latent of a part."""
-        return self.prior.size * self.labels[0].numel() // self.parts
+    def parts(self, wants: Wants) -> int:
+        """How many latents are searched for each by itself: k, or one that holds all of them."""
+        return self.members if wants == "losses" and self.matching.adds_up else 1
+
+    def evaluate(self, latents: torch.Tensor, wants: Wants) -> Evaluation:
+        """What becomes of n latents for each of t observed gradients.
+
+        Args:
+            latents: (t, n, k x d), standard normal coordinates.
+            wants: what besides the losses.
+        """
+        if wants == "losses":
+            return Evaluation(self.losses(latents))
+        trials, candidates, _ = latents.shape
+        labels = self.labels.reshape(trials, 1, -1).expand(trials, candidates, -1)
+        images = pictures(self.prior, latents.flatten(0, 1), labels.flatten(0, 1))
+        distances, products = self.residuals(
+            images.unflatten(0, (trials, candidates)), labels, self.observed
+        )
+        own = torch.cat([latents[:, :1], latents[:, 1:] - latents[:, :1]], dim=1)
+        products = products + self.prior_weight[:, None, None] * own @ own.transpose(1, 2)
+        return Evaluation(distances + self._penalty(latents), products=products)
 
     def losses(self, latents: torch.Tensor) -> torch.Tensor:
         """The losses of n latents for each of t observed gradients.
@@ -82,8 +116,7 @@ class LatentObjective:
         distances = self.matching.distances(
             images.unflatten(0, (trials, candidates)), labels, self.observed
         )
-        of_each = latents.unflatten(2, (-1, self.prior.size))
-        return distances + penalty(of_each, self.regularizer).mean(2)
+        return distances + self._penalty(latents)
 
     def losses_in_turn(self, candidates: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """The losses of sets of latents that differ from a given one in one latent.
@@ -106,10 +139,20 @@ class LatentObjective:
             pictures(self.prior, others.flatten(0, 1).flatten(1), labels),
             repeated(self.observed, sets),
         )
-        given = penalty(others, self.regularizer)
+        given = self._penalties(others)
         of_others = given.sum(2, keepdim=True) - given
-        penalties = (of_others[..., None] + penalty(candidates, self.regularizer)) / members
+        penalties = (of_others[..., None] + self._penalties(candidates)) / members
         return distances.reshape_as(penalties) + penalties
+
+    def _penalty(self, latents: torch.Tensor) -> torch.Tensor:
+        """Of (t, n, k x d), (t, n)."""
+        return self._penalties(latents.unflatten(2, (-1, self.prior.size))).mean(2)
+
+    def _penalties(self, latents: torch.Tensor) -> torch.Tensor:
+        """Of single latents (t, ..., d), which are a share of the whole penalty: (t, ...)."""
+        weights = self.prior_weight.reshape(-1, *[1] * (latents.ndim - 2))
+        explained = self.members * weights * latents.square().sum(-1)
+        return penalty(latents, self.regularizer) + explained
 
 
 def pictures(prior: Prior, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

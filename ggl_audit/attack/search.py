@@ -1,12 +1,12 @@
 """Generative Gradient Leakage: many independent latent searches that share their batches.
 
-Li et al., CVPR 2022, section 3.2. Each observed gradient is searched by one or more independent
-optimizers; every step evaluates the candidates of all of them in one batch.
+Li et al., CVPR 2022, section 3.2. Each observed gradient is searched one or more times; every step
+evaluates the candidates of all searches in one batch.
 
-Where k images made a gradient, each has an optimizer of its own, and its candidates are tried with
-the other images where their optimizers believe them to be (cooperative coevolution; Potter and De
-Jong, Evolutionary Computation 8(1), 2000). That gives each optimizer d coordinates and a loss to
-itself, where one for all would have k x d and one loss for all.
+Where k images made a gradient, an optimizer that is told nothing but losses searches for each image
+by itself, and its candidates are tried with the other images where these are believed to be
+(cooperative coevolution; Potter and De Jong, Evolutionary Computation 8(1), 2000). That gives each
+search d coordinates and a loss to itself, where one for all would have k x d and one loss for all.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ggl_audit.attack.matching import LatentObjective
-from ggl_audit.optimizers import Array, Optimizer
+from ggl_audit.attack.objective import LatentObjective
+from ggl_audit.optimizers import Array, Evaluation, Start
+
+NO_MATCH = 1e30
+"""Stands for a loss that is not finite: optimizers rank by value and must not meet NaN."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class SearchResult:
         latents: (t, k x d), the best of all restarts.
         losses: (t,), the loss of each.
         curves: (t, steps), the best loss so far after each step.
+        spent: (steps,), candidates of each observed gradient until then.
         evaluations: candidates evaluated, all searches together.
         complete: False when the search was interrupted.
     """
@@ -37,13 +41,14 @@ class SearchResult:
     latents: torch.Tensor
     losses: torch.Tensor
     curves: Array
+    spent: NDArray[np.int64]
     evaluations: int
     complete: bool
 
 
 def search(
     objective: LatentObjective,
-    make_optimizer: Callable[[int], Optimizer],
+    start: Start,
     seeds: NDArray[np.int64],
     evaluations: int,
     advance: Callable[[int], None],
@@ -51,83 +56,107 @@ def search(
     """Searches the latents of t observed gradients.
 
     The best point ever evaluated is kept, whatever an optimizer does; at the end the point that
-    each optimizer recommends is evaluated too. An interrupt ends the search with what it has.
+    each search recommends is evaluated too. An interrupt ends the search with what it has.
 
     Args:
         objective: the losses of latents, for t observed gradients.
-        make_optimizer: from a seed to an optimizer of a part's latent.
-        seeds: (t, restarts, parts), a seed for each optimizer.
+        start: starts the searches for a part's latent.
+        seeds: (t, restarts, parts), a seed for each search.
         evaluations: candidates for each part of each observed gradient, all restarts together.
         advance: told after each step how many candidates it evaluated.
     """
-    device = objective.labels.device
     trials, restarts, parts = seeds.shape
-    optimizers = [make_optimizer(int(seed)) for seed in seeds.flat]
-    best_losses = np.full((trials, restarts), np.inf)
-    best_latents: Array | None = None
-    curve: list[Array] = []
-    evaluated = 0
+    optimizer = start(
+        [int(seed) for seed in seeds.flat], evaluations // restarts, objective.labels.device
+    )
+    best = _Best(trials, restarts)
+    curve: list[torch.Tensor] = []
+    spent = [0]
 
-    def tensor(values: Array) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.float32, device=device)
-
-    def of_each(values: list[Array]) -> Array:
-        """What each optimizer gave, (trials, restarts, parts, ...)."""
-        return np.stack(values).reshape(trials, restarts, parts, *values[0].shape)
-
-    def evaluate(candidates: Array, believed: Array) -> Array:
-        """The losses of candidates for each part, the other parts being where they are believed."""
-        nonlocal best_latents, evaluated
-        count, dimension = candidates.shape[3:]
+    def evaluate(candidates: torch.Tensor, believed: torch.Tensor) -> Evaluation:
+        """What becomes of (s, P, d) candidates, the other parts being where they are believed."""
+        count = candidates.shape[1]
+        of_each = candidates.unflatten(0, (trials, restarts, parts))
+        others = believed.unflatten(0, (trials, restarts, parts))
         if parts == 1:
-            losses = objective.losses(tensor(candidates).reshape(trials, -1, dimension))
+            together = of_each.reshape(trials, restarts * count, -1)
+            found = objective.evaluate(together, optimizer.wants)
         else:
-            losses = objective.losses_in_turn(tensor(candidates), tensor(believed))
-        grouped = losses.double().cpu().numpy().reshape(trials, restarts, parts, count)
-        # A loss that is not finite is no match; CMA-ES ranks by value and must not meet NaN.
-        grouped = np.where(np.isfinite(grouped), grouped, 1e30)
-        if best_latents is None:
-            best_latents = np.zeros_like(believed)
-        for place in np.ndindex(trials, restarts):
-            part, winner = np.unravel_index(grouped[place].argmin(), (parts, count))
-            if grouped[place][part, winner] < best_losses[place]:
-                best_losses[place] = grouped[place][part, winner]
-                best_latents[place] = believed[place]
-                best_latents[place][part] = candidates[place][part, winner]
-        curve.append(best_losses.min(axis=1))
-        evaluated += trials * restarts * count
+            found = Evaluation(objective.losses_in_turn(of_each, others))
+        losses = found.losses.nan_to_num(NO_MATCH, NO_MATCH, NO_MATCH)
+        best.add(losses.reshape(trials, restarts, parts, count), of_each, others)
+        curve.append(best.losses.amin(1))
+        spent.append(spent[-1] + restarts * count)
         advance(trials * restarts * count)
-        return grouped
+        return Evaluation(
+            losses.reshape(-1, count),
+            *(
+                None if table is None else table.reshape(-1, count, table.shape[-1])
+                for table in (found.derivatives, found.products)
+            ),
+        )
 
-    spent = 0
     complete = True
     try:
         while True:
-            candidates = of_each([optimizer.ask() for optimizer in optimizers])
-            believed = candidates[..., 0, :]  # which says nothing to an optimizer that is alone
-            if parts > 1:
-                believed = of_each([optimizer.recommend() for optimizer in optimizers])
-            losses = evaluate(candidates, believed)
-            count = candidates.shape[3]
-            for optimizer, told in zip(optimizers, losses.reshape(-1, count), strict=True):
-                optimizer.tell(told)
-            spent += restarts * count
-            if spent + restarts * (count + 1) > evaluations:
+            candidates = optimizer.ask()
+            left = evaluations - spent[-1] - restarts  # what each recommends is tried too
+            if left < restarts:
                 break
-        believed = of_each([optimizer.recommend() for optimizer in optimizers])
-        evaluate(believed[..., None, :], believed)
+            # A part of what was asked for, if the whole is too much, tells an optimizer nothing.
+            tried = candidates[:, : left // restarts]
+            told = evaluate(tried, optimizer.recommend() if parts > 1 else candidates[:, 0])
+            if tried.shape != candidates.shape:
+                break
+            optimizer.tell(told)
+        believed = optimizer.recommend()
+        evaluate(believed[:, None], believed)
     except KeyboardInterrupt:
-        if best_latents is None:
+        if len(spent) == 1:
             raise
         complete = False
 
-    assert best_latents is not None
-    winner = best_losses.argmin(axis=1)
-    rows = np.arange(trials)
+    winner = best.losses.argmin(1)
+    rows = torch.arange(trials, device=winner.device)
     return SearchResult(
-        latents=tensor(best_latents[rows, winner]).flatten(1),
-        losses=tensor(best_losses[rows, winner]),
-        curves=np.stack(curve, axis=1),
-        evaluations=evaluated,
+        latents=best.latents[rows, winner].flatten(1),
+        losses=best.losses[rows, winner],
+        curves=torch.stack(curve, dim=1).double().cpu().numpy(),
+        spent=np.array(spent[1:]),
+        evaluations=trials * spent[-1],
         complete=complete,
     )
+
+
+class _Best:
+    """The best latents that were evaluated, of each restart of each trial.
+
+    Attributes:
+        losses: (t, r).
+        latents: (t, r, parts, d).
+    """
+
+    def __init__(self, trials: int, restarts: int) -> None:
+        self.losses = torch.full((trials, restarts), torch.inf)
+        self.latents = torch.zeros(trials, restarts, 1, 1)
+
+    def add(self, losses: torch.Tensor, candidates: torch.Tensor, others: torch.Tensor) -> None:
+        """Compares with candidates (t, r, parts, P, d), of which each takes one part's place.
+
+        Args:
+            losses: (t, r, parts, P).
+            candidates: for each part.
+            others: (t, r, parts, d), where all parts are but for the candidate's.
+        """
+        trials, restarts, parts, count = losses.shape
+        self.losses = self.losses.to(losses)
+        least, winner = losses.flatten(2).min(2)
+        chosen = candidates.flatten(2, 3).gather(
+            2, winner[:, :, None, None].expand(-1, -1, 1, candidates.shape[-1])
+        )
+        own = torch.arange(parts, device=losses.device) == (winner // count)[:, :, None]
+        found = torch.where(own[..., None], chosen, others)
+        better = least < self.losses
+        self.losses = torch.where(better, least, self.losses)
+        kept = self.latents.to(found).expand_as(found)
+        self.latents = torch.where(better[:, :, None, None], found, kept)

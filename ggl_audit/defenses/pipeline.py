@@ -195,7 +195,9 @@ class Pipeline:
     def share(self, gradients: Sequence[Gradient], observed: Gradient) -> Gradient:
         """What clients whose gradients the attacker knows add to the aggregate."""
         join = self._join()
-        sent = [self._through(gradient, observed, 0, join, "exact_replica") for gradient in gradients]
+        sent = [
+            self._through(gradient, observed, 0, join, "exact_replica") for gradient in gradients
+        ]
         return self.aggregation.share(sent)
 
     def mismatch(
@@ -218,7 +220,9 @@ class Pipeline:
         """
         last = self._steps[-1] if self._steps else None
         if last is not None and last.stochastic and self.has_likelihood():
-            before = self._replicate(gradients, observed, known, len(self._steps) - 1, "exact_replica")
+            before = self._replicate(
+                gradients, observed, known, len(self._steps) - 1, "exact_replica"
+            )
             return -last.log_likelihood_alone(before, observed)
         first, noise = self._noise()
         if noise is None or last is None or not self.has_likelihood():

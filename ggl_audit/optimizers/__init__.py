@@ -10,11 +10,24 @@ from ggl_audit.errors import SpecError, nearest
 from ggl_audit.optimizers.base import Array, Evaluation, Optimizer, Start, State, Wants
 from ggl_audit.spec import AttackSpec
 
-__all__ = ["Array", "Evaluation", "Optimizer", "Start", "State", "Wants", "start_optimizer"]
+__all__ = [
+    "WANTS",
+    "Array",
+    "Evaluation",
+    "Optimizer",
+    "Start",
+    "State",
+    "Wants",
+    "start_optimizer",
+]
 
 FAMILIES = {
     "cma": "CMA-ES with a diagonal covariance (Ros and Hansen, PPSN 2008), all searches at once",
 }
+
+
+WANTS: dict[str, Wants] = {"gauss_newton": "products", "adam": "derivatives"}
+"""What other optimizers than those that are told losses want."""
 
 
 def start_optimizer(attack: AttackSpec, dimension: int) -> Start:
@@ -35,6 +48,14 @@ def start_optimizer(attack: AttackSpec, dimension: int) -> Start:
 
         def start(seeds: Sequence[int], evaluations: int, device: torch.device) -> Optimizer:
             return DiagonalCma(dimension, attack.population, attack.sigma, seeds, device)
+
+    elif attack.optimizer == "gauss_newton":
+        from ggl_audit.optimizers.gauss_newton import GaussNewton
+
+        def start(seeds: Sequence[int], evaluations: int, device: torch.device) -> Optimizer:
+            return GaussNewton(
+                dimension, attack.population, attack.sigma, seeds, evaluations, device
+            )
 
     else:
         raise SpecError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 State = dict[str, torch.Tensor]
 """Where an optimizer is, in tensors alone, so that it can be kept in a file of safetensors."""
 
-Wants = Literal["losses", "derivatives", "residuals"]
+Wants = Literal["losses", "derivatives", "products"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class Evaluation:
     Attributes:
         losses: (s, P), finite.
         derivatives: (s, P, d), of the losses; only for an optimizer that wants them.
-        residuals: (s, P, m), whose sum of squares is about the loss; only for one that wants them.
+        products: (s, P, P), inner products of what candidates leave unexplained, whose squared
+            length is about the loss: that of the first, and what those of the others differ from
+            it; only for an optimizer that wants them.
     """
 
     losses: torch.Tensor
     derivatives: torch.Tensor | None = None
-    residuals: torch.Tensor | None = None
+    products: torch.Tensor | None = None
 
 
 class Optimizer(Protocol):
@@ -40,7 +42,10 @@ class Optimizer(Protocol):
     none learns of another's.
     """
 
-    wants: ClassVar[Wants]
+    @property
+    def wants(self) -> Wants:
+        """What it has to be told of the next candidates."""
+        ...
 
     def ask(self) -> torch.Tensor:
         """The next candidates, (s, P, d), of type float32; P may differ from call to call."""

@@ -1,13 +1,16 @@
-"""Gauss-Newton with damping, from candidates alone: no derivative of anything is asked for."""
+"""Gauss-Newton with damping, by differences between candidates: nothing is differentiated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
 from ggl_audit.optimizers.base import Evaluation, State, Wants
+from ggl_audit.optimizers.cma import DiagonalCma
+
+EXPLORED = 0.3
+"""The share of the evaluations that CMA-ES has first; 0 and 0.5 are worse behind some defenses."""
 
 STRIDE = 0.03
 """How far a coordinate is moved to see what that changes, in prior deviations."""
@@ -34,18 +37,26 @@ class GaussNewton:
     derivatives Brown and Dennis, Numerische Mathematik 18, 1971). Damped steps are tried, and the
     best is taken if it is better.
 
-    Starts at the origin, the prior's most likely latent. A search that gains little any more draws
-    as many random latents as there are coordinates, and starts anew at the best of them.
+    Starts where a diagonal CMA-ES has led, as the steps find no more than the nearest minimum. A
+    search that gains little any more draws as many random latents as there are coordinates, and
+    starts anew at the best of them.
     """
 
-    wants: ClassVar[Wants] = "residuals"
-
-    def __init__(self, dimension: int, seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        dimension: int,
+        population: int,
+        sigma: float,
+        seeds: Sequence[int],
+        evaluations: int,
+        device: torch.device,
+    ) -> None:
+        self._explorer = DiagonalCma(dimension, population, sigma, seeds, device)
+        self._exploring = int(EXPLORED * evaluations) // population
         self._random = [torch.Generator().manual_seed(seed) for seed in seeds]
         searches = len(seeds)
         zeros = torch.zeros(searches, device=device)
         self._base = torch.zeros(searches, dimension, device=device)
-        self._residual = torch.zeros(searches, 0, device=device)
         self._loss = self._first_loss = self._best_loss = zeros + torch.inf
         self._best = self._base
         self._damping, self._idle = zeros + 1, zeros
@@ -53,13 +64,20 @@ class GaussNewton:
         self._turns = 0
         self._steps = self._asked = self._base[:, None]
 
+    @property
+    def wants(self) -> Wants:
+        """Losses while it explores, then products."""
+        return "losses" if self._exploring else "products"
+
     def ask(self) -> torch.Tensor:
-        """The origin; then in turn a candidate for each coordinate, and some damped steps."""
-        if self._turns == 0:
-            self._asked = self._base[:, None]
-        elif self._turns % 2 == 1:
-            self._asked = self._base[:, None] + STRIDE * self._axes()
-            for index in self._tired().nonzero().flatten().tolist():
+        """In turn the base with a candidate for each coordinate, and some damped steps."""
+        if self._exploring:
+            self._asked = self._explorer.ask()
+        elif self._turns % 2 == 0:
+            dimension = self._base.shape[1]
+            moves = STRIDE * torch.eye(dimension + 1, dimension, device=self._base.device)
+            self._asked = self._base[:, None] + moves.roll(1, 0)
+            for index in (self._idle >= PATIENCE).nonzero().flatten().tolist():
                 drawn = torch.randn(self._asked.shape[1:], generator=self._random[index])
                 self._asked[index] = drawn.to(self._asked)
         else:
@@ -67,16 +85,24 @@ class GaussNewton:
         return self._asked
 
     def tell(self, evaluation: Evaluation) -> None:
-        """Takes what the last candidates' gradients left unexplained."""
-        residuals = evaluation.residuals
-        assert residuals is not None
-        losses = residuals.square().sum(2)
+        """Takes what the last candidates left unexplained."""
+        if self._exploring:
+            self._exploring -= 1
+            self._explorer.tell(evaluation)
+            self._accept(evaluation.losses.amin(1) < self._loss, evaluation.losses)
+            if not self._exploring:
+                self._best_loss = torch.full_like(self._best_loss, torch.inf)
+            return
+        products = evaluation.products
+        assert products is not None
+        first, added = products[:, 0], products.diagonal(dim1=1, dim2=2).clone()
+        added[:, 0] = -2 * first[:, 0]
+        losses = first[:, :1] + 2 * first + added
         losses = torch.where(losses.isfinite(), losses, torch.inf)
-        residuals = residuals.nan_to_num(0.0, 0.0, 0.0)
-        if self._turns % 2 == 1:
-            self._look(losses, residuals)
+        if self._turns % 2 == 0:
+            self._look(losses, products.nan_to_num(0.0, 0.0, 0.0))
         else:
-            self._move(losses, residuals)
+            self._move(losses)
         self._turns += 1
 
     def recommend(self) -> torch.Tensor:
@@ -86,8 +112,9 @@ class GaussNewton:
     def state(self) -> State:
         """The bases with what they leave unexplained, the dampings and the steps to be tried."""
         return {
+            **{f"explorer.{name}": tensor for name, tensor in self._explorer.state().items()},
+            "exploring": torch.tensor(self._exploring),
             "base": self._base,
-            "residual": self._residual,
             "losses": torch.stack([self._loss, self._first_loss, self._best_loss]),
             "best": self._best,
             "damping": self._damping,
@@ -100,66 +127,54 @@ class GaussNewton:
 
     def restore(self, state: State) -> None:
         """Goes on from there."""
-        self._base, self._residual, self._best = state["base"], state["residual"], state["best"]
+        explorer = "explorer."
+        own = {n.removeprefix(explorer): t for n, t in state.items() if n.startswith(explorer)}
+        self._explorer.restore(own)
+        self._exploring = int(state["exploring"])
+        self._base, self._best = state["base"], state["best"]
         self._loss, self._first_loss, self._best_loss = state["losses"]
         self._damping, self._idle, self._steps = state["damping"], state["idle"], state["steps"]
         self._waiting, self._turns = state["waiting"], int(state["turns"])
         for generator, position in zip(self._random, state["random"], strict=True):
             generator.set_state(position)
 
-    def _axes(self) -> torch.Tensor:
-        return torch.eye(self._base.shape[1], device=self._base.device)
-
-    def _tired(self) -> torch.Tensor:
-        return self._idle >= PATIENCE
-
-    def _look(self, losses: torch.Tensor, residuals: torch.Tensor) -> None:
+    def _look(self, losses: torch.Tensor, products: torch.Tensor) -> None:
         """Computes the damped steps; or where a search starts anew, from the best of its draws."""
-        anew = self._tired()
-        slopes = (residuals - self._residual[:, None]) / STRIDE
-        slopes[anew] = 0  # these do not know any yet, and wait a turn
-        self._waiting = anew
-        self._first_loss = torch.where(anew, torch.inf, self._first_loss)
+        anew = self._idle >= PATIENCE
+        self._loss = torch.where(anew, torch.inf, losses[:, 0])
+        self._accept(anew, losses)
+        self._first_loss = torch.where(anew | (self._turns == 0), self._loss, self._first_loss)
         self._damping = torch.where(anew, 1.0, self._damping)
         self._idle = torch.where(anew, 0.0, self._idle)
-        slope = -(slopes @ self._residual[:, :, None]).double()
-        self._accept(anew, losses, residuals)
-        curvature = (slopes @ slopes.transpose(1, 2)).double()
-        values, vectors = torch.linalg.eigh(curvature)
-        mean = values.clamp(min=0).mean(1).clamp(min=1e-30)
-        dampings = (self._tried() * mean[:, None])[:, :, None]
-        along = (vectors.transpose(1, 2) @ slope).transpose(1, 2)
-        steps = (along / (values.clamp(min=0)[:, None] + dampings)) @ vectors.transpose(1, 2)
-        self._steps = steps.to(self._base.dtype)
+        self._waiting = anew  # a search that starts anew knows no differences yet
+        slope = -products[:, 0, 1:, None].double() / STRIDE
+        values, axes = torch.linalg.eigh(products[:, 1:, 1:].double() / STRIDE**2)
+        values = values.clamp(min=0)[:, None]
+        dampings = self._tried()[:, :, None] * values.mean(2, keepdim=True).clamp(min=1e-30)
+        steps = (axes.transpose(1, 2) @ slope).transpose(1, 2) / (values + dampings)
+        steps = (steps @ axes.transpose(1, 2)).to(self._base.dtype)
+        self._steps = torch.where(anew[:, None, None], 0.0, steps)
 
-    def _move(self, losses: torch.Tensor, residuals: torch.Tensor) -> None:
+    def _move(self, losses: torch.Tensor) -> None:
         """Takes the best of the steps that were tried, if it is better."""
         least, chosen = losses.min(1)
         better = least < self._loss
-        if self._turns:
-            tried = self._tried().gather(1, chosen[:, None])[:, 0]
-            raised = (self._damping * DAMPINGS[-1]).clamp(max=MOST_DAMPING)
-            damping = torch.where(better, tried, raised)
-            self._damping = torch.where(self._waiting, self._damping, damping)
-            gain = (self._loss - least).clamp(min=0)
-            little = gain <= LITTLE * (self._first_loss - self._loss + gain)
-            idle = torch.where(little, self._idle + 1, 0.0)
-            self._idle = torch.where(self._waiting, self._idle, idle)
-        else:
-            self._residual = residuals[:, 0]
-        self._accept(better, losses, residuals)
+        tried = self._tried().gather(1, chosen[:, None])[:, 0]
+        raised = (self._damping * DAMPINGS[-1]).clamp(max=MOST_DAMPING)
+        damping = torch.where(better, tried, raised)
+        gain = (self._loss - least).clamp(min=0)
+        little = gain <= LITTLE * (self._first_loss - self._loss + gain)
+        idle = torch.where(little, self._idle + 1, 0.0)
+        self._damping = torch.where(self._waiting, self._damping, damping)
+        self._idle = torch.where(self._waiting, self._idle, idle)
+        self._accept(better, losses)
 
-    def _accept(
-        self, which: torch.Tensor, losses: torch.Tensor, residuals: torch.Tensor
-    ) -> None:
-        """Puts the bases of some searches at the best of the candidates."""
-        rows = torch.arange(len(losses), device=losses.device)
+    def _accept(self, which: torch.Tensor, losses: torch.Tensor) -> None:
+        """Puts the bases of some searches at the best of the last candidates."""
         least, chosen = losses.min(1)
-        self._base = torch.where(which[:, None], self._asked[rows, chosen], self._base)
-        self._residual = torch.where(which[:, None], residuals[rows, chosen], self._residual)
+        best = self._asked[torch.arange(len(losses), device=losses.device), chosen]
+        self._base = torch.where(which[:, None], best, self._base)
         self._loss = torch.where(which, least, self._loss)
-        fresh = self._first_loss.isinf() & which
-        self._first_loss = torch.where(fresh, least, self._first_loss)
         improved = self._loss < self._best_loss
         self._best = torch.where(improved[:, None], self._base, self._best)
         self._best_loss = torch.where(improved, self._loss, self._best_loss)

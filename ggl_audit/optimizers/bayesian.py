@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from skopt import Optimizer
 from skopt.learning import GaussianProcessRegressor
-from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern
 
 from ggl_audit.optimizers.base import Array, State
 from ggl_audit.optimizers.subspace import Subspace
@@ -17,17 +17,18 @@ MOST_POINTS = 100
 FIRST_BATCHES = 2
 """Drawn evenly in the box, before there is a process."""
 
-FEWEST_NOISE = 1e-6
-"""Of the variance of the losses; with less the covariance cannot be inverted."""
+NOISE = 1e-6
+"""Of the variance of the losses, which have none; with less the covariance is not invertible."""
 
 
 class Bayesian:
     """One search of a subspace: Gaussian process, lower confidence bound, batches by lies.
 
     Each batch fits a process (Matern 5/2, a length for each direction) to the best and the latest
-    points, half of each. Its kernel then stays as it is while the candidates are chosen one after
-    the other, each being told to the process with the least loss so far in place of its own (the
-    constant liar of Ginsbourger, Le Riche and Carraro, 2010).
+    points, half of each, beginning at the kernel of the batch before. The kernel then stays as it
+    is while the candidates are chosen one after the other, each being told to the process with the
+    least loss so far in place of its own (the constant liar of Ginsbourger, Le Riche and Carraro,
+    2010).
     """
 
     def __init__(self, subspace: Subspace, population: int, seed: int) -> None:
@@ -35,6 +36,9 @@ class Bayesian:
         self._population = population
         self._seed = seed
         self._batch = 0
+        lengths = Matern(np.ones(subspace.dimension), (0.01, 100), nu=2.5)
+        self._kernel = ConstantKernel(1.0, (0.01, 1000.0)) * lengths
+        self._parameters: Array = self._kernel.theta
         self._asked = np.zeros((0, subspace.dimension))
         self._places, self._losses = self._asked, np.zeros(0)
         self._best, self._least = np.full(subspace.dimension, 0.5), np.inf
@@ -67,13 +71,14 @@ class Bayesian:
         return self._subspace.latents(self._best)
 
     def state(self) -> State:
-        """The points of the process, the best one, and how many batches there were."""
+        """The process and its points, the best one, and how many batches there were."""
         return {
             "places": torch.as_tensor(self._places),
             "losses": torch.as_tensor(self._losses),
             "best": torch.as_tensor(self._best),
             "least": torch.tensor(self._least, dtype=torch.float64),
             "batch": torch.tensor(self._batch),
+            "parameters": torch.as_tensor(self._parameters),
         }
 
     def restore(self, state: State) -> None:
@@ -81,17 +86,16 @@ class Bayesian:
         self._places, self._losses = state["places"].numpy(), state["losses"].numpy()
         self._best, self._least = state["best"].numpy(), float(state["least"])
         self._batch = int(state["batch"])
+        self._parameters = state["parameters"].numpy()
 
     def _chosen(self, seed: int) -> Array:
-        lengths = Matern(np.ones(self._subspace.dimension), (0.01, 100), nu=2.5)
-        kernel = ConstantKernel(1.0, (0.01, 1000.0)) * lengths + WhiteKernel(
-            FEWEST_NOISE, (FEWEST_NOISE, 1.0)
-        )
-        process = GaussianProcessRegressor(kernel, normalize_y=True, random_state=seed)
+        kernel = self._kernel.clone_with_theta(self._parameters)
+        process = GaussianProcessRegressor(kernel, NOISE, normalize_y=True)
         fitted = process.fit(self._places, self._losses).kernel_
+        self._parameters = fitted.theta
         optimizer = Optimizer(
             [(0.0, 1.0)] * self._subspace.dimension,
-            GaussianProcessRegressor(fitted, optimizer=None, normalize_y=True),
+            GaussianProcessRegressor(fitted, NOISE, optimizer=None, normalize_y=True),
             n_initial_points=0,
             acq_func="LCB",
             acq_optimizer="lbfgs",

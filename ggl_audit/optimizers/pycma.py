@@ -39,10 +39,12 @@ class Pycma:
         self._options = {
             **VARIANTS[variant],
             "popsize": population,
-            "randn": lambda *shape: self._random.standard_normal(shape),
+            "randn": self._draw,
             "seed": np.nan,  # keeps pycma from seeding NumPy's global generator
             "verbose": -9,
         }
+        if variant == "vkd":
+            self._options["CMA_sampler_options"] = {"randn": self._draw}
         self._search = self._start(np.zeros(dimension))
         self._asked: list[Array] = []
 
@@ -60,6 +62,9 @@ class Pycma:
     def recommend(self) -> Array:
         """The mean of the search distribution, (d,)."""
         return np.asarray(self._search.mean, dtype=np.float64)
+
+    def _draw(self, *shape: int) -> Array:
+        return self._random.standard_normal(shape)
 
     def _start(self, mean: Array) -> cma.CMAEvolutionStrategy:
         return cma.CMAEvolutionStrategy(mean, self._sigma, dict(self._options))

@@ -25,7 +25,7 @@ class RandomSearch:
         self._device = device
         self._random = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._asked = torch.zeros(len(seeds), *self._shape, device=device)
-        self._best = self._asked[:, 0]
+        self._best = torch.zeros(len(seeds), dimension, device=device)
         self._least = torch.full((len(seeds), 1), torch.inf, device=device)
 
     def ask(self) -> torch.Tensor:
@@ -58,4 +58,4 @@ class RandomSearch:
         self._best = state["best"].to(self._device)
         self._least = state["least"].to(self._device)
         for generator, position in zip(self._random, state["random"].cpu(), strict=True):
-            generator.set_state(position)
+            generator.set_state(position.clone())  # a tensor in a file's bytes may not be aligned

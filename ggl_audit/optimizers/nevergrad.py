@@ -20,8 +20,10 @@ class Nevergrad:
         self, name: str, dimension: int, population: int, sigma: float, budget: int, seed: int
     ) -> None:
         from nevergrad import p
-        from nevergrad.optimization import registry
+        from nevergrad.optimization import recaster, registry
 
+        # Where it refuses to start, it would ask for this when it is deleted, and print an error.
+        recaster.RecastOptimizer._messaging_thread = None
         parametrization = p.Array(init=np.zeros(dimension)).set_mutation(sigma=sigma)
         parametrization.random_state = np.random.RandomState(seed)
         self._search = registry[name](parametrization, budget=budget, num_workers=population)

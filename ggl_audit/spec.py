@@ -471,16 +471,35 @@ class RegularizerSpec(_Section):
     weight: float = Field(default=0.1, ge=0, description="of kl and norm")
 
 
+class SubspaceSpec(_Section):
+    """The few directions of the latent space that an optimizer is given that bears no more."""
+
+    directions: Literal["random", "principal"] = Field(
+        default="random",
+        description="random: each search has its own; principal: those along which the generator's "
+        "pictures change most",
+    )
+    dimension: int = Field(
+        default=12, ge=1, description="how many; all of a latent space that has fewer"
+    )
+
+
 class AttackSpec(_Section):
     """Generative Gradient Leakage, and how hard it tries for each image."""
 
-    optimizer: str = Field(default="cma", description="cma, or nevergrad:NAME")
+    optimizer: str = Field(
+        default="cma", description="as `ggl-audit list optimizers` has it: cma, or nevergrad:NAME"
+    )
     evaluations: int = Field(
         default=3000, ge=1, description="candidates tried for an image, all restarts together"
     )
     restarts: int = Field(default=1, ge=1, description="independent searches for each image")
     population: int = Field(default=12, ge=2, description="candidates of a search at a time")
     sigma: float = Field(default=0.3, gt=0, description="first step size, in prior deviations")
+    subspace: SubspaceSpec | None = Field(
+        default=None,
+        description="for optimizer: bayesian (unless given: 12 random directions) or turbo (all)",
+    )
     distance: Literal["l2", "cosine"] = "l2"
     regularizer: RegularizerSpec = RegularizerSpec()
 
@@ -492,6 +511,12 @@ class AttackSpec(_Section):
                 f"evaluations is {self.evaluations}, but {self.restarts} restarts with a "
                 f"population of {self.population} take at least {least}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _subspace_is_used(self) -> AttackSpec:
+        if self.subspace is not None and self.optimizer not in ("bayesian", "turbo"):
+            raise ValueError("subspace is for optimizer: bayesian or turbo")
         return self
 
 

@@ -30,9 +30,10 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
             table.add_row(Text(name), Text(known))
             table.add_row()
     else:
-        for column in ("name", "parameters", "source"):
-            table.add_column(column)
-        for row in _rows(kind):
+        columns, rows = _optimizers() if kind is Kind.OPTIMIZERS else _priors()
+        for column in columns:
+            table.add_column(column, no_wrap=column == "name")
+        for row in rows:
             table.add_row(*map(Text, row))
     Console().print(table)
 
@@ -56,13 +57,20 @@ def _defenses() -> list[tuple[str, str]]:
     return listed
 
 
-def _rows(kind: Kind) -> list[tuple[str, str, str]]:
-    if kind is Kind.OPTIMIZERS:
-        from ggl_audit.optimizers import FAMILIES
+Rows = tuple[tuple[str, str, str], list[tuple[str, str, str]]]
 
-        return [(name, "population, sigma, evaluations", what) for name, what in FAMILIES.items()]
+
+def _optimizers() -> Rows:
+    from ggl_audit.optimizers import FAMILIES
+
+    rows = [(name, family.source, family.good_for) for name, family in FAMILIES.items()]
+    return ("name", "source", "good for"), rows
+
+
+def _priors() -> Rows:
     from ggl_audit.priors.card import read_card
     from ggl_audit.priors.loading import bundled_folder, bundled_names
 
     cards = [(name, read_card(bundled_folder() / name)) for name in bundled_names()]
-    return [(name, f"latent {card.architecture.latent}", card.data) for name, card in cards]
+    rows = [(name, f"latent {card.architecture.latent}", card.data) for name, card in cards]
+    return ("name", "parameters", "source"), rows

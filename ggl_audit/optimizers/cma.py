@@ -49,10 +49,9 @@ class DiagonalCma:
         self._drawn: list[torch.Tensor] = []
         self._set_rates(population, dimension)
         searches = len(seeds)
-        zeros = torch.zeros(searches, dimension, device=device)
-        self._mean = zeros
-        self._variances = zeros + 1
-        self._path, self._sigma_path = zeros, zeros
+        self._mean = torch.zeros(searches, dimension, device=device)
+        self._variances = torch.ones_like(self._mean)
+        self._path, self._sigma_path = torch.zeros_like(self._mean), torch.zeros_like(self._mean)
         self._sigma = torch.full((searches, 1), sigma, device=device)
         self._generation = torch.zeros(searches, 1, device=device)
         self._normal = self._steps = torch.zeros(searches, population, dimension, device=device)
@@ -75,6 +74,7 @@ class DiagonalCma:
             lost = float(negative.sum().square() / negative.square().sum())
             least = min(1 + one / many, 1 + 2 * lost / (mass + 2), (1 - one - many) / (d * many))
             weights = weights + least * negative / negative.abs().sum()
+        self._weight = float(weights.sum())
         self._weights = weights.to(self._device, torch.float32)
         self._usual_length = math.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d * d))
 
@@ -109,8 +109,7 @@ class DiagonalCma:
 
         lengths = (steps / deviations[:, None]).square().sum(2, keepdim=True).clamp(min=1e-12)
         scaled = torch.where(weights < 0, weights * d / lengths, weights)
-        forgotten = self._one_rate * (1 - (1 - held) * gain)
-        forgotten = forgotten + self._many_rate * float(self._weights.sum())
+        forgotten = self._one_rate * (1 - (1 - held) * gain) + self._many_rate * self._weight
         self._variances = (
             (1 - forgotten) * self._variances
             + self._one_rate * self._path.square()
@@ -139,12 +138,13 @@ class DiagonalCma:
 
     def restore(self, state: State) -> None:
         """Goes on from there."""
-        self._mean, self._sigma = state["mean"], state["sigma"]
-        self._variances, self._generation = state["variances"], state["generation"]
-        self._path, self._sigma_path = state["path"], state["sigma_path"]
-        self._drawn = list(state["drawn"].unbind(0))
-        for generator, position in zip(self._random, state["random"], strict=True):
-            generator.set_state(position)
+        here = {name: value.to(self._device) for name, value in state.items()}
+        self._mean, self._sigma = here["mean"], here["sigma"]
+        self._variances, self._generation = here["variances"], here["generation"]
+        self._path, self._sigma_path = here["path"], here["sigma_path"]
+        self._drawn = list(here["drawn"].unbind(0))
+        for generator, position in zip(self._random, state["random"].cpu(), strict=True):
+            generator.set_state(position.clone())  # a tensor in a file's bytes may not be aligned
 
     def _draw(self, count: int) -> torch.Tensor:
         drawn = [torch.randn(count, *self._shape, generator=each) for each in self._random]

@@ -1,0 +1,106 @@
+"""Bayesian optimization with a Gaussian process, by scikit-optimize."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from skopt import Optimizer
+from skopt.learning import GaussianProcessRegressor
+from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern
+
+from ggl_audit.optimizers.base import Array, State
+from ggl_audit.optimizers.subspace import Subspace
+
+MOST_POINTS = 100
+"""That the process learns from: the time it takes grows with their cube."""
+
+FIRST_BATCHES = 2
+"""Drawn evenly in the box, before there is a process."""
+
+NOISE = 1e-6
+"""Of the variance of the losses, which have none; with less the covariance is not invertible."""
+
+
+class Bayesian:
+    """One search of a subspace: Gaussian process, lower confidence bound, batches by lies.
+
+    Each batch fits a process (Matern 5/2, a length for each direction) to the best and the latest
+    points, half of each, beginning at the kernel of the batch before. The kernel then stays as it
+    is while the candidates are chosen one after the other, each being told to the process with the
+    least loss so far in place of its own (the constant liar of Ginsbourger, Le Riche and Carraro,
+    2010).
+    """
+
+    def __init__(self, subspace: Subspace, population: int, seed: int) -> None:
+        self._subspace = subspace
+        self._population = population
+        self._seed = seed
+        self._batch = 0
+        lengths = Matern(np.ones(subspace.dimension), (0.01, 100), nu=2.5)
+        self._kernel = ConstantKernel(1.0, (0.01, 1000.0)) * lengths
+        self._parameters: Array = self._kernel.theta
+        self._asked = np.zeros((0, subspace.dimension))
+        self._places, self._losses = self._asked, np.zeros(0)
+        self._best, self._least = np.full(subspace.dimension, 0.5), np.inf
+
+    def ask(self) -> Array:
+        """The next candidates, (population, d)."""
+        random = np.random.default_rng((self._seed, self._batch))
+        if self._batch < FIRST_BATCHES:
+            self._asked = random.random((self._population, self._subspace.dimension))
+            if self._batch == 0:
+                self._asked[0] = 0.5  # the origin, the prior's most likely latent
+        else:
+            self._asked = self._chosen(int(random.integers(2**31)))
+        return self._subspace.latents(self._asked)
+
+    def tell(self, losses: Array) -> None:
+        """Takes the losses of the last candidates."""
+        if losses.min() < self._least:
+            self._best, self._least = self._asked[losses.argmin()], float(losses.min())
+        places = np.concatenate([self._places, self._asked])
+        told = np.concatenate([self._losses, losses])
+        latest = np.arange(len(told)) >= len(told) - MOST_POINTS // 2
+        # First the latest, then the best of the rest; kept in the order in which they came.
+        kept = np.sort(np.lexsort((told, ~latest))[:MOST_POINTS])
+        self._places, self._losses = places[kept], told[kept]
+        self._batch += 1
+
+    def recommend(self) -> Array:
+        """The best candidate, (d,); the origin before any was told."""
+        return self._subspace.latents(self._best)
+
+    def state(self) -> State:
+        """The process and its points, the best one, and how many batches there were."""
+        return {
+            "places": torch.as_tensor(self._places),
+            "losses": torch.as_tensor(self._losses),
+            "best": torch.as_tensor(self._best),
+            "least": torch.tensor(self._least, dtype=torch.float64),
+            "batch": torch.tensor(self._batch),
+            "parameters": torch.as_tensor(self._parameters),
+        }
+
+    def restore(self, state: State) -> None:
+        """Goes on from there."""
+        self._places, self._losses = state["places"].numpy(), state["losses"].numpy()
+        self._best, self._least = state["best"].numpy(), float(state["least"])
+        self._batch = int(state["batch"])
+        self._parameters = state["parameters"].numpy()
+
+    def _chosen(self, seed: int) -> Array:
+        kernel = self._kernel.clone_with_theta(self._parameters)
+        process = GaussianProcessRegressor(kernel, NOISE, normalize_y=True)
+        fitted = process.fit(self._places, self._losses).kernel_
+        self._parameters = fitted.theta
+        optimizer = Optimizer(
+            [(0.0, 1.0)] * self._subspace.dimension,
+            GaussianProcessRegressor(fitted, NOISE, optimizer=None, normalize_y=True),
+            n_initial_points=0,
+            acq_func="LCB",
+            acq_optimizer="lbfgs",
+            acq_optimizer_kwargs={"n_points": 1000, "n_restarts_optimizer": 1},
+            random_state=seed,
+        )
+        optimizer.tell(self._places.tolist(), self._losses.tolist())
+        return np.array(optimizer.ask(self._population, "cl_min"))

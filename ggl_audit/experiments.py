@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ggl_audit.alternatives import alternatives
+from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
@@ -40,7 +41,7 @@ from ggl_audit.evidence.promise import (
 from ggl_audit.gradient import Gradient, concatenate, flat, norm, shares, stack, take, unstack
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import has_batch_norm
-from ggl_audit.optimizers import WANTS, start_optimizer
+from ggl_audit.optimizers import start_optimizer, wants_more
 from ggl_audit.setting import Setting
 
 CANARIES_TOGETHER = 25
@@ -436,6 +437,7 @@ def run_search(
     objective = LatentObjective(
         matching,
         Residuals(matching, defense, attack.distance),
+        Derivatives(setting.model, defense, attack.distance),
         setting.prior,
         observed,
         labels,
@@ -443,7 +445,7 @@ def run_search(
         noise.std if noise else 0.0,
     )
     random = setting.random(purpose)
-    parts = objective.parts(WANTS.get(attack.optimizer, "losses"))
+    parts = objective.parts(together=wants_more(attack.optimizer))
     searches = (len(labels), attack.restarts, parts)
     seeds = random.integers(2**32, size=searches)
     budget = evaluations or attack.evaluations

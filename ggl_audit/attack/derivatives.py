@@ -8,7 +8,7 @@ from torch.func import grad_and_value, vmap
 from ggl_audit.attack.matching import COPIES_OF_A_GRADIENT, Distance, cosine
 from ggl_audit.contribution import Contribution
 from ggl_audit.defenses import Drawn, Pipeline, relative_l2
-from ggl_audit.gradient import Gradient, each, unstack
+from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.model import ClientModel
 
 HELD_BYTES = 2**28

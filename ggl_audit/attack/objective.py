@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.residuals import Residuals
 from ggl_audit.gradient import Gradient, repeated
@@ -47,6 +48,7 @@ class LatentObjective:
     Attributes:
         matching: compares images with gradients.
         residuals: the same, value by value.
+        derivatives: the same, with derivatives.
         prior: decodes latents.
         observed: t observed gradients, tensors with a leading dimension t.
         labels: (t,), the label that the attacker assigns to each; (t, k) where k images made it.
@@ -56,6 +58,7 @@ class LatentObjective:
 
     matching: Matching
     residuals: Residuals
+    derivatives: Derivatives
     prior: Prior
     observed: Gradient
     labels: torch.Tensor
@@ -78,9 +81,9 @@ class LatentObjective:
         """k, how many images made each gradient."""
         return self.labels[0].numel()
 
-    def parts(self, wants: Wants) -> int:
+    def parts(self, together: bool) -> int:
         """How many latents are searched for each by itself: k, or one that holds all of them."""
-        return self.members if wants == "losses" and self.matching.adds_up else 1
+        return self.members if self.matching.adds_up and not together else 1
 
     def evaluate(self, latents: torch.Tensor, wants: Wants) -> Evaluation:
         """What becomes of n latents for each of t observed gradients.
@@ -93,6 +96,8 @@ class LatentObjective:
             return Evaluation(self.losses(latents))
         trials, candidates, _ = latents.shape
         labels = self.labels.reshape(trials, 1, -1).expand(trials, candidates, -1)
+        if wants == "derivatives":
+            return self._with_derivatives(latents, labels)
         images = pictures(self.prior, latents.flatten(0, 1), labels.flatten(0, 1))
         distances, products = self.residuals(
             images.unflatten(0, (trials, candidates)), labels, self.observed
@@ -143,6 +148,21 @@ class LatentObjective:
         of_others = given.sum(2, keepdim=True) - given
         penalties = (of_others[..., None] + self._penalties(candidates)) / members
         return distances.reshape_as(penalties) + penalties
+
+    def _with_derivatives(self, latents: torch.Tensor, labels: torch.Tensor) -> Evaluation:
+        candidates = latents.shape[1]
+        with torch.enable_grad():
+            leaf = latents.detach().requires_grad_()
+            images = self.prior.decode(leaf.reshape(-1, self.prior.size), labels.flatten())
+            images = images.unflatten(0, (-1, self.members))
+            distances, slopes = self.derivatives(
+                images.detach(), labels.flatten(0, 1), repeated(self.observed, candidates)
+            )
+            penalties = self._penalty(leaf)
+            total = (images * slopes).sum() + penalties.sum()
+        (derivatives,) = torch.autograd.grad(total, leaf)
+        losses = distances.view_as(penalties) + penalties.detach()
+        return Evaluation(losses, derivatives=derivatives)
 
     def _penalty(self, latents: torch.Tensor) -> torch.Tensor:
         """Of (t, n, k x d), (t, n)."""

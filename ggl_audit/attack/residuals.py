@@ -59,7 +59,7 @@ class Residuals:
         with torch.no_grad():
             guesses = vmap(self._defense.guesses)(observed)
             for index, seen in enumerate(unstack(observed)):
-                drawn = [each(lambda tensor: tensor[index : index + 1], one) for one in guesses]
+                drawn = [{n: tensor[index][None] for n, tensor in one.items()} for one in guesses]
                 parts = [
                     self._nearest(own, labelled, seen, drawn, room)
                     for own, labelled in zip(

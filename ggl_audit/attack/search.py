@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ggl_audit.attack.objective import LatentObjective
-from ggl_audit.optimizers import Array, Evaluation, Start
+from ggl_audit.optimizers import DERIVATIVE_COST, Array, Evaluation, Start
 
 NO_MATCH = 1e30
 """Stands for a loss that is not finite: optimizers rank by value and must not meet NaN."""
@@ -76,6 +76,7 @@ def search(
     def evaluate(candidates: torch.Tensor, believed: torch.Tensor) -> Evaluation:
         """What becomes of (s, P, d) candidates, the other parts being where they are believed."""
         count = candidates.shape[1]
+        cost = restarts * count * (DERIVATIVE_COST if optimizer.wants == "derivatives" else 1)
         of_each = candidates.unflatten(0, (trials, restarts, parts))
         others = believed.unflatten(0, (trials, restarts, parts))
         if parts == 1:
@@ -86,8 +87,8 @@ def search(
         losses = found.losses.nan_to_num(NO_MATCH, NO_MATCH, NO_MATCH)
         best.add(losses.reshape(trials, restarts, parts, count), of_each, others)
         curve.append(best.losses.amin(1))
-        spent.append(spent[-1] + restarts * count)
-        advance(trials * restarts * count)
+        spent.append(spent[-1] + cost)
+        advance(trials * cost)
         return Evaluation(
             losses.reshape(-1, count),
             *(
@@ -100,11 +101,12 @@ def search(
     try:
         while True:
             candidates = optimizer.ask()
-            left = evaluations - spent[-1] - restarts  # what each recommends is tried too
-            if left < restarts:
+            each_costs = restarts * (DERIVATIVE_COST if optimizer.wants == "derivatives" else 1)
+            left = (evaluations - spent[-1] - each_costs) // each_costs  # the last is recommended
+            if left < 1:
                 break
             # A part of what was asked for, if the whole is too much, tells an optimizer nothing.
-            tried = candidates[:, : left // restarts]
+            tried = candidates[:, :left]
             told = evaluate(tried, optimizer.recommend() if parts > 1 else candidates[:, 0])
             if tried.shape != candidates.shape:
                 break
@@ -148,7 +150,7 @@ class _Best:
             candidates: for each part.
             others: (t, r, parts, d), where all parts are but for the candidate's.
         """
-        trials, restarts, parts, count = losses.shape
+        parts, count = losses.shape[2:]
         self.losses = self.losses.to(losses)
         least, winner = losses.flatten(2).min(2)
         chosen = candidates.flatten(2, 3).gather(

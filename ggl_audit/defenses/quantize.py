@@ -9,10 +9,14 @@ from pydantic import Field
 
 from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, Trace
 from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.sign import WIDTH
 from ggl_audit.gradient import Gradient, flat
 
 SMALLEST_STEP = 1e-30
 MIDWAY = 1e-3
+
+WIDEST = 0.5
+"""A slope, in steps: nearly a straight line."""
 
 
 class Quantize(Defense):
@@ -59,8 +63,16 @@ class Quantize(Defense):
         return rounded
 
     def smooth(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """Leaves the rounding away."""
-        return gradient
+        """Has slopes for the risers of the staircase, as wide as those of a smooth sign."""
+        smoothed = {}
+        for name, (low, step) in self._grids(gradient).items():
+            tensor = gradient[name]
+            width = (WIDTH * tensor.square().mean().sqrt() / step).clamp(1e-6, WIDEST)
+            place = (tensor - low) / step
+            below = place.detach().floor()
+            rise = torch.tanh((place - below - 0.5) / width) / torch.tanh(0.5 / width)
+            smoothed[name] = low + step * (below + (1 + rise) / 2)
+        return smoothed
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds more levels than bits allow."""

@@ -39,8 +39,8 @@ class Turbo:
 
     Each batch fits a Gaussian process with a length for each direction to the points since the
     search last started anew, and takes the minima of as many samples of it (Thompson sampling)
-    among places around the best point, within a box whose sides are as those lengths. The first
-    points of each start are of a Sobol sequence.
+    among places around the best point, within a box whose sides are as those lengths. Before there
+    is a process, each batch is of a scrambled Sobol sequence.
 
     The paper's process has a Matern kernel and bounds on its lengths; this one is BoTorch's, with a
     Gaussian kernel and a prior on them that suits many directions (Hvarfner et al., ICML 2024).

@@ -236,9 +236,22 @@ def _case(listed: Any) -> Case:
     return listed if isinstance(listed, Case) else listed.values[0]
 
 
-def test_what_an_optimizer_refuses_is_told_before_the_search() -> None:
+@pytest.mark.parametrize(
+    ("name", "dimension"),
+    [
+        ("nevergrad:SQP", 4),
+        pytest.param(
+            "turbo",
+            30_000,
+            marks=pytest.mark.skipif(
+                find_spec("botorch") is None, reason="BoTorch is not installed"
+            ),
+        ),
+    ],
+)
+def test_what_an_optimizer_refuses_is_told_before_the_search(name: str, dimension: int) -> None:
     with pytest.raises(SpecError, match="cannot be used here") as error:
-        start_optimizer(AttackSpec(optimizer="nevergrad:SQP"), 4)
+        start_optimizer(AttackSpec(optimizer=name), dimension)
     assert error.value.key == ("attack", "optimizer")
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from ggl_audit.attack.layers import Outer, Small, parts_of
+from ggl_audit.attack.layers import Outer, Part, Small, parts_of
 from ggl_audit.defenses.value_wise import ValueWise
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
@@ -20,6 +20,12 @@ SHARING = 8
 GHOST = 16
 """Multiplications for Gram matrices that cost as much as one value of a gradient that is held."""
 
+COPIES_OF_A_LAYER = 4
+"""What its layers are given and return, the gradient of both, and what is between them."""
+
+TRIED = 3
+"""Images; more than the layers of a model are likely to confuse with another dimension."""
+
 Place = tuple[slice, slice]
 ALL: Place = (slice(None), slice(None))
 
@@ -30,11 +36,21 @@ class LayerWise:
     Args:
         model: the client's; each of its images has a gradient of its own.
         replica: the defense by single values.
+        layout: of the images in memory.
+        chunk: how many candidates to take at a time.
     """
 
-    def __init__(self, model: ClientModel, replica: ValueWise) -> None:
+    def __init__(
+        self,
+        model: ClientModel,
+        replica: ValueWise,
+        layout: torch.memory_format,
+        chunk: int,
+    ) -> None:
         self._model = model
         self._replica = replica
+        self._layout = layout
+        self.chunk = chunk
 
     def products(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
@@ -52,11 +68,29 @@ class LayerWise:
         Raises:
             UnknownLayerError: the model's gradients are not known layer by layer.
         """
-        readings = self._replica.readings(observed)
-        targets = self._model.targets_of(labels.flatten())
         squares = torch.zeros(labels.shape, dtype=torch.double, device=images.device)
         inner = torch.zeros_like(squares)
-        for part in parts_of(self._model, images.flatten(0, 1), targets):
+        for place in _blocks(labels.shape, self.chunk):
+            seen = {name: tensor[place[0]] for name, tensor in observed.items()}
+            with torch.no_grad():
+                self._sum_up(images[place], labels[place], seen, squares[place], inner[place])
+        norms = squares.sqrt()
+        factor = self._replica.factor(norms)
+        return norms * factor, inner * factor
+
+    def _sum_up(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        observed: Gradient,
+        squares: torch.Tensor,
+        inner: torch.Tensor,
+    ) -> None:
+        """Adds the squared norms (t, n), and the inner products, of all tensors."""
+        readings = self._replica.readings(observed)
+        targets = self._model.targets_of(labels.flatten())
+        together = images.flatten(0, 1).contiguous(memory_format=self._layout)
+        for part in parts_of(self._model, together, targets):
             seen, beside = observed[part.name], [reading[part.name] for reading in readings]
             if isinstance(part, Small):
                 self._add_small(part, seen, beside, squares, inner)
@@ -64,9 +98,6 @@ class LayerWise:
                 _add_ghosts(part, seen, squares, inner)
             else:
                 self._add_gradients(part, seen, beside, squares, inner)
-        norms = squares.sqrt()
-        factor = self._replica.factor(norms)
-        return norms * factor, inner * factor
 
     def _add_small(
         self,
@@ -76,7 +107,7 @@ class LayerWise:
         squares: torch.Tensor,
         inner: torch.Tensor,
     ) -> None:
-        """Adds the squared norms (t, n), and the inner products, of what is held."""
+        """The same of what is held."""
         values = part.values.reshape(*squares.shape, -1)
         beside = [r.reshape(len(r), 1, -1) for r in readings]
         self._add(values, observed.flatten(1), beside, squares, inner, ALL)
@@ -115,6 +146,46 @@ class LayerWise:
         replicas = self._replica.on_values(gradients, readings)
         squares[place] += torch.linalg.vector_norm(replicas, dim=2).double().square()
         inner[place] += (replicas @ observed[:, :, None])[..., 0]
+
+
+def layer_wise(
+    model: ClientModel,
+    replica: ValueWise | None,
+    gradients: Callable[[torch.Tensor, torch.Tensor], Gradient],
+    memory: int,
+) -> LayerWise | None:
+    """The way layer by layer, or None where it is not known to be exact.
+
+    It is tried on random images: each tensor's gradients must be those that are computed whole.
+
+    Args:
+        model: the client's.
+        replica: the defense by single values; None where it is more.
+        gradients: computes those of n images and labels, whole.
+        memory: bytes that may be held at a time.
+    """
+    if replica is None or model.batch_size > 1 or model.local is not None:
+        return None
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(TRIED, *model.shape, generator=random).to(model.mean)
+    labels = torch.arange(TRIED, device=model.device) % model.classes
+    expected = gradients(images, labels)
+    # A model that takes views of its activations does not take every layout.
+    for layout in (torch.channels_last, torch.contiguous_format):
+        given = images.contiguous(memory_format=layout)
+        parts = _tried(model, given, labels)
+        if parts and all(part.is_of(expected[part.name]) for part in parts):
+            bytes_each = COPIES_OF_A_LAYER * sum(part.bytes_held for part in parts) // TRIED
+            return LayerWise(model, replica, layout, max(1, memory // bytes_each))
+    return None
+
+
+def _tried(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> list[Part]:
+    """The gradients layer by layer; nothing where they are not known."""
+    try:
+        return list(parts_of(model, images, model.targets_of(labels)))
+    except (Exception, SystemExit):
+        return []  # the forward pass is the user's own code
 
 
 def _add_ghosts(

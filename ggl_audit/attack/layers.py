@@ -9,7 +9,6 @@ ICLR 2022, section 4).
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,9 @@ from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
 Arguments = dict[str, Any]
+
+ROUNDING = 1e-3
+"""Relative, of a gradient of a tensor that is computed in two ways."""
 
 
 class UnknownLayerError(Exception):
@@ -72,10 +74,15 @@ class Outer:
         """Of one candidate's gradient."""
         return self.errors.shape[1] * self.rows * self.inputs
 
+    @property
+    def bytes_held(self) -> int:
+        """By what the gradients are the products of."""
+        return self.windows.untyped_storage().nbytes() + self.errors.nbytes
+
     def matrix(self, like: torch.Tensor) -> torch.Tensor:
         """Values (t, ...) of the weight's shape, (t, groups, rows, inputs)."""
         whole = like if like.ndim == 5 else like[..., None, None]
-        grouped = whole.unflatten(1, (self.errors.shape[1], -1))
+        grouped: torch.Tensor = whole.unflatten(1, (self.errors.shape[1], -1))
         return grouped[(..., *self.kernel)].movedim(3, -1).flatten(3)
 
     def factors(
@@ -93,6 +100,13 @@ class Outer:
         windows = self.windows.unflatten(0, shape)[place].flatten(5).flatten(3, 4)
         return self.errors.unflatten(0, shape)[place], windows
 
+    def is_of(self, gradients: torch.Tensor) -> bool:
+        """Whether the products are these gradients (n, ...), up to rounding."""
+        alone = torch.Size((len(gradients), 1))
+        errors, windows = self.factors(alone, (slice(None), slice(None)))
+        found, seen = (errors @ windows)[:, 0], self.matrix(gradients)
+        return _same(found, seen) and _same(seen.norm(), gradients.norm())
+
 
 @dataclass(frozen=True)
 class Small:
@@ -105,6 +119,15 @@ class Small:
 
     name: str
     values: torch.Tensor
+
+    @property
+    def bytes_held(self) -> int:
+        """By the gradients."""
+        return self.values.nbytes
+
+    def is_of(self, gradients: torch.Tensor) -> bool:
+        """Whether they are these gradients (n, ...), up to rounding."""
+        return _same(self.values, gradients)
 
 
 Part = Outer | Small
@@ -139,7 +162,7 @@ Layer = Callable[[Arguments, dict[str, str], torch.Tensor], Iterator[Part]]
 
 
 def linear(arguments: Arguments, names: dict[str, str], errors: torch.Tensor) -> Iterator[Part]:
-    """y = x W^T + b, at any number of positions."""
+    """A linear layer, at any number of positions."""
     taken = arguments["input"].reshape(len(errors), 1, -1, 1, 1, 1, arguments["weight"].shape[1])
     errors = errors.reshape(len(errors), 1, -1, errors.shape[-1]).transpose(2, 3)
     if "weight" in names:
@@ -163,9 +186,9 @@ def convolution(
         _pair(arguments[name]) for name in ("stride", "padding", "dilation")
     )
     # Channels last, so that a row of a window is read in one go.
-    padded = F.pad(taken.permute(0, 2, 3, 1), (0, 0, *2 * padding[1:], *2 * padding[:1]))
-    padded = padded.contiguous()
-    image, row, column, channel = padded.stride()
+    margins = (0, 0, padding[1], padding[1], padding[0], padding[0])
+    padded = F.pad(taken.permute(0, 2, 3, 1), margins).contiguous()
+    image, row, column, _ = padded.stride()
     places = errors.shape[2:]
     windows = padded.as_strided(
         (len(taken), *places, *kernel, taken.shape[1]),
@@ -180,14 +203,18 @@ def convolution(
     yield Outer(names["weight"], windows, grouped, (seen[0], seen[1]))
 
 
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    return bool((found - expected).norm() <= ROUNDING * expected.norm())
+
+
 def _pair(option: int | Sequence[int]) -> tuple[int, int]:
     """An option of a convolution for both dimensions."""
     return (option, option) if isinstance(option, int) else (option[0], option[-1])
 
 
-def _seen(
-    kernel: int, size: int, places: int, stride: int, padding: int, dilation: int
-) -> slice:
+def _seen(kernel: int, size: int, places: int, stride: int, padding: int, dilation: int) -> slice:
     """The part of a kernel, along one dimension, that ever sees more than padding."""
     seen = [
         tap
@@ -207,9 +234,7 @@ def embedding(arguments: Arguments, names: dict[str, str], errors: torch.Tensor)
     yield Outer(names["weight"], taken, rows.transpose(1, 2)[:, None])
 
 
-def batch_norm(
-    arguments: Arguments, names: dict[str, str], errors: torch.Tensor
-) -> Iterator[Part]:
+def batch_norm(arguments: Arguments, names: dict[str, str], errors: torch.Tensor) -> Iterator[Part]:
     """With given statistics; with those of the batch no image has a gradient of its own."""
     if arguments["training"] or arguments["running_mean"] is None:
         raise UnknownLayerError("batch norm with the statistics of the batch")
@@ -218,17 +243,13 @@ def batch_norm(
     return _of_channels(taken, names, errors)
 
 
-def group_norm(
-    arguments: Arguments, names: dict[str, str], errors: torch.Tensor
-) -> Iterator[Part]:
+def group_norm(arguments: Arguments, names: dict[str, str], errors: torch.Tensor) -> Iterator[Part]:
     """The scale and shift of a group norm."""
     taken = F.group_norm(arguments["input"], arguments["num_groups"], eps=arguments["eps"])
     return _of_channels(taken, names, errors)
 
 
-def layer_norm(
-    arguments: Arguments, names: dict[str, str], errors: torch.Tensor
-) -> Iterator[Part]:
+def layer_norm(arguments: Arguments, names: dict[str, str], errors: torch.Tensor) -> Iterator[Part]:
     """The scale and shift of a layer norm."""
     shape = list(arguments["normalized_shape"])
     taken = F.layer_norm(arguments["input"], shape, eps=arguments["eps"])
@@ -247,22 +268,53 @@ def _of_channels(
         yield Small(names["bias"], errors.flatten(2).sum(2))
 
 
-LAYERS: dict[Callable[..., Any], tuple[Layer, inspect.Signature]] = {
-    function: (layer, inspect.signature(signed))
-    for function, layer, signed in (
-        (F.linear, linear, lambda input, weight, bias=None: None),
+LAYERS: dict[Callable[..., Any], tuple[Layer, tuple[str, ...]]] = {
+    F.linear: (linear, ("input", "weight", "bias")),
+    F.conv2d: (
+        convolution,
+        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    ),
+    F.embedding: (
+        embedding,
         (
-            F.conv2d,
-            convolution,
-            lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None,
+            "input",
+            "weight",
+            "padding_idx",
+            "max_norm",
+            "norm_type",
+            "scale_grad_by_freq",
+            "sparse",
         ),
-        (F.embedding, embedding, F.embedding),
-        (F.batch_norm, batch_norm, F.batch_norm),
-        (F.group_norm, group_norm, F.group_norm),
-        (F.layer_norm, layer_norm, F.layer_norm),
-    )
+    ),
+    F.batch_norm: (
+        batch_norm,
+        (
+            "input",
+            "running_mean",
+            "running_var",
+            "weight",
+            "bias",
+            "training",
+            "momentum",
+            "eps",
+        ),
+    ),
+    F.group_norm: (group_norm, ("input", "num_groups", "weight", "bias", "eps")),
+    F.layer_norm: (layer_norm, ("input", "normalized_shape", "weight", "bias", "eps")),
 }
-"""By the function that a module calls."""
+"""By the function that a module calls, with the names of its arguments."""
+
+DEFAULTS: Arguments = {
+    "stride": 1,
+    "padding": 0,
+    "dilation": 1,
+    "groups": 1,
+    "padding_idx": None,
+    "max_norm": None,
+    "scale_grad_by_freq": False,
+    "training": False,
+    "eps": 1e-5,
+}
 
 
 class Layers(TorchFunctionMode):
@@ -294,10 +346,8 @@ class Layers(TorchFunctionMode):
     ) -> None:
         if function not in LAYERS:
             raise UnknownLayerError(f"{function} takes a parameter")
-        layer, signature = LAYERS[function]
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
+        layer, arguments = LAYERS[function]
+        given = DEFAULTS | dict(zip(arguments, args, strict=False)) | kwargs
         names = {
             argument: self._names[id(given[argument])]
             for argument in ("weight", "bias")

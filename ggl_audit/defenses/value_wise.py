@@ -1,4 +1,4 @@
-"""A replica as a function of single values, for who cannot hold a whole gradient of many candidates."""
+"""A replica as a function of single values, where whole gradients are too many to be held."""
 
 from __future__ import annotations
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch.func import vmap
 
-from ggl_audit.attack.layers import Outer, Part, Small, parts_of
+from ggl_audit.attack.layers import Outer, Part, parts_of, products, slices
 from ggl_audit.defenses.value_wise import ValueWise
-from ggl_audit.gradient import Gradient
+from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.model import ClientModel
 
 BLOCK = 2**19
@@ -17,8 +18,14 @@ BLOCK = 2**19
 SHARING = 8
 """Candidates that are worked on together at least, as the observed gradient is read for each."""
 
+LEAST_GHOST = 2**15
+"""Values of a gradient that is worth to be left out."""
+
 GHOST = 16
 """Multiplications for Gram matrices that cost as much as one value of a gradient that is held."""
+
+NEAR = 1e-2
+"""Relative l2 below which a difference of sums has too few digits."""
 
 COPIES_OF_A_LAYER = 4
 """What its layers are given and return, the gradient of both, and what is between them."""
@@ -27,35 +34,43 @@ TRIED = 3
 """Images; more than the layers of a model are likely to confuse with another dimension."""
 
 Place = tuple[slice, slice]
-ALL: Place = (slice(None), slice(None))
 
 
 class LayerWise:
-    """Norms and inner products of replicas of candidates' gradients.
+    """Distances of replicas of candidates' gradients from observed ones.
+
+    A distance takes no more than the norm of a replica and its inner product with what was
+    observed, or the norm of their difference, which are summed up over layers.
 
     Args:
         model: the client's; each of its images has a gradient of its own.
         replica: the defense by single values.
+        cosine: whether the distance is one minus the cosine, and not the relative squared l2.
         layout: of the images in memory.
         chunk: how many candidates to take at a time.
+        ghosts: whether some layers' gradients are not computed in a sum of norms.
     """
 
     def __init__(
         self,
         model: ClientModel,
         replica: ValueWise,
+        cosine: bool,
         layout: torch.memory_format,
         chunk: int,
+        ghosts: bool,
     ) -> None:
         self._model = model
         self._replica = replica
+        self._cosine = cosine
         self._layout = layout
+        self._summed = cosine or ghosts or bool(replica.scalings)
         self.chunk = chunk
 
-    def products(
+    def distances(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norms of n replicas, and their inner products with each of t observed gradients.
+    ) -> torch.Tensor:
+        """The distances of n candidates to each of t observed gradients, every one its own n.
 
         Args:
             images: (t, n, channels, height, width) in [0, 1].
@@ -63,94 +78,103 @@ class LayerWise:
             observed: tensors with a leading dimension t.
 
         Returns:
-            (t, n) and (t, n), in double precision.
-
-        Raises:
-            UnknownLayerError: the model's gradients are not known layer by layer.
+            (t, n).
         """
-        squares = torch.zeros(labels.shape, dtype=torch.double, device=images.device)
-        inner = torch.zeros_like(squares)
+        found = torch.empty(labels.shape, dtype=torch.double, device=images.device)
         for place in _blocks(labels.shape, self.chunk):
             seen = {name: tensor[place[0]] for name, tensor in observed.items()}
             with torch.no_grad():
-                self._sum_up(images[place], labels[place], seen, squares[place], inner[place])
+                found[place] = self._of_chunk(images[place], labels[place], seen)
+        return found.to(images.dtype)
+
+    def _of_chunk(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> torch.Tensor:
+        lengths = vmap(norm)(observed).double()[:, None].clamp(min=1e-30)
+        if not self._summed:
+            return self._differences(images, labels, observed, None) / lengths.square()
+        squares, inner = self._products(images, labels, observed)
         norms = squares.sqrt()
         factor = self._replica.factor(norms)
-        return norms * factor, inner * factor
+        norms, inner = norms * factor, inner * factor
+        if self._cosine:
+            return 1 - inner / (norms * lengths).clamp(min=1e-30)
+        distances = (norms.square() - 2 * inner) / lengths.square() + 1
+        # The difference of large sums has too few digits there.
+        for trial, near in enumerate(distances < NEAR):
+            if near.any():
+                seen = {name: tensor[trial, None] for name, tensor in observed.items()}
+                candidates = images[trial, near][None], labels[trial, near][None]
+                exact = self._differences(*candidates, seen, factor[trial, near][None])
+                distances[trial, near] = exact[0] / lengths[trial].square()
+        return distances
 
-    def _sum_up(
+    def _products(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The squared norms (t, n) of replicas before they are scaled, and the inner products."""
+        squares = torch.zeros(labels.shape, dtype=torch.double, device=images.device)
+        inner = torch.zeros_like(squares)
+        readings = self._replica.readings(observed)
+        for part in self._parts(images, labels):
+            if not readings and isinstance(part, Outer) and is_cheaper_as_a_ghost(part):
+                _add_ghosts(part, observed[part.name], squares, inner)
+                continue
+            for place, replicas, seen in self._replicas(part, labels.shape, observed, readings):
+                squares[place] += _squares(replicas)
+                inner[place] += (replicas @ seen.transpose(1, 2))[..., 0]
+        return squares, inner
+
+    def _differences(
         self,
         images: torch.Tensor,
         labels: torch.Tensor,
         observed: Gradient,
-        squares: torch.Tensor,
-        inner: torch.Tensor,
-    ) -> None:
-        """Adds the squared norms (t, n), and the inner products, of all tensors."""
+        factor: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The squared norms (t, n) of replicas, multiplied by factors (t, n), less the observed."""
+        squares = torch.zeros(labels.shape, dtype=torch.double, device=images.device)
         readings = self._replica.readings(observed)
-        targets = self._model.targets_of(labels.flatten())
+        for part in self._parts(images, labels):
+            for place, replicas, seen in self._replicas(part, labels.shape, observed, readings):
+                if factor is not None:
+                    replicas = replicas * factor[place][..., None].to(replicas.dtype)
+                squares[place] += _squares(replicas - seen)
+            squares += part.unseen(observed[part.name])[:, None]
+        return squares
+
+    def _parts(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Part]:
         together = images.flatten(0, 1).contiguous(memory_format=self._layout)
-        for part in parts_of(self._model, together, targets):
-            seen, beside = observed[part.name], [reading[part.name] for reading in readings]
-            if isinstance(part, Small):
-                self._add_small(part, seen, beside, squares, inner)
-            elif not readings and _is_cheaper_as_a_ghost(part):
-                _add_ghosts(part, seen, squares, inner)
-            else:
-                self._add_gradients(part, seen, beside, squares, inner)
+        return parts_of(self._model, together, self._model.targets_of(labels.flatten()))
 
-    def _add_small(
-        self,
-        part: Small,
-        observed: torch.Tensor,
-        readings: list[torch.Tensor],
-        squares: torch.Tensor,
-        inner: torch.Tensor,
-    ) -> None:
-        """The same of what is held."""
-        values = part.values.reshape(*squares.shape, -1)
-        beside = [r.reshape(len(r), 1, -1) for r in readings]
-        self._add(values, observed.flatten(1), beside, squares, inner, ALL)
+    def _replicas(
+        self, part: Part, shape: torch.Size, observed: Gradient, readings: Sequence[Gradient]
+    ) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
+        """Replicas of one tensor's gradients of (t, n) candidates, a block at a time.
 
-    def _add_gradients(
-        self,
-        part: Outer,
-        observed: torch.Tensor,
-        readings: list[torch.Tensor],
-        squares: torch.Tensor,
-        inner: torch.Tensor,
-    ) -> None:
-        """The same of a weight, whose gradients are computed a block at a time."""
-        target = part.matrix(observed)
-        beside = [part.matrix(r) if r.ndim > 1 else r[:, None, None, None] for r in readings]
-        least = max(part.size, part.positions * part.inputs)
-        for place in _blocks(squares.shape, max(SHARING, BLOCK // least)):
-            errors, windows = part.factors(squares.shape, place)
-            together = max(1, BLOCK // (windows[..., 0, :].numel()))
-            for rows in _slices(part.rows, together):
-                gradients = _products(errors[:, :, :, rows], windows).flatten(2)
+        Yields:
+            Which candidates; (t, n, size) of their replicas; (t, 1, size) of what was observed.
+        """
+        target = part.matrix(observed[part.name])
+        own = [reading[part.name] for reading in readings]
+        beside = [part.matrix(r) if r.ndim > 1 else r[:, None, None, None] for r in own]
+        for place in _blocks(shape, max(SHARING, BLOCK // part.size_held)):
+            for rows, gradients in part.gradients(shape, place, BLOCK):
                 some = [_rows(tensor[place[0]], rows) for tensor in beside]
-                seen = _rows(target[place[0]], rows)[:, 0]
-                self._add(gradients, seen, some, squares, inner, place)
+                values = self._replica.on_values(gradients.flatten(2), some)
+                yield place, values, _rows(target[place[0]], rows)
 
-    def _add(
-        self,
-        gradients: torch.Tensor,
-        observed: torch.Tensor,
-        readings: list[torch.Tensor],
-        squares: torch.Tensor,
-        inner: torch.Tensor,
-        place: Place,
-    ) -> None:
-        """The same of some values: (t, n, size), (t, size) and (t, 1, size or 1)."""
-        replicas = self._replica.on_values(gradients, readings)
-        squares[place] += torch.linalg.vector_norm(replicas, dim=2).double().square()
-        inner[place] += (replicas @ observed[:, :, None])[..., 0]
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    """Squared norms (t, n) of values (t, n, size)."""
+    norms: torch.Tensor = torch.linalg.vector_norm(values, dim=2)
+    return norms.double().square()
 
 
 def layer_wise(
     model: ClientModel,
     replica: ValueWise | None,
+    cosine: bool,
     gradients: Callable[[torch.Tensor, torch.Tensor], Gradient],
     memory: int,
 ) -> LayerWise | None:
@@ -161,6 +185,7 @@ def layer_wise(
     Args:
         model: the client's.
         replica: the defense by single values; None where it is more.
+        cosine: whether the distance is one minus the cosine.
         gradients: computes those of n images and labels, whole.
         memory: bytes that may be held at a time.
     """
@@ -176,7 +201,11 @@ def layer_wise(
         parts = _tried(model, given, labels)
         if parts and all(part.is_of(expected[part.name]) for part in parts):
             bytes_each = COPIES_OF_A_LAYER * sum(part.bytes_held for part in parts) // TRIED
-            return LayerWise(model, replica, layout, max(1, memory // bytes_each))
+            chunk = max(1, memory // bytes_each)
+            ghosts = not replica.steps and any(
+                isinstance(part, Outer) and is_cheaper_as_a_ghost(part) for part in parts
+            )
+            return LayerWise(model, replica, cosine, layout, chunk, ghosts)
     return None
 
 
@@ -195,7 +224,7 @@ def _add_ghosts(
     target = part.matrix(observed)
     for place in _blocks(squares.shape, max(SHARING, BLOCK // (part.positions * part.inputs))):
         errors, windows = part.factors(squares.shape, place)
-        grams = _products(errors.transpose(3, 4), errors), _products(windows, windows.mT)
+        grams = products(errors.mT, errors), products(windows, windows.mT)
         squares[place] += (grams[0] * grams[1]).flatten(2).sum(2)
         trials, candidates, groups, positions, inputs = windows.shape
         together = windows.transpose(1, 2).reshape(trials, groups, -1, inputs)
@@ -204,13 +233,10 @@ def _add_ghosts(
         inner[place] += along.sum((1, 3, 4))
 
 
-def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Matrix products, of which those of a column and a row are faster without a sum."""
-    return left * right if left.shape[-1] == 1 else left @ right
-
-
-def _is_cheaper_as_a_ghost(part: Outer) -> bool:
-    return part.positions**2 * (part.inputs + part.rows) < GHOST * part.size
+def is_cheaper_as_a_ghost(part: Outer) -> bool:
+    """Whether Gram matrices cost less than the gradient."""
+    cost = part.positions**2 * (part.inputs + part.rows)
+    return part.size >= LEAST_GHOST and cost < GHOST * part.size
 
 
 def _rows(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -218,13 +244,8 @@ def _rows(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
     return (tensor if tensor.shape[2] == 1 else tensor[:, :, rows]).flatten(1)[:, None]
 
 
-def _slices(size: int, together: int) -> Iterator[slice]:
-    for start in range(0, size, together):
-        yield slice(start, start + together)
-
-
 def _blocks(shape: torch.Size, together: int) -> Iterator[Place]:
     """Parts of (t, n): of several of the t only with all of the n."""
-    for trials in _slices(shape[0], max(1, together // shape[1])):
-        for candidates in _slices(shape[1], together):
+    for trials in slices(shape[0], max(1, together // shape[1])):
+        for candidates in slices(shape[1], together):
             yield trials, candidates

@@ -75,6 +75,11 @@ class Outer:
         return self.errors.shape[1] * self.rows * self.inputs
 
     @property
+    def size_held(self) -> int:
+        """Values that one candidate takes while its gradient is computed."""
+        return max(self.size, self.positions * self.inputs)
+
+    @property
     def bytes_held(self) -> int:
         """By what the gradients are the products of."""
         return self.windows.untyped_storage().nbytes() + self.errors.nbytes
@@ -100,11 +105,35 @@ class Outer:
         windows = self.windows.unflatten(0, shape)[place].flatten(5).flatten(3, 4)
         return self.errors.unflatten(0, shape)[place], windows
 
+    def gradients(
+        self, shape: torch.Size, place: tuple[slice, slice], most: int
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The gradients of some candidates, a few rows at a time.
+
+        Args:
+            shape: (t, n), how the candidates are arranged.
+            place: which of them.
+            most: values to hold, if that is a row at least.
+
+        Yields:
+            Which rows of each group, and their gradients (t, n, groups, rows, inputs).
+        """
+        errors, windows = self.factors(shape, place)
+        for rows in slices(self.rows, max(1, most // windows[..., 0, :].numel())):
+            yield rows, products(errors[:, :, :, rows], windows)
+
+    def unseen(self, like: torch.Tensor) -> torch.Tensor:
+        """The squared norms (t,) of values (t, ...) of the weight's shape where no input is."""
+        whole, seen = like.flatten(1).double(), self.matrix(like).flatten(1).double()
+        if whole.shape == seen.shape:
+            return whole.new_zeros(len(whole))
+        return (whole.square().sum(1) - seen.square().sum(1)).clamp(min=0)
+
     def is_of(self, gradients: torch.Tensor) -> bool:
         """Whether the products are these gradients (n, ...), up to rounding."""
         alone = torch.Size((len(gradients), 1))
         errors, windows = self.factors(alone, (slice(None), slice(None)))
-        found, seen = (errors @ windows)[:, 0], self.matrix(gradients)
+        found, seen = products(errors, windows)[:, 0], self.matrix(gradients)
         return _same(found, seen) and _same(seen.norm(), gradients.norm())
 
 
@@ -121,9 +150,28 @@ class Small:
     values: torch.Tensor
 
     @property
+    def size_held(self) -> int:
+        """Of one candidate's gradient."""
+        return self.values[0].numel()
+
+    @property
     def bytes_held(self) -> int:
         """By the gradients."""
         return self.values.nbytes
+
+    def matrix(self, like: torch.Tensor) -> torch.Tensor:
+        """Values (t, ...) of the parameter's shape as one row, (t, 1, 1, inputs)."""
+        return like.reshape(len(like), 1, 1, -1)
+
+    def gradients(
+        self, shape: torch.Size, place: tuple[slice, slice], most: int
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Those of some candidates; see :meth:`Outer.gradients`."""
+        yield slice(0, 1), self.matrix(self.values).unflatten(0, shape)[place]
+
+    def unseen(self, like: torch.Tensor) -> torch.Tensor:
+        """Nothing; see :meth:`Outer.unseen`."""
+        return like.new_zeros(len(like))
 
     def is_of(self, gradients: torch.Tensor) -> bool:
         """Whether they are these gradients (n, ...), up to rounding."""
@@ -131,6 +179,17 @@ class Small:
 
 
 Part = Outer | Small
+
+
+def products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Matrix products, of which those of a column and a row are faster without a sum."""
+    return left * right if left.shape[-1] == 1 else left @ right
+
+
+def slices(size: int, together: int) -> Iterator[slice]:
+    """Parts of a dimension."""
+    for start in range(0, size, together):
+        yield slice(start, start + together)
 
 
 @dataclass(frozen=True)

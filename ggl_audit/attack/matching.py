@@ -34,9 +34,6 @@ Distance = Literal["likelihood", "l2", "cosine"]
 MEMORY = 64 * 2**20
 """Bytes held at a time; what takes more is taken in chunks."""
 
-NEAR = 1e-2
-"""Relative l2 below which the difference of norms and inner product has too few digits."""
-
 COPIES_OF_A_GRADIENT = 4
 """The gradient, its replica, the difference and its square, while a chunk is worked on."""
 
@@ -118,7 +115,8 @@ class Matching:
     def _layer_wise(self) -> LayerWise | None:
         """The way layer by layer, where it is known to be exact."""
         replica = self._defense.value_wise(self._distance == "likelihood")
-        return layer_wise(self.model, replica, self.gradients, self._memory)
+        cosine = self._distance == "cosine"
+        return layer_wise(self.model, replica, cosine, self.gradients, self._memory)
 
     def halve_chunks(self) -> bool:
         """Takes half as many candidates at a time; False where that is one already."""
@@ -211,26 +209,10 @@ class Matching:
         """
         alone = labels.ndim == 2
         if alone and others is None and self._layer_wise is not None:
-            return self._by_layers(self._layer_wise, images, labels, observed)
+            return self._layer_wise.distances(images, labels, observed)
         if alone:
             images, labels = images[:, :, None], labels[:, :, None]
         return self._by_gradients(images, labels, observed, others)
-
-    def _by_layers(
-        self, way: LayerWise, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
-    ) -> torch.Tensor:
-        """See :meth:`distances`; of single images."""
-        lengths = vmap(norm)(observed).double()[:, None].clamp(min=1e-30)
-        norms, inner = way.products(images, labels, observed)
-        if self._distance == "cosine":
-            return (1 - inner / (norms * lengths).clamp(min=1e-30)).to(images.dtype)
-        distances = ((norms.square() - 2 * inner) / lengths.square() + 1).to(images.dtype)
-        for trial, near in enumerate(distances < NEAR):
-            if near.any():
-                own = {name: tensor[trial, None] for name, tensor in observed.items()}
-                chosen = images[trial, near][None, :, None], labels[trial, near][None, :, None]
-                distances[trial, near] = self._by_gradients(*chosen, own)[0]
-        return distances
 
     def _by_gradients(
         self,

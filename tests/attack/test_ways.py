@@ -265,13 +265,14 @@ def test_every_way_is_the_plain_loop(
             else:
                 replica = defense.replicate([gradient], observed[t])
                 expected[t, n] = distance_of(replica, observed[t], distance)
-    matching = Matching(model, defense, distance)
     known = make in LAYER_BY_LAYER and defense.value_wise(distance == "likelihood") is not None
-    assert (matching._layer_wise is not None) == known
     # With each weight by its gradients in one block and in many, and with each as a ghost.
+    monkeypatch.setattr(layer_wise_module, "LEAST_GHOST", 0)
     for block, ghost in ((2**19, 0), (64, 0), (2**19, 10**9)):
         monkeypatch.setattr(layer_wise_module, "BLOCK", block)
         monkeypatch.setattr(layer_wise_module, "GHOST", ghost)
+        matching = Matching(model, defense, distance)
+        assert (matching._layer_wise is not None) == known
         found = matching.distances(images, labels, stack(observed))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

@@ -46,7 +46,6 @@ class LayerWise:
         model: the client's; each of its images has a gradient of its own.
         replica: the defense by single values.
         cosine: whether the distance is one minus the cosine, and not the relative squared l2.
-        layout: of the images in memory.
         chunk: how many candidates to take at a time.
         ghosts: whether some layers' gradients are not computed in a sum of norms.
     """
@@ -56,14 +55,12 @@ class LayerWise:
         model: ClientModel,
         replica: ValueWise,
         cosine: bool,
-        layout: torch.memory_format,
         chunk: int,
         ghosts: bool,
     ) -> None:
         self._model = model
         self._replica = replica
         self._cosine = cosine
-        self._layout = layout
         self._summed = cosine or ghosts or bool(replica.scalings)
         self.chunk = chunk
 
@@ -144,8 +141,8 @@ class LayerWise:
         return squares
 
     def _parts(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Part]:
-        together = images.flatten(0, 1).contiguous(memory_format=self._layout)
-        return parts_of(self._model, together, self._model.targets_of(labels.flatten()))
+        targets = self._model.targets_of(labels.flatten())
+        return parts_of(self._model, images.flatten(0, 1), targets)
 
     def _replicas(
         self, part: Part, shape: torch.Size, observed: Gradient, readings: Sequence[Gradient]
@@ -195,18 +192,14 @@ def layer_wise(
     images = torch.rand(TRIED, *model.shape, generator=random).to(model.mean)
     labels = torch.arange(TRIED, device=model.device) % model.classes
     expected = gradients(images, labels)
-    # A model that takes views of its activations does not take every layout.
-    for layout in (torch.channels_last, torch.contiguous_format):
-        given = images.contiguous(memory_format=layout)
-        parts = _tried(model, given, labels)
-        if parts and all(part.is_of(expected[part.name]) for part in parts):
-            bytes_each = COPIES_OF_A_LAYER * sum(part.bytes_held for part in parts) // TRIED
-            chunk = max(1, memory // bytes_each)
-            ghosts = not replica.steps and any(
-                isinstance(part, Outer) and is_cheaper_as_a_ghost(part) for part in parts
-            )
-            return LayerWise(model, replica, cosine, layout, chunk, ghosts)
-    return None
+    parts = _tried(model, images, labels)
+    if not parts or not all(part.is_of(expected[part.name]) for part in parts):
+        return None
+    ghosts = not replica.steps and any(
+        isinstance(part, Outer) and is_cheaper_as_a_ghost(part) for part in parts
+    )
+    bytes_each = COPIES_OF_A_LAYER * sum(part.bytes_held for part in parts) // TRIED
+    return LayerWise(model, replica, cosine, max(1, memory // bytes_each), ghosts)
 
 
 def _tried(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> list[Part]:

@@ -112,18 +112,6 @@ class Transformer(nn.Module):
         return self.head(self.after(tokens).mean(1))
 
 
-class Viewing(nn.Module):
-    """Takes views of its activations, which a layout with the channels last does not allow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Conv2d(3, 4, 3, stride=3)
-        self.head = nn.Linear(64, CLASSES)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(images).view(len(images), -1))
-
-
 class Shared(nn.Module):
     """Uses a layer twice."""
 
@@ -159,7 +147,7 @@ class PlacesFirst(nn.Module):
         return self.head(self.body(tokens).tanh().mean(0))
 
 
-LAYER_BY_LAYER: list[Callable[[], nn.Module]] = [lenet, grouped, Residual, Transformer, Viewing]
+LAYER_BY_LAYER: list[Callable[[], nn.Module]] = [lenet, grouped, Residual, Transformer]
 WHOLE: list[Callable[[], nn.Module]] = [Shared, Functional, PlacesFirst]
 PIPELINES: list[list[Defense]] = [
     [],

@@ -213,7 +213,7 @@ def _tried(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> li
 def _add_ghosts(
     part: Outer, observed: torch.Tensor, squares: torch.Tensor, inner: torch.Tensor
 ) -> None:
-    """The same of a weight, without its gradients, where they are what is compared."""
+    """Adds a weight's part in squared norms and inner products (t, n), without its gradients."""
     target = part.matrix(observed)
     for place in _blocks(squares.shape, max(SHARING, BLOCK // (part.positions * part.inputs))):
         errors, windows = part.factors(squares.shape, place)

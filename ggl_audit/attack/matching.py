@@ -4,8 +4,8 @@ Li et al., CVPR 2022, equation 3: the distance between the observed gradient and
 replica of the defense on the candidate's gradient. Distances are relative to the observed norm, so
 that a trained model's small gradients are compared as those of a fresh one.
 
-A distance takes no more than a norm or two and an inner product. Where the defense treats each value by itself and the model's layers are known, these are summed up
-layer by layer (:mod:`ggl_audit.attack.layer_wise`); elsewhere whole gradients are computed.
+Where the defense treats each value by itself and the model's layers are known, distances are summed
+up layer by layer (:mod:`ggl_audit.attack.layer_wise`); elsewhere whole gradients are computed.
 """
 
 from __future__ import annotations

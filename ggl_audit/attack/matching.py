@@ -3,16 +3,21 @@
 Li et al., CVPR 2022, equation 3: the distance between the observed gradient and the attacker's
 replica of the defense on the candidate's gradient. Distances are relative to the observed norm, so
 that a trained model's small gradients are compared as those of a fresh one.
+
+Where the defense treats each value by itself and the model's layers are known, distances are summed
+up layer by layer (:mod:`ggl_audit.attack.layer_wise`); elsewhere whole gradients are computed.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.func import vmap
 
+from ggl_audit.attack.layer_wise import LayerWise, layer_wise
 from ggl_audit.contribution import Contribution
 from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
 from ggl_audit.errors import SpecError
@@ -31,8 +36,8 @@ from ggl_audit.inputs.model import ClientModel
 
 Distance = Literal["likelihood", "l2", "cosine"]
 
-BATCH_BYTES = 64 * 2**20
-"""Gradients held at a time; a larger batch is taken in chunks."""
+MEMORY = 64 * 2**20
+"""Bytes held at a time; what takes more is taken in chunks."""
 
 COPIES_OF_A_GRADIENT = 4
 """The gradient, its replica, the difference and its square, while a chunk is worked on."""
@@ -47,6 +52,29 @@ def cosine(replica: Gradient, observed: Gradient) -> torch.Tensor:
     return 1 - inner / (norm(replica) * norm(observed)).clamp(min=1e-30)
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _in_less_memory(method: Method) -> Method:
+    """Tries a method of :class:`Matching` again with half the chunks where memory runs out."""
+
+    @functools.wraps(method)
+    def tried(self: Matching, *args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error) or not self.halve_chunks():
+                    raise
+
+    return tried  # type: ignore[return-value]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On a CPU it is "DefaultCPUAllocator: can't allocate memory".
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 class Matching:
     """Compares candidate images with observed gradients.
 
@@ -58,13 +86,21 @@ class Matching:
         defense: the declared defense, replicated on each candidate's gradient.
         distance: ``likelihood``, the best statistic under the declared noise
             (:meth:`Pipeline.mismatch`); or ``l2`` or ``cosine``, between replica and capture.
+        memory: bytes that candidates' gradients may take at a time, about. Where the device has
+            fewer, the chunks are halved until they fit.
     """
 
     def __init__(
-        self, model: ClientModel, defense: Pipeline, distance: Distance = "likelihood"
+        self,
+        model: ClientModel,
+        defense: Pipeline,
+        distance: Distance = "likelihood",
+        memory: int = MEMORY,
     ) -> None:
         self.model = model
         self._defense = defense
+        self._distance = distance
+        self._memory = memory
         self._contribution = Contribution(model, defense)
         self._shares = vmap(self._contribution)
         measure = relative_l2 if distance == "l2" else cosine
@@ -78,7 +114,23 @@ class Matching:
         # The inner map runs over the candidates of one observation, the outer over observations.
         self._distances = vmap(vmap(compare, in_dims=(0, None, None)))
         bytes_each = COPIES_OF_A_GRADIENT * 4 * model.size
-        self._chunk = max(1, BATCH_BYTES // bytes_each)
+        self._chunk = max(1, memory // bytes_each)
+
+    @functools.cached_property
+    def _layer_wise(self) -> LayerWise | None:
+        """The way layer by layer, where it is known to be exact."""
+        replica = self._defense.value_wise(self._distance == "likelihood")
+        cosine = self._distance == "cosine"
+        return layer_wise(self.model, replica, cosine, self.gradients, self._memory)
+
+    def halve_chunks(self) -> bool:
+        """Takes half as many candidates at a time; False where that is one already."""
+        way = self.__dict__.get("_layer_wise")
+        most = max(self._chunk, 1 if way is None else way.chunk)
+        self._chunk = max(1, self._chunk // 2)
+        if way is not None:
+            way.chunk = max(1, way.chunk // 2)
+        return most > 1
 
     @functools.cached_property
     def adds_up(self) -> bool:
@@ -111,6 +163,7 @@ class Matching:
         ]
         return {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
 
+    @_in_less_memory
     def gradients(
         self, images: torch.Tensor, labels: torch.Tensor, drawn: Drawn | None = None
     ) -> Gradient:
@@ -139,6 +192,7 @@ class Matching:
                 parts.append(self._shares(images[part], labels[part], mine))
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
+    @_in_less_memory
     def distances(
         self,
         images: torch.Tensor,
@@ -158,17 +212,32 @@ class Matching:
         Returns:
             (t, n).
         """
-        if labels.ndim == 2:
+        alone = labels.ndim == 2
+        if alone and others is None and self._layer_wise is not None:
+            return self._layer_wise.distances(images, labels, observed)
+        if alone:
             images, labels = images[:, :, None], labels[:, :, None]
+        return self._by_gradients(images, labels, observed, others)
+
+    def _by_gradients(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        observed: Gradient,
+        others: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """See :meth:`distances`; of sets (t, n, k, ...)."""
         trials, candidates, members = labels.shape
-        each = max(1, self._chunk // max(1, members // self.model.batch_size))
-        if candidates > each:
+        most = max(1, self._chunk // max(1, members // self.model.batch_size))
+        if candidates > most:
             parts = [
-                self.distances(images[:, i : i + each], labels[:, i : i + each], observed, others)
-                for i in range(0, candidates, each)
+                self._by_gradients(
+                    images[:, i : i + most], labels[:, i : i + most], observed, others
+                )
+                for i in range(0, candidates, most)
             ]
             return torch.cat(parts, dim=1)
-        together = max(1, each // candidates)
+        together = max(1, most // candidates)
         distances = []
         for start in range(0, trials, together):
             part = slice(start, start + together)
@@ -183,6 +252,7 @@ class Matching:
             distances.append(torch.stack(tried).amin(0))
         return torch.cat(distances)
 
+    @_in_less_memory
     def distances_in_turn(
         self,
         candidates: torch.Tensor,

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
+from ggl_audit.defenses.base import Context, Defense, NoiseBound, ReplicaKind, Trace
 from ggl_audit.gradient import Gradient, each
 
 
@@ -77,6 +77,14 @@ class SecureAggregation(Aggregation):
     preserves: ClassVar[frozenset[Trace]] = frozenset({"norm"})
 
     clients: int = Field(ge=1, description="in the cohort")
+
+    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
+        """Nothing: a mean of the same."""
+        return gradient
+
+    def replica_kind(self, readable: bool) -> ReplicaKind:
+        """Nothing is changed."""
+        return "identity"
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Nothing in a mean tells of how many it is."""

@@ -32,6 +32,10 @@ EVERY_TRACE: frozenset[Trace] = frozenset(
     {"norm", "zeros", "mask", "levels", "values", "span", "noise"}
 )
 
+ReplicaKind = Literal["identity", "values", "scaling", "whole"]
+"""How a replica treats a gradient: it leaves it alone, changes each value by itself and zero not at
+all, multiplies all values by one factor that depends on the norm, or does anything else."""
+
 Drawn = dict[str, torch.Tensor]
 """What a client draws before it has a gradient, by name; or what an attacker takes it for."""
 
@@ -163,6 +167,40 @@ class Defense(BaseModel, ABC):
             gradient: of a candidate, after the replicas of the earlier steps.
             observed: the capture, or None when later steps hide this step's trace in it.
         """
+
+    def replica_kind(self, readable: bool) -> ReplicaKind:
+        """What :meth:`replicate` may be evaluated by; ``whole`` is right for every step.
+
+        A class that overrides ``replicate`` and not this has the kind ``whole``.
+
+        Args:
+            readable: whether the capture shows this step's trace.
+        """
+        return "whole"
+
+    def readings(self, observed: Gradient) -> Gradient:
+        """What the replica of each value depends on besides the value; only for ``values``.
+
+        Args:
+            observed: the capture.
+
+        Returns:
+            By name, a tensor of the shape of the capture's, or a scalar for all its values.
+        """
+        raise NotImplementedError
+
+    def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
+        """The replica of any values of a tensor; only for ``values``.
+
+        Args:
+            values: of candidates' gradients; what is zero stays zero.
+            readings: of the same values (:meth:`readings`), broadcast against them.
+        """
+        raise NotImplementedError
+
+    def factor(self, norm: torch.Tensor) -> torch.Tensor:
+        """What gradients of these norms are multiplied by; only for ``scaling``."""
+        raise NotImplementedError
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Whether the capture cannot have come out of this step, and the measured figure.

@@ -13,6 +13,7 @@ from ggl_audit.defenses.base import (
     Defense,
     Distribution,
     NoiseBound,
+    ReplicaKind,
     Trace,
 )
 from ggl_audit.defenses.noise import Noise
@@ -65,6 +66,14 @@ class Clip(Defense):
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """The same, with the declared bound."""
         return self._clipped(gradient)
+
+    def replica_kind(self, readable: bool) -> ReplicaKind:
+        """A factor, if it is over the whole gradient."""
+        return "scaling" if self.scope == "global" else "whole"
+
+    def factor(self, norm: torch.Tensor) -> torch.Tensor:
+        """min(1, bound / norm)."""
+        return (self.bound / norm.clamp(min=1e-30)).clamp(max=1)
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds a norm above the bound, or above what bound and later noise can reach together."""
@@ -126,13 +135,10 @@ class Clip(Defense):
         return self.bound if before is None else min(before, self.bound)
 
     def _clipped(self, gradient: Gradient) -> Gradient:
-        def scaled(tensor: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-            return tensor * (self.bound / size.clamp(min=1e-30)).clamp(max=1)
-
         if self.scope == "global":
-            whole = norm(gradient)
-            return each(lambda tensor: scaled(tensor, whole), gradient)
-        return each(lambda tensor: scaled(tensor, tensor.square().sum().sqrt()), gradient)
+            factor = self.factor(norm(gradient))
+            return each(lambda tensor: tensor * factor, gradient)
+        return each(lambda tensor: tensor * self.factor(tensor.square().sum().sqrt()), gradient)
 
 
 def is_per_sample(step: Defense) -> bool:

@@ -6,7 +6,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ggl_audit.defenses.base import EVERY_TRACE, Context, Defense, NoiseBound, Trace
+from ggl_audit.defenses.base import (
+    EVERY_TRACE,
+    Context,
+    Defense,
+    NoiseBound,
+    ReplicaKind,
+    Trace,
+)
 from ggl_audit.gradient import Gradient
 
 
@@ -37,6 +44,10 @@ class Encryption(Defense):
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Nothing."""
         return gradient
+
+    def replica_kind(self, readable: bool) -> ReplicaKind:
+        """Nothing is changed."""
+        return "identity"
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Nothing that is decrypted tells of the encryption."""

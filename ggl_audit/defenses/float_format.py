@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, Trace
+from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each
 
@@ -55,6 +55,18 @@ class FloatFormat(Defense):
     def smooth(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Leaves the rounding away."""
         return gradient
+
+    def replica_kind(self, readable: bool) -> ReplicaKind:
+        """Each value by itself, if none is scaled by others."""
+        return "values" if self.scale == "none" else "whole"
+
+    def readings(self, observed: Gradient) -> Gradient:
+        """Nothing."""
+        return each(lambda tensor: tensor.new_ones(()), observed)
+
+    def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
+        """Rounds."""
+        return self._rounded(values)
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds values that the format does not have."""

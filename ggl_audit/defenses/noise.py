@@ -16,6 +16,7 @@ from ggl_audit.defenses.base import (
     Defense,
     Distribution,
     NoiseBound,
+    ReplicaKind,
     Trace,
 )
 from ggl_audit.gradient import Gradient, each, flat
@@ -65,6 +66,10 @@ class Noise(Defense):
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Nothing: fresh noise on a candidate would only blur the comparison."""
         return gradient
+
+    def replica_kind(self, readable: bool) -> ReplicaKind:
+        """Nothing is changed."""
+        return "identity"
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds too many values near zero, in the whole gradient or in one tensor.

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ggl_audit.defenses.aggregation import Aggregation, SecureAggregation
-from ggl_audit.defenses.base import Check, Context, Defense, Drawn, Trace
+from ggl_audit.defenses.base import Check, Context, Defense, Drawn, ReplicaKind, Trace
 from ggl_audit.defenses.clip import Clip, is_per_sample
 from ggl_audit.defenses.encryption import Encryption
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sensitivity import GaussianMechanism, Unit, gaussian_mechanism
+from ggl_audit.defenses.value_wise import ValueWise
 from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.model import ClientModel
 
@@ -218,22 +219,41 @@ class Pipeline:
         Returns:
             A scalar, to be compared between candidates for the same capture only.
         """
-        last = self._steps[-1] if self._steps else None
-        if last is not None and last.stochastic and self.has_likelihood():
+        compared = self._compared_by_l2()
+        if compared is not None:
+            replica = self._replicate(gradients, observed, known, compared, "exact_replica")
+            return relative_l2(replica, observed)
+        last = self._steps[-1]
+        if last.stochastic:
             before = self._replicate(
                 gradients, observed, known, len(self._steps) - 1, "exact_replica"
             )
             return -last.log_likelihood_alone(before, observed)
         first, noise = self._noise()
-        if noise is None or last is None or not self.has_likelihood():
-            replica = self._replicate(gradients, observed, known, len(self._steps), "exact_replica")
-            return relative_l2(replica, observed)
+        assert noise is not None
         before = self._replicate(gradients, observed, known, first, "exact_replica")
         if not isinstance(last, Noise | Encryption):
             return -last.log_likelihood(before, noise, observed)
-        if noise.distribution == "gaussian":
-            return relative_l2(before, observed)
         return -noise.log_density({name: observed[name] - before[name] for name in observed})
+
+    def value_wise(self, likelihood: bool) -> ValueWise | None:
+        """The replica by single values, or None where values depend on each other in another way.
+
+        Args:
+            likelihood: the one that :meth:`mismatch` compares by l2, and not :meth:`replicate`'s.
+        """
+        count = self._compared_by_l2() if likelihood else len(self._steps)
+        if count is None or self.aggregation.clients > 1 or not self.acts_on_a_gradient():
+            return None
+        compared = [
+            (step, self._replica_kind(index, exact=likelihood))
+            for index, step in enumerate(self._steps[:count])
+        ]
+        kinds = [kind for _, kind in compared if kind != "identity"]
+        steps = [step for step, kind in compared if kind == "values"]
+        scalings = [step for step, kind in compared if kind == "scaling"]
+        ordered = kinds == ["values"] * len(steps) + ["scaling"] * len(scalings)
+        return ValueWise(steps, scalings) if ordered else None
 
     def has_likelihood(self) -> bool:
         """Whether the likelihood of a capture is known, or none is needed as nothing is random."""
@@ -396,6 +416,27 @@ class Pipeline:
         steps = self._steps
         return next((i for i, s in enumerate(steps) if isinstance(s, Aggregation)), len(steps))
 
+    def _compared_by_l2(self) -> int | None:
+        """How many steps are replicated before :meth:`mismatch` is a relative l2; None if never."""
+        if not self._steps or not self.has_likelihood():
+            return len(self._steps)
+        first, noise = self._noise()
+        last = self._steps[-1]
+        if last.stochastic:
+            return None
+        if noise is None:
+            return len(self._steps)
+        gaussian = isinstance(last, Noise | Encryption) and noise.distribution == "gaussian"
+        return first if gaussian else None
+
+    def _replica_kind(self, index: int, exact: bool) -> ReplicaKind:
+        step = self._steps[index]
+        kind = type(step)
+        own = exact and kind.exact_replica is not Defense.exact_replica
+        if own or _definer(kind, "replicate") is not _definer(kind, "replica_kind"):
+            return "whole"
+        return step.replica_kind(self._is_readable(index))
+
     def _is_visible(self, index: int) -> bool:
         return self._survives(self._steps[index].trace, index)
 
@@ -414,6 +455,10 @@ class Pipeline:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.steps)) or "none"
+
+
+def _definer(kind: type[Defense], method: str) -> type:
+    return next(base for base in kind.__mro__ if method in vars(base))
 
 
 def _noise_after_mean(steps: Sequence[Defense]) -> tuple[Defense, ...]:

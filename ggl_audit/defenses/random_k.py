@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ggl_audit.defenses.base import Context, Trace
+from ggl_audit.defenses.base import Context, ReplicaKind, Trace
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sparsify import Sparsify
 from ggl_audit.gradient import Gradient, each
@@ -39,6 +39,10 @@ class RandomK(Sparsify):
         if observed is None:
             return each(lambda tensor: (1 - self.fraction) * tensor, gradient)
         return super().replicate(gradient, observed)
+
+    def replica_kind(self, readable: bool) -> ReplicaKind:
+        """By the mask of the capture."""
+        return super().replica_kind(readable)
 
     def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """The same, as chance chose what is kept."""

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ggl_audit.defenses.base import Context, Distribution, NoiseBound, Trace
+from ggl_audit.defenses.base import Context, Distribution, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.error_feedback import ErrorFeedback
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each, flat
@@ -53,12 +53,26 @@ class Sign(ErrorFeedback):
 
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """The same; with the step that the capture shows, where the candidate does not tell it."""
-        if observed is None or (self.scale != "none" and not self.error_feedback):
+        if observed is None or self.replica_kind(readable=True) == "whole":
             return self._signs(gradient)
+        steps = self.readings(observed)
+        return {name: self.on_values(tensor, steps[name]) for name, tensor in gradient.items()}
+
+    def replica_kind(self, readable: bool) -> ReplicaKind:
+        """By the step that the capture shows, unless the candidate's own magnitudes give it."""
+        own = self.scale != "none" and not self.error_feedback
+        return "values" if readable and not own else "whole"
+
+    def readings(self, observed: Gradient) -> Gradient:
+        """The step: the largest magnitude, of each tensor or of all."""
         steps = each(lambda tensor: tensor.abs().max(), observed)
         if self.scale != "layer_mean":
             steps = dict.fromkeys(observed, torch.stack([*steps.values()]).max())
-        return {name: steps[name] * torch.sign(tensor) for name, tensor in gradient.items()}
+        return steps
+
+    def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
+        """The sign, in the length of the step."""
+        return readings * torch.sign(values)
 
     def smooth(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Has a hyperbolic tangent for the sign."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ggl_audit.defenses.base import Context, Distribution, NoiseBound, Trace
+from ggl_audit.defenses.base import Context, Distribution, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.error_feedback import ErrorFeedback
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each, flat
@@ -43,7 +43,20 @@ class Sparsify(ErrorFeedback):
         """Keeps what the client kept, read off the capture; if hidden, the candidate's largest."""
         if observed is None:
             return self._restricted(gradient, _largest)
-        return {n: tensor * (observed[n] != 0).to(tensor.dtype) for n, tensor in gradient.items()}
+        kept = self.readings(observed)
+        return {name: self.on_values(tensor, kept[name]) for name, tensor in gradient.items()}
+
+    def replica_kind(self, readable: bool) -> ReplicaKind:
+        """By the mask of the capture."""
+        return "values" if readable else "whole"
+
+    def readings(self, observed: Gradient) -> Gradient:
+        """1 where the client kept a value, 0 elsewhere."""
+        return each(lambda tensor: (tensor != 0).to(tensor.dtype), observed)
+
+    def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
+        """Keeps what the client kept."""
+        return values * readings
 
     def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Keeps the candidate's own largest: where they are tells the image as well."""

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ggl_audit.attack import matching as matching_module
 from ggl_audit.attack.matching import LatentObjective, Matching, penalty
 from ggl_audit.defenses import Clip, Context, Defense, Drawn, Pipeline, Quantize, Sign, Sparsify
 from ggl_audit.errors import SpecError
@@ -92,8 +91,7 @@ def test_distances_do_not_see_the_scale_of_the_loss(
 def test_chunks_bound_what_is_held_at_a_time(
     model: ClientModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matching_module, "BATCH_BYTES", 16 * 4 * model.size * 5)
-    matching = Matching(model, Pipeline())
+    matching = Matching(model, Pipeline([Quantize(bits=4)]), memory=16 * 4 * model.size * 5)
     largest = 0
     whole = matching.gradients
 

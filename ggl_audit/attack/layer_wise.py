@@ -1,0 +1,244 @@
+"""Matching distances of many candidates, layer by layer, without holding their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.func import vmap
+
+from ggl_audit.attack.layers import Outer, Part, parts_of, products, slices
+from ggl_audit.defenses.value_wise import ValueWise
+from ggl_audit.gradient import Gradient, norm
+from ggl_audit.inputs.model import ClientModel
+
+BLOCK = 2**19
+"""Values that are worked on at a time: they stay in a processor's cache while they are."""
+
+SHARING = 8
+"""Candidates that are worked on together at least, as the observed gradient is read for each."""
+
+LEAST_GHOST = 2**15
+"""Values of a gradient that is worth to be left out."""
+
+GHOST = 16
+"""Multiplications for Gram matrices that cost as much as one value of a gradient that is held."""
+
+NEAR = 1e-2
+"""Relative l2 below which a difference of sums has too few digits."""
+
+COPIES_OF_A_LAYER = 4
+"""What its layers are given and return, the gradient of both, and what is between them."""
+
+TRIED = 3
+"""Images; more than the layers of a model are likely to confuse with another dimension."""
+
+Place = tuple[slice, slice]
+
+
+class LayerWise:
+    """Distances of replicas of candidates' gradients from observed ones.
+
+    A distance takes no more than the norm of a replica and its inner product with what was
+    observed, or the norm of their difference, which are summed up over layers.
+
+    Args:
+        model: the client's; each of its images has a gradient of its own.
+        replica: the defense by single values.
+        cosine: whether the distance is one minus the cosine, and not the relative squared l2.
+        chunk: how many candidates to take at a time.
+        ghosts: whether some layers' gradients are not computed in a sum of norms.
+    """
+
+    def __init__(
+        self,
+        model: ClientModel,
+        replica: ValueWise,
+        cosine: bool,
+        chunk: int,
+        ghosts: bool,
+    ) -> None:
+        self._model = model
+        self._replica = replica
+        self._cosine = cosine
+        self._summed = cosine or ghosts or bool(replica.scalings)
+        self.chunk = chunk
+
+    def distances(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> torch.Tensor:
+        """The distances of n candidates to each of t observed gradients, every one its own n.
+
+        Args:
+            images: (t, n, channels, height, width) in [0, 1].
+            labels: (t, n).
+            observed: tensors with a leading dimension t.
+
+        Returns:
+            (t, n).
+        """
+        found = torch.empty(labels.shape, dtype=torch.double, device=images.device)
+        for place in _blocks(labels.shape, self.chunk):
+            seen = {name: tensor[place[0]] for name, tensor in observed.items()}
+            with torch.no_grad():
+                found[place] = self._of_chunk(images[place], labels[place], seen)
+        return found.to(images.dtype)
+
+    def _of_chunk(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> torch.Tensor:
+        lengths = vmap(norm)(observed).double()[:, None].clamp(min=1e-30)
+        if not self._summed:
+            return self._differences(images, labels, observed, None) / lengths.square()
+        squares, inner = self._products(images, labels, observed)
+        norms = squares.sqrt()
+        factor = self._replica.factor(norms)
+        norms, inner = norms * factor, inner * factor
+        if self._cosine:
+            return 1 - inner / (norms * lengths).clamp(min=1e-30)
+        distances = (norms.square() - 2 * inner) / lengths.square() + 1
+        # The difference of large sums has too few digits there.
+        for trial, near in enumerate(distances < NEAR):
+            if near.any():
+                seen = {name: tensor[trial, None] for name, tensor in observed.items()}
+                candidates = images[trial, near][None], labels[trial, near][None]
+                exact = self._differences(*candidates, seen, factor[trial, near][None])
+                distances[trial, near] = exact[0] / lengths[trial].square()
+        return distances
+
+    def _products(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The squared norms (t, n) of replicas before they are scaled, and the inner products."""
+        squares = torch.zeros(labels.shape, dtype=torch.double, device=images.device)
+        inner = torch.zeros_like(squares)
+        readings = self._replica.readings(observed)
+        for part in self._parts(images, labels):
+            if not readings and isinstance(part, Outer) and is_cheaper_as_a_ghost(part):
+                _add_ghosts(part, observed[part.name], squares, inner)
+                continue
+            for place, replicas, seen in self._replicas(part, labels.shape, observed, readings):
+                squares[place] += _squares(replicas)
+                inner[place] += (replicas @ seen.transpose(1, 2))[..., 0]
+        return squares, inner
+
+    def _differences(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        observed: Gradient,
+        factor: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The squared norms (t, n) of replicas, multiplied by factors (t, n), less the observed."""
+        squares = torch.zeros(labels.shape, dtype=torch.double, device=images.device)
+        readings = self._replica.readings(observed)
+        for part in self._parts(images, labels):
+            for place, replicas, seen in self._replicas(part, labels.shape, observed, readings):
+                if factor is not None:
+                    replicas = replicas * factor[place][..., None].to(replicas.dtype)
+                squares[place] += _squares(replicas - seen)
+            squares += part.unseen(observed[part.name])[:, None]
+        return squares
+
+    def _parts(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Part]:
+        targets = self._model.targets_of(labels.flatten())
+        return parts_of(self._model, images.flatten(0, 1), targets)
+
+    def _replicas(
+        self, part: Part, shape: torch.Size, observed: Gradient, readings: Sequence[Gradient]
+    ) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
+        """Replicas of one tensor's gradients of (t, n) candidates, a block at a time.
+
+        Yields:
+            Which candidates; (t, n, size) of their replicas; (t, 1, size) of what was observed.
+        """
+        target = part.matrix(observed[part.name])
+        own = [reading[part.name] for reading in readings]
+        beside = [part.matrix(r) if r.ndim > 1 else r[:, None, None, None] for r in own]
+        for place in _blocks(shape, max(SHARING, BLOCK // part.size_held)):
+            for rows, gradients in part.gradients(shape, place, BLOCK):
+                some = [_rows(tensor[place[0]], rows) for tensor in beside]
+                values = self._replica.on_values(gradients.flatten(2), some)
+                yield place, values, _rows(target[place[0]], rows)
+
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    """Squared norms (t, n) of values (t, n, size)."""
+    norms: torch.Tensor = torch.linalg.vector_norm(values, dim=2)
+    return norms.double().square()
+
+
+def layer_wise(
+    model: ClientModel,
+    replica: ValueWise | None,
+    cosine: bool,
+    gradients: Callable[[torch.Tensor, torch.Tensor], Gradient],
+    memory: int,
+) -> LayerWise | None:
+    """The way layer by layer, or None where it is not known to be exact.
+
+    It is tried on random images: each tensor's gradients must be those that are computed whole.
+
+    Args:
+        model: the client's.
+        replica: the defense by single values; None where it is more.
+        cosine: whether the distance is one minus the cosine.
+        gradients: computes those of n images and labels, whole.
+        memory: bytes that may be held at a time.
+    """
+    if replica is None or model.batch_size > 1 or model.local is not None:
+        return None
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(TRIED, *model.shape, generator=random).to(model.mean)
+    labels = torch.arange(TRIED, device=model.device) % model.classes
+    expected = gradients(images, labels)
+    parts = _tried(model, images, labels)
+    if not parts or not all(part.is_of(expected[part.name]) for part in parts):
+        return None
+    ghosts = not replica.steps and any(
+        isinstance(part, Outer) and is_cheaper_as_a_ghost(part) for part in parts
+    )
+    bytes_each = COPIES_OF_A_LAYER * sum(part.bytes_held for part in parts) // TRIED
+    return LayerWise(model, replica, cosine, max(1, memory // bytes_each), ghosts)
+
+
+def _tried(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> list[Part]:
+    """The gradients layer by layer; nothing where they are not known."""
+    try:
+        return list(parts_of(model, images, model.targets_of(labels)))
+    except (Exception, SystemExit):
+        return []  # the forward pass is the user's own code
+
+
+def _add_ghosts(
+    part: Outer, observed: torch.Tensor, squares: torch.Tensor, inner: torch.Tensor
+) -> None:
+    """Adds a weight's part in squared norms and inner products (t, n), without its gradients."""
+    target = part.matrix(observed)
+    for place in _blocks(squares.shape, max(SHARING, BLOCK // (part.positions * part.inputs))):
+        errors, windows = part.factors(squares.shape, place)
+        grams = products(errors.mT, errors), products(windows, windows.mT)
+        squares[place] += (grams[0] * grams[1]).flatten(2).sum(2)
+        trials, candidates, groups, positions, inputs = windows.shape
+        together = windows.transpose(1, 2).reshape(trials, groups, -1, inputs)
+        along = together @ target[place[0]].mT
+        along = along.unflatten(2, (candidates, positions)) * errors.transpose(1, 2).mT
+        inner[place] += along.sum((1, 3, 4))
+
+
+def is_cheaper_as_a_ghost(part: Outer) -> bool:
+    """Whether Gram matrices cost less than the gradient."""
+    cost = part.positions**2 * (part.inputs + part.rows)
+    return part.size >= LEAST_GHOST and cost < GHOST * part.size
+
+
+def _rows(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some rows of each of t tensors, (t, 1, size); of a scalar, (t, 1, 1)."""
+    return (tensor if tensor.shape[2] == 1 else tensor[:, :, rows]).flatten(1)[:, None]
+
+
+def _blocks(shape: torch.Size, together: int) -> Iterator[Place]:
+    """Parts of (t, n): of several of the t only with all of the n."""
+    for trials in slices(shape[0], max(1, together // shape[1])):
+        for candidates in slices(shape[1], together):
+            yield trials, candidates

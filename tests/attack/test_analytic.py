@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +29,8 @@ from ggl_audit.defenses import (
 )
 from ggl_audit.gradient import Gradient, each, flat, stack
 from ggl_audit.inputs.losses import BinaryCrossEntropy
-from ggl_audit.inputs.model import ClientModel, Head
-from ggl_audit.spec import LocalTrainingSpec
+from ggl_audit.inputs.model import ClientModel, Head, load_model
+from ggl_audit.spec import LocalTrainingSpec, Spec
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -204,6 +206,7 @@ def test_under_strong_noise_all_columns_tell_the_rows(digit_sized: ClientModel) 
     observed = defended(clean, Noise(std=0.2 * float(clean["1.bias"].norm(dim=1).mean())))
     recovered = recover_input(digit_sized, observed)
     assert recovered is not None
+    assert 0 <= float(recovered.min()) <= float(recovered.max()) <= 1
     weight, bias = observed["1.weight"], observed["1.bias"]
     weighed = (bias[:, :, None] * weight).sum(1) / bias.square().sum(1, keepdim=True)
     by_bias_alone = (weighed * 0.5 + 0.5).clamp(0, 1).view_as(images)
@@ -363,12 +366,8 @@ def test_a_head_without_bias_or_of_several_uses_gives_no_representation() -> Non
     headless = client(mlp(16, 6), 1, 4, 4)
     assert representation(headless, sent(headless, images, labels)) is None
     module = nn.Sequential(mlp(16, 6), nn.Linear(4, 4, bias=False))
-    biasless = client(module, 1, 4, 4)
-    observed = sent(biasless, images, labels)
-    with_head = client(module, 1, 4, 4, head="1").without([])
-    assert with_head.head is not None
-    without = ClientModel(**{**vars(with_head), "head": Head("1", "1.weight", None)})
-    assert representation(without, observed) is None
+    biasless = replace(client(module, 1, 4, 4), head=Head("1", "1.weight", None))
+    assert representation(biasless, sent(biasless, images, labels)) is None
 
 
 @pytest.mark.parametrize("steps", [[], [Clip(bound=0.1)], [Sparsify(fraction=0.3)]], ids=str)
@@ -455,6 +454,45 @@ def test_a_gradient_that_hardly_depends_on_the_image_proves_none(
     )
     assert float(own.norm()) < 1e-5
     assert not bool(is_exact(model, defense, others, labels, observed).any())
+
+
+def test_what_leaves_more_than_rounding_is_not_exact_however_far_others_are() -> None:
+    torch.manual_seed(0)
+    sensitive = client(mlp(64, 12, activation=nn.Tanh), 1, 8, 8)
+    sensitive = replace(sensitive, std=torch.full((1, 1, 1), 0.01))
+    images = 0.5 + 0.02 * (some(1, 8, 8)[0] - 0.5)
+    labels = torch.tensor([0, 1, 2])
+    observed = sent(sensitive, images, labels)
+    assert bool(is_exact(sensitive, Pipeline(), images, labels, observed).all())
+    random = torch.Generator().manual_seed(2)
+    near = images + 2e-5 * torch.randn(images.shape, generator=random)
+    assert not bool(is_exact(sensitive, Pipeline(), near, labels, observed).any())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_in_a_saved_program_the_layer_is_found_too(
+    sample: Callable[..., Spec], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = mlp(256, 8, 6).eval()
+    path = tmp_path / "program.pt"
+    torch.jit.save(torch.jit.script(module), path)
+    spec = sample(
+        "undefended", model__factory=None, model__weights=None, model__torchscript=str(path)
+    )
+    saved = load_model(spec, torch.device("cpu"))
+    images, labels = some(1, 16, 16)
+    plain = client(module, 1, 16, 16)
+    observed = sent(plain, images, labels)
+    names = dict(zip(observed, saved.parameters, strict=True))
+    observed = {names[name]: tensor for name, tensor in observed.items()}
+    recovered, taken = recover_input(saved, observed), representation(saved, observed)
+    expected = saved.representation(images)
+    assert recovered is not None
+    assert taken is not None
+    assert expected is not None
+    assert float((recovered - images).abs().max()) < 1e-4
+    torch.testing.assert_close(taken, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_in_a_file_of_bfloat16_it_is_exact_to_that_rounding(digit_sized: ClientModel) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
+from ggl_audit.attacks import choose_attacks
+from ggl_audit.clock import Clock
 from ggl_audit.experiments import (
     MEMBERSHIP_TRIALS,
     Measurements,
@@ -38,23 +39,27 @@ class Progress(Protocol):
         ...
 
 
-def run_audit(spec: Spec, progress: Progress) -> Report:
+def run_audit(spec: Spec, progress: Progress, clock: Clock | None = None) -> Report:
     """Audits a captured gradient.
 
     An interrupt (Ctrl-C) ends the audit early, with a report of what was measured until then, which
-    says so and is graded inconclusive.
+    says so and is graded inconclusive. A time limit leaves each experiment the trials that fit, and
+    is graded for these.
 
     Args:
         spec: what was declared.
         progress: shown how far it is.
+        clock: of the spec's time limit, if it runs already.
 
     Raises:
         AuditError: something that the spec names is missing, broken, or does not fit the rest.
     """
-    started = time.perf_counter()
+    clock = clock or Clock(spec.time_limit)
     setting = prepare(spec)
     evidence = spec.evidence
-    measured = Measurements(others=[Measurements() for _ in setting.others])
+    suite = choose_attacks(setting)
+    others = [Measurements(suite=suite) for _ in setting.others]
+    measured = Measurements(clock=clock, suite=suite, others=others)
 
     def begin(stage: str) -> None:
         measured.stage = stage
@@ -63,9 +68,10 @@ def run_audit(spec: Spec, progress: Progress) -> Report:
     def advance(evaluations: int) -> None:
         measured.evaluations += evaluations
         progress.advance(evaluations)
+        clock.check()
 
     try:
-        progress.start(planned_evaluations(setting))
+        progress.start(planned_evaluations(setting, suite))
         trials = setting.trials()
         canaries = trials.first(evidence.reconstruction_trials)
 
@@ -87,8 +93,10 @@ def run_audit(spec: Spec, progress: Progress) -> Report:
         reconstruct(setting, canaries, measured, advance)
 
         begin("the undefended control")
-        reconstruct_undefended(setting, canaries.first(evidence.control_trials), measured, advance)
+        controls = canaries.first(evidence.control_trials)
+        if clock.reaches(measured.seconds_each * len(controls)):
+            reconstruct_undefended(setting, controls, measured, advance)
         measured.stage = None
     except KeyboardInterrupt:
         pass  # measured.stage says what was cut short
-    return assemble(setting, measured, time.perf_counter() - started)
+    return assemble(setting, measured, clock.seconds)

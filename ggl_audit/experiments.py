@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from ggl_audit.alternatives import alternatives
-from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attack.matching import Matching
-from ggl_audit.attack.objective import LatentObjective, pictures
-from ggl_audit.attack.residuals import Residuals
-from ggl_audit.attack.search import SearchResult, search
+from ggl_audit.attack.search import SearchResult
+from ggl_audit.attacks import (
+    ANALYTIC,
+    GGL,
+    Advance,
+    Suite,
+    captured_labels,
+    recovered_exactly,
+    run_attacks,
+    run_search,
+)
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
+from ggl_audit.clock import Clock
 from ggl_audit.defenses import Pipeline, SecureAggregation
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate, measure_rate, paired_p_value
 from ggl_audit.evidence.controls import null_gradient
 from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr, nearest
-from ggl_audit.evidence.grade import ceiling_is_settled, floor_is_settled
+from ggl_audit.evidence.grade import ceiling_is_settled, floor_is_settled, strongest
 from ggl_audit.evidence.identification import (
     Trials,
     blind_labels,
@@ -41,7 +48,6 @@ from ggl_audit.evidence.promise import (
 from ggl_audit.gradient import Gradient, concatenate, flat, norm, shares, stack, take, unstack
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import has_batch_norm
-from ggl_audit.optimizers import start_optimizer, wants_more
 from ggl_audit.setting import Setting
 
 CANARIES_TOGETHER = 25
@@ -49,9 +55,12 @@ HELD_BYTES = 2**30
 CANARIES_BETWEEN_LOOKS = 5
 MATCHING_CONTROL_TRIALS = 50
 MEMBERSHIP_TRIALS = 100
+MATCHING_SHARE = 0.4
+"""Of a time limit, after which no further experiment by matching is begun or goes on."""
 SEARCHES_COMPARED = 4
 
-Advance = Callable[[int], None]
+LAST_SHARE = 0.25
+"""More time than canaries took that the next ones, and what follows them, may take."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,8 @@ class Reconstructed:
 
     Attributes:
         images: (k, channels, height, width) in [0, 1], one for each image of the release.
-        loss: the loss of its latent.
-        curve: (evaluations, best loss so far) after each step.
+        loss: the matching distance that was reached.
+        curve: of the latent search, (evaluations, best loss so far) after each step.
     """
 
     images: torch.Tensor
@@ -74,6 +83,7 @@ class Measurements:
     """What has been measured so far; None is not measured.
 
     Attributes:
+        clock: of the time limit.
         stage: the experiment that is running, None when all are done.
         evaluations: gradients of candidates so far.
         ceiling: canaries identified by candidate matching.
@@ -81,22 +91,26 @@ class Measurements:
         matching_control: canaries identified by candidate matching without the defense.
         membership: canaries identified in releases whose other images are unknown.
         promise: worst-case images identified in what the client's own code sends.
-        captured: what the attack made of the captured gradient.
-        captured_null: what it made of a random gradient of the same norm.
+        suite: the attacks that are made.
+        exact: whether the image of the capture was read off the gradient exactly.
+        seconds_each: that a canary and its null control took.
+        captured: what each attack made of the captured gradient.
+        captured_null: what each made of a random gradient of the same norm.
         repeated: the pictures of all searches of the capture, (searches, channels, height, width).
         agreement_db: mean PSNR between the pictures of independent searches of the capture.
         null_agreement_db: the same for the random gradient.
-        ranks: of each truth, by its distance to the nearest picture.
+        ranks: of each truth, by its distance to the nearest picture of each attack.
         matching_ranks: of each truth, by candidate matching, all other images being known.
-        floor: canaries that the attack identified and the null control did not, by each distance.
-        null: canaries that the null control identified, by the declared distance.
-        canary_losses: the losses of the canaries' pictures.
-        null_losses: the losses of the null control's pictures, the capture's included.
+        floors: canaries that each attack identified and its null control did not, by each distance.
+        nulls: canaries that the null control of each identified, by the declared distance.
+        canary_losses: the losses of the canaries' searches.
+        null_losses: the losses of the null control's searches, the capture's included.
         likeness: of the capture to the canaries' gradients.
         undefended: canaries that the attack identified without the defense.
         others: what became of the further captures of the round.
     """
 
+    clock: Clock = field(default_factory=Clock)
     stage: str | None = "preparation"
     evaluations: int = 0
     ceiling: Rate | None = None
@@ -104,20 +118,28 @@ class Measurements:
     matching_control: Rate | None = None
     membership: Rate | None = None
     promise: Rate | None = None
-    captured: Reconstructed | None = None
-    captured_null: Reconstructed | None = None
+    exact: bool = False
+    seconds_each: float = 0.0
+    suite: Suite = field(default_factory=Suite)
+    captured: dict[str, Reconstructed] = field(default_factory=dict)
+    captured_null: dict[str, Reconstructed] = field(default_factory=dict)
     repeated: torch.Tensor | None = None
     agreement_db: float | None = None
     null_agreement_db: float | None = None
-    ranks: list[int | None] = field(default_factory=list)
+    ranks: dict[str, list[int | None]] = field(default_factory=dict)
     matching_ranks: list[int | None] = field(default_factory=list)
-    floor: dict[str, ReconstructionRate] = field(default_factory=dict)
-    null: ReconstructionRate | None = None
+    floors: dict[str, dict[str, ReconstructionRate]] = field(default_factory=dict)
+    nulls: dict[str, ReconstructionRate] = field(default_factory=dict)
     canary_losses: list[float] = field(default_factory=list)
     null_losses: list[float] = field(default_factory=list)
     likeness: Likeness | None = None
     undefended: ReconstructionRate | None = None
     others: list[Measurements] = field(default_factory=list)
+
+    def strongest(self, distance: str) -> str:
+        """The attack that shows most by a distance; GGL where none was measured."""
+        floors = {name: floors[distance] for name, floors in self.floors.items()}
+        return strongest(floors) or GGL
 
 
 def match_candidates(
@@ -134,23 +156,31 @@ def match_candidates(
     if len(trials) == 0:
         return
     chance = 1 / setting.spec.evidence.candidates
-    planned = len(trials)
-    hits, labels_right, done = run_matching(
-        setting, setting.client, setting.defense, trials, "matching", advance
+    clock = measured.clock
+    counted = run_matching(
+        setting, setting.client, setting.defense, trials, "matching", advance, clock
     )
-    measured.ceiling = measure_rate(hits, done, chance, planned)
+    measured.ceiling = measure_rate(counted.hits, counted.done, chance, counted.planned)
     if not why_not_inferred(setting.model, setting.members):
         guessed = blind_labels(setting.model.classes, setting.members)
         if guessed < 1:
-            measured.label = measure_rate(labels_right, done, guessed, planned)
+            labels_right = counted.labels_right
+            measured.label = measure_rate(labels_right, counted.done, guessed, counted.planned)
     if setting.defense.steps:
         control = trials.first(MATCHING_CONTROL_TRIALS)
         without = undefended(setting)
         client = DeclaredClient(Matching(setting.model, without), without)
-        hits, _, done = run_matching(
-            setting, client, without, control, "matching control", advance, to_the_end=True
+        counted = run_matching(
+            setting,
+            client,
+            without,
+            control,
+            "matching control",
+            advance,
+            clock,
+            to_the_end=True,
         )
-        measured.matching_control = measure_rate(hits, done, chance)
+        measured.matching_control = measure_rate(counted.hits, counted.done, chance)
     else:
         measured.matching_control = measured.ceiling
 
@@ -190,16 +220,19 @@ def identify_members(
         whole,
         noise.std if noise else 0.0,
     )
-    context, hits = setting.context("members clients"), 0
+    context, hits, done = setting.context("members clients"), 0, 0
     for one in trials.batches(1):
+        if done and measured.clock.used(MATCHING_SHARE):
+            break
         companions = rest[~torch.isin(rest, one.candidates)]
         drawn = torch.as_tensor(random.permutation(len(companions)), device=model.device)
         trial = replace(one, companions=companions[drawn[: members - 1]][None])
         release = flat(take(setting.client.send(*trial.members, context), 0))
         scores = unknown.log_likelihoods(contributed(trial.candidates[0]), release)
         hits += rank_of_truth(-scores[None], random)[0] == 1
+        done += 1
         advance(trial.candidates.numel() + 1)
-    measured.membership = measure_rate(hits, len(trials), 1 / setting.spec.evidence.candidates)
+    measured.membership = measure_rate(hits, done, 1 / setting.spec.evidence.candidates)
 
 
 def can_identify_members(setting: Setting) -> bool:
@@ -233,13 +266,16 @@ def try_promise(setting: Setting, trials: int, measured: Measurements, advance: 
     companions = ImageSet(images[others], labels[others], "companions that cancel")
     client = replace(setting.client, companions=companions, always_the_same=True)
     identifier = Identifier(contributions[chosen])
-    hits = 0
+    hits = done = 0
     for truth in random.integers(CANDIDATES, size=trials):
+        if done and measured.clock.used(MATCHING_SHARE):
+            break
         one = chosen[int(truth)][None]
         release = flat(take(client.send(images[one], labels[one], context), 0))
         hits += identifier.guess(release, random) == int(truth)
+        done += 1
         advance(1)
-    measured.promise = measure_rate(hits, trials, 1 / CANDIDATES)
+    measured.promise = measure_rate(hits, done, 1 / CANDIDATES)
 
 
 def tests_promise(setting: Setting) -> bool:
@@ -259,29 +295,39 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
     null = null_gradient(setting.observed, setting.defense, context, setting.usual_norm)
     observed = stack([setting.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
     labels = captured_labels(setting, 2 * SEARCHES_COMPARED)
-    result, images = run_search(
-        setting, setting.defense, observed, labels, "captured search", advance
+    result, attempts = run_attacks(
+        setting, measured.suite, observed, labels, "captured search", advance
     )
-    measured.captured = _reconstructed(result, images, 0, setting)
-    measured.captured_null = _reconstructed(result, images, SEARCHES_COMPARED, setting)
+    for name, attempt in attempts.items():
+        for kept, index in ((measured.captured, 0), (measured.captured_null, SEARCHES_COMPARED)):
+            images = attempt.images[index].reshape(-1, *setting.model.shape)
+            loss = float(attempt.losses[index])
+            kept[name] = Reconstructed(images, loss, _curve(result, index))
     if not result.complete:
         raise KeyboardInterrupt
-    measured.repeated = images[:SEARCHES_COMPARED]
+    if ANALYTIC in attempts:
+        measured.exact = recovered_exactly(setting, attempts[ANALYTIC])
+    searched = attempts[GGL].images
+    measured.repeated = searched[:SEARCHES_COMPARED]
     measured.agreement_db = _agreement_db(measured.repeated)
-    measured.null_agreement_db = _agreement_db(images[SEARCHES_COMPARED:])
+    measured.null_agreement_db = _agreement_db(searched[SEARCHES_COMPARED:])
     if not setting.prior_saw_truth:
         distance = candidate_distances(setting.model, setting.lpips)[setting.distance]
         random = setting.random("captured reconstruction ties")
-        measured.ranks = [
-            None if one is None else reconstruction_ranks(images[:1], one, distance, random)[0]
-            for one in setting.captured_trials()
-        ]
+        trials = setting.captured_trials()
+        for name, attempt in attempts.items():
+            measured.ranks[name] = [
+                None
+                if one is None
+                else reconstruction_ranks(attempt.images[:1], one, distance, random)[0]
+                for one in trials
+            ]
 
 
 def reconstruct(
     setting: Setting, canaries: Trials, measured: Measurements, advance: Advance
 ) -> None:
-    """Attacks canaries and a null control of each, and places the capture among them.
+    """Makes each attack on canaries and on a null control of each, and places the capture.
 
     Raises:
         KeyboardInterrupt: interrupted.
@@ -289,19 +335,22 @@ def reconstruct(
     planned, chance = len(canaries), 1 / setting.spec.evidence.candidates
     if planned == 0:
         return
-    assert measured.captured is not None
-    assert measured.captured_null is not None
     distances = candidate_distances(setting.model, setting.lpips)
     context, random = setting.context("canary clients"), setting.random("reconstruction ties")
-    hits: dict[str, list[bool]] = {name: [] for name in distances}
-    null_hits: dict[str, list[bool]] = {name: [] for name in distances}
-    all_found: list[torch.Tensor] = []
-    null_pictures: list[torch.Tensor] = []
+    names = measured.suite.names
+    hits = {name: {distance: _Pairs() for distance in distances} for name in names}
+    pictures: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     losses: list[torch.Tensor] = []
     agreements: list[torch.Tensor] = []
     gradients: list[Gradient] = []
-    together = CANARIES_BETWEEN_LOOKS if setting.spec.evidence.stop_early else planned
+    done = 0
+    stop_early, clock = setting.spec.evidence.stop_early, measured.clock
+    together = CANARIES_BETWEEN_LOOKS if stop_early or clock.is_limited else planned
     for part in canaries.batches(together):
+        if done and not clock.reaches((1 + LAST_SHARE) * measured.seconds_each * len(part)):
+            planned = done  # the clock does not look at what comes out
+            break
+        began = clock.seconds
         sent = setting.client.send(*part.members, context)
         labels = torch.cat([setting.labels_seen(sent, part.members[1])] * 2)
         nulls = [
@@ -309,49 +358,57 @@ def reconstruct(
             for one in unstack(sent)
         ]
         observed = concatenate([sent, stack(nulls)])
-        purpose = f"canary search {len(all_found)}"
-        result, images = run_search(setting, setting.defense, observed, labels, purpose, advance)
+        purpose = f"canary search {len(gradients)}"
+        result, attempts = run_attacks(setting, measured.suite, observed, labels, purpose, advance)
         if not result.complete:
             raise KeyboardInterrupt
         matching = Matching(setting.model, setting.defense)
-        agreements.append(matching.agreement(images, labels, observed).unflatten(0, (2, -1)))
+        searched = attempts[GGL].images
+        agreements.append(matching.agreement(searched, labels, observed).unflatten(0, (2, -1)))
         gradients.append(sent)
         losses.append(result.losses.unflatten(0, (2, -1)))
-        found, null_found = images.unflatten(0, (2, -1))
-        all_found.append(found)
-        null_pictures.append(null_found)
-        for name, distance in distances.items():
-            for made, kept in ((found, hits), (null_found, null_hits)):
-                ranks = reconstruction_ranks(made, part, distance, random)
-                kept[name] += [rank == 1 for rank in ranks]
-        beyond, only_null = _paired(hits[setting.distance], null_hits[setting.distance])
-        done = len(hits[setting.distance])
-        if floor_is_settled(beyond, only_null, done, planned, chance):
+        for name, attempt in attempts.items():
+            found, null_found = attempt.images.unflatten(0, (2, -1))
+            pictures[name].append(torch.stack([found, null_found]))
+            for distance, measure in distances.items():
+                hits[name][distance].add(
+                    reconstruction_ranks(found, part, measure, random),
+                    reconstruction_ranks(null_found, part, measure, random),
+                )
+        done += len(part)
+        measured.seconds_each = (clock.seconds - began) / len(part)
+        counted = [hits[name][setting.distance] for name in names]
+        if stop_early and all(
+            floor_is_settled(*own.apart, done, planned, chance, len(names)) for own in counted
+        ):
             break
 
-    done_canaries = canaries.first(len(hits[setting.distance]))
-    for name in distances:
-        beyond, only_null = _paired(hits[name], null_hits[name])
-        left = planned - len(hits[name])
-        p_value = paired_p_value(beyond, only_null + left)
-        measured.floor[name] = _rate(beyond, torch.cat(all_found), done_canaries, planned, p_value)
-    null = sum(null_hits[setting.distance])
-    measured.null = _rate(null, torch.cat(null_pictures), done_canaries, planned)
+    done_canaries = canaries.first(done)
+    for name in names:
+        found, null_found = torch.cat(pictures[name], dim=1)
+        measured.floors[name] = {}
+        for distance, own in hits[name].items():
+            beyond, only_null = own.apart
+            p_value = paired_p_value(beyond, only_null + planned - done, len(names))
+            measured.floors[name][distance] = _rate(
+                beyond, found, done_canaries, planned, p_value, len(names)
+            )
+        null = sum(hits[name][setting.distance].null)
+        measured.nulls[name] = _rate(null, null_found, done_canaries, planned)
     canary_losses, null_losses = torch.cat(losses, dim=1).tolist()
     if not setting.defense.steps:
         controls = done_canaries.first(setting.spec.evidence.control_trials)
         if len(controls):
-            found = torch.cat(all_found)[: len(controls)]
-            right = sum(hits[setting.distance][: len(controls)])
+            found = torch.cat(pictures[GGL], dim=1)[0, : len(controls)]
+            right = sum(hits[GGL][setting.distance].found[: len(controls)])
             controls_planned = min(planned, setting.spec.evidence.control_trials)
             measured.undefended = _rate(right, found, controls, controls_planned)
     agreement, sent = torch.cat(agreements, dim=1), concatenate(gradients)
     others = zip(setting.others, measured.others, strict=True)
-    for of, own in ((setting, measured), *others):
-        assert own.captured_null is not None
-        own.canary_losses = canary_losses
-        own.null_losses = [*null_losses, own.captured_null.loss]
-        own.likeness = _likeness(of, own, agreement, sent, advance)
+    for of, about in ((setting, measured), *others):
+        about.canary_losses = canary_losses
+        about.null_losses = [*null_losses, about.captured_null[GGL].loss]
+        about.likeness = _likeness(of, about, agreement, sent, advance)
 
 
 def reconstruct_undefended(
@@ -377,6 +434,23 @@ def reconstruct_undefended(
     measured.undefended = _rate(ranks.count(1), images, canaries, len(canaries))
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What came of matching trials.
+
+    Attributes:
+        hits: canaries that were identified.
+        labels_right: canaries whose label was inferred.
+        done: trials.
+        planned: trials that there would have been, had it not ended because of what came out.
+    """
+
+    hits: int
+    labels_right: int
+    done: int
+    planned: int
+
+
 def run_matching(
     setting: Setting,
     client: Client,
@@ -384,9 +458,10 @@ def run_matching(
     trials: Trials,
     purpose: str,
     advance: Advance,
+    clock: Clock,
     to_the_end: bool = False,
-) -> tuple[int, int, int]:
-    """Counts canaries that matching identifies, those whose label is inferred, and all of them."""
+) -> Counted:
+    """Counts canaries that matching identifies, and those whose label is inferred."""
     matching = Matching(setting.model, defense)
     context, random = setting.context(f"{purpose} clients"), setting.random(f"{purpose} ties")
     infers = not why_not_inferred(setting.model, setting.members)
@@ -405,54 +480,9 @@ def run_matching(
         settled = ceiling_is_settled(hits, done, len(trials), 1 / evidence.candidates)
         if evidence.stop_early and settled and not to_the_end:
             break
-    return hits, labels_right, done
-
-
-def run_search(
-    setting: Setting,
-    defense: Pipeline,
-    observed: Gradient,
-    labels: torch.Tensor,
-    purpose: str,
-    advance: Advance,
-    evaluations: int | None = None,
-) -> tuple[SearchResult, torch.Tensor]:
-    """Searches the latents of t observed gradients, each on its own, as the spec declares.
-
-    Args:
-        setting: what was handed in.
-        defense: to replicate; not the declared one in the undefended control.
-        observed: tensors with a leading dimension t.
-        labels: (t,) or (t, k), what the attacker takes the labels for.
-        purpose: names the stream of randomness.
-        advance: told of the candidates that are evaluated.
-        evaluations: for each gradient, if not as declared.
-
-    Returns:
-        What was found, and its pictures (t, channels, height, width) or (t, k, ...) in [0, 1].
-    """
-    attack = setting.spec.attack
-    matching = Matching(setting.model, defense, attack.distance)
-    noise = defense.total_noise()
-    objective = LatentObjective(
-        matching,
-        Residuals(matching, defense, attack.distance),
-        Derivatives(setting.model, defense, attack.distance),
-        setting.prior,
-        observed,
-        labels,
-        attack.regularizer,
-        noise.std if noise else 0.0,
-    )
-    random = setting.random(purpose)
-    parts = objective.parts(together=wants_more(attack.optimizer))
-    searches = (len(labels), attack.restarts, parts)
-    seeds = random.integers(2**32, size=searches)
-    budget = evaluations or attack.evaluations
-    start = start_optimizer(attack, setting.prior.size * objective.members // parts)
-    result = search(objective, start, seeds, budget, advance)
-    found = pictures(setting.prior, result.latents, labels.reshape(len(labels), -1))
-    return result, found if labels.ndim == 2 else found[:, 0]
+        if clock.used(MATCHING_SHARE):
+            return Counted(hits, labels_right, done, done)
+    return Counted(hits, labels_right, done, len(trials))
 
 
 def _likeness(
@@ -495,6 +525,8 @@ def _likeness(
         return likeness
     best, best_cause = WORST if likeness.outcome == "like" else HALFWAY, None
     for cause, other in alternatives(setting):
+        if not measured.clock.reaches(measured.seconds_each):
+            break
         observed = stack([other.observed])
         labels = captured_labels(other, 1)
         result, images = run_search(other, other.defense, observed, labels, "alternative", advance)
@@ -509,21 +541,6 @@ def _likeness(
     return likeness.model_copy(update=unlike)
 
 
-def _reconstructed(
-    result: SearchResult, images: torch.Tensor, index: int, setting: Setting
-) -> Reconstructed:
-    losses = result.curves[index].tolist()
-    curve = list(zip(result.spent.tolist(), losses, strict=True))
-    own = images[index].reshape(-1, *setting.model.shape)
-    return Reconstructed(own, float(result.losses[index]), curve)
-
-
-def captured_labels(setting: Setting, count: int) -> torch.Tensor:
-    """The captured labels for so many searches: (count,) or (count, k)."""
-    labels = torch.tensor(setting.labels, device=setting.model.device)
-    return labels.expand(count, -1) if setting.members > 1 else labels.expand(count)
-
-
 def _agreement_db(images: torch.Tensor) -> float:
     """The mean PSNR between searches; of sets by each picture's best partner, as order is idle."""
     pairs = torch.combinations(torch.arange(len(images))).tolist()
@@ -535,10 +552,26 @@ def _agreement_db(images: torch.Tensor) -> float:
     return sum(found) / len(found)
 
 
-def _paired(hits: list[bool], null_hits: list[bool]) -> tuple[int, int]:
-    """Counts what only the attack identified, and what only its null control did."""
-    pairs = list(zip(hits, null_hits, strict=True))
-    return pairs.count((True, False)), pairs.count((False, True))
+@dataclass
+class _Pairs:
+    """Of each canary, whether the attack identified it, and whether its null control did."""
+
+    found: list[bool] = field(default_factory=list)
+    null: list[bool] = field(default_factory=list)
+
+    def add(self, ranks: list[int], null_ranks: list[int]) -> None:
+        self.found += [rank == 1 for rank in ranks]
+        self.null += [rank == 1 for rank in null_ranks]
+
+    @property
+    def apart(self) -> tuple[int, int]:
+        """How many only the attack identified, and how many only its null control."""
+        pairs = list(zip(self.found, self.null, strict=True))
+        return pairs.count((True, False)), pairs.count((False, True))
+
+
+def _curve(result: SearchResult, index: int) -> list[tuple[int, float]]:
+    return list(zip(result.spent.tolist(), result.curves[index].tolist(), strict=True))
 
 
 def _rate(
@@ -547,7 +580,9 @@ def _rate(
     canaries: Trials,
     planned: int,
     null_p_value: float | None = None,
+    attacks: int = 1,
 ) -> ReconstructionRate:
-    rate = measure_rate(hits, len(canaries), 1 / canaries.candidates.shape[1], planned)
+    chance = 1 / canaries.candidates.shape[1]
+    rate = measure_rate(hits, len(canaries), chance, planned, attacks)
     psnr = mean_psnr(nearest(pictures, canaries.canaries), canaries.canaries)
     return ReconstructionRate(**dict(rate), psnr_db=psnr, null_p_value=null_p_value)

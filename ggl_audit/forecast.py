@@ -6,6 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ggl_audit.attack.derivatives import Derivatives
+from ggl_audit.attack.pixels import attack_pixels
+from ggl_audit.attack.refine import refinement_steps
+from ggl_audit.attacks import PIXELS, REFINED, Suite, captured_labels, run_search
+from ggl_audit.clock import Clock
 from ggl_audit.evidence.bounds import hits_needed, trials_needed
 from ggl_audit.evidence.grade import (
     LITTLE_LEAKAGE,
@@ -15,20 +20,23 @@ from ggl_audit.evidence.grade import (
     fewest_significant,
 )
 from ggl_audit.experiments import (
-    CANARIES_TOGETHER,
     MATCHING_CONTROL_TRIALS,
     MEMBERSHIP_TRIALS,
     SEARCHES_COMPARED,
     can_identify_members,
-    captured_labels,
     run_matching,
-    run_search,
     tests_promise,
 )
 from ggl_audit.gradient import stack
+from ggl_audit.optimizers import DERIVATIVE_COST
 from ggl_audit.setting import Setting
 
-STEPS_TO_PREDICT = (2, 8)
+TRIALS_TO_PREDICT = 8
+SEARCHES_TO_PREDICT = 8
+ROUNDS_TO_PREDICT = (2, 5)
+"""Of a search, each as long as the latent has coordinates."""
+
+STEPS_TO_PREDICT = 5
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,13 @@ class Forecast:
     seconds: float
 
 
-def forecast(setting: Setting) -> Forecast:
+def forecast(setting: Setting, suite: Suite) -> Forecast:
     """Says which grades the declared trials can give, and what they take, from a short run."""
     evidence = setting.spec.evidence
     chance = 1 / evidence.candidates
-    matching, searching = predict_seconds(setting)
+    matching, searching, descending = predict_seconds(setting, suite)
+    attacks = len(suite.names)
+    each = searching * evaluations_each(setting) + descending * planned_descents(setting, suite)
     trials = setting.trials()
     match_trials = len(trials.first(evidence.matching_trials))
     search_trials = len(trials.first(evidence.reconstruction_trials))
@@ -88,21 +98,25 @@ def forecast(setting: Setting) -> Forecast:
         Need(
             grade=grade,
             experiment="reconstruction",
-            trials=(needed := hits_needed(bound, chance, fewest_significant())),
+            trials=(needed := hits_needed(bound, chance, fewest_significant(attacks), attacks)),
             planned=search_trials,
             condition="every picture identifies its canary, none of the null control's does",
-            seconds=needed * 2 * searching * evaluations_each(setting),
+            seconds=needed * 2 * each,
         )
         for grade, bound in (("D", PARTLY_RECONSTRUCTED), ("F", RECONSTRUCTED))
     ]
     whole = matching * planned_matching(setting)
-    whole += searching * planned_searches(setting) * evaluations_each(setting)
+    captures, controls = planned_searches(setting)
+    whole += captures * each + controls * searching * evaluations_each(setting)
     return Forecast(needs, whole)
 
 
-def planned_evaluations(setting: Setting) -> int:
+def planned_evaluations(setting: Setting, suite: Suite) -> int:
     """The candidates that an audit evaluates, but for the search for a misfit's cause."""
-    return planned_matching(setting) + planned_searches(setting) * evaluations_each(setting)
+    captures, controls = planned_searches(setting)
+    beyond = planned_descents(setting, suite) * DERIVATIVE_COST
+    searched = (captures + controls) * evaluations_each(setting)
+    return planned_matching(setting) + searched + captures * beyond
 
 
 def planned_matching(setting: Setting) -> int:
@@ -117,44 +131,58 @@ def planned_matching(setting: Setting) -> int:
     return matched * (evidence.candidates + 1) + promised
 
 
-def planned_searches(setting: Setting) -> int:
-    """The searches of the captures, the canaries, the null control and the undefended control."""
+def planned_searches(setting: Setting) -> tuple[int, int]:
+    """The gradients that all attacks are made on, and those of the undefended control."""
     evidence = setting.spec.evidence
     canaries = len(setting.trials().first(evidence.reconstruction_trials))
     controls = min(evidence.control_trials, canaries) if setting.defense.steps else 0
     captures = 1 + len(setting.others)
-    return 2 * (captures * SEARCHES_COMPARED + canaries) + controls
+    return 2 * (captures * SEARCHES_COMPARED + canaries), controls
+
+
+def planned_descents(setting: Setting, suite: Suite) -> int:
+    """The candidates with derivatives for each gradient."""
+    steps = setting.spec.attack.steps
+    refined = refinement_steps(setting.prior, steps) if REFINED in suite.names else 0
+    return refined + (steps if PIXELS in suite.names else 0)
 
 
 def evaluations_each(setting: Setting) -> int:
-    """The candidates of one search."""
-    attack = setting.spec.attack
-    rounds = (attack.evaluations // attack.restarts - 1) // attack.population
-    return attack.restarts * (rounds * attack.population + 1)
+    """The candidates of one search, nearly."""
+    return setting.spec.attack.evaluations
 
 
-def predict_seconds(setting: Setting) -> tuple[float, float]:
-    """Predicts the seconds that a candidate takes in matching and in a search, from a few of each.
+def predict_seconds(setting: Setting, suite: Suite) -> tuple[float, float, float]:
+    """Predicts the seconds that a candidate takes, from a few of each kind.
 
     Returns:
-        Seconds for each candidate of the matching trials, and of the searches.
+        Seconds for each candidate of the matching trials, of the searches, and with derivatives.
     """
-    attack, evidence = setting.spec.attack, setting.spec.evidence
-    trials = setting.trials().first(CANARIES_TOGETHER)
-    count = 2 * max(1, evidence.reconstruction_trials)
+    attack = setting.spec.attack
+    trials = setting.trials().first(TRIALS_TO_PREDICT)
+    planned, _ = planned_searches(setting)
+    count = min(planned, SEARCHES_TO_PREDICT)
     observed = stack([setting.observed] * count)
     labels = captured_labels(setting, count)
 
     def matched() -> int:
-        run_matching(setting, setting.client, setting.defense, trials, "prediction", lambda _: None)
+        run_matching(
+            setting, setting.client, setting.defense, trials, "prediction", _nothing, Clock()
+        )
         return trials.candidates.numel() + len(trials)
 
-    def searched(steps: int) -> int:
-        budget = attack.restarts * (steps * attack.population + 1)
+    def searched(evaluations: int) -> int:
         found, _ = run_search(
-            setting, setting.defense, observed, labels, "prediction", lambda _: None, budget
+            setting, setting.defense, observed, labels, "prediction", _nothing, evaluations
         )
         return found.evaluations
+
+    def descended(steps: int) -> int:
+        derivatives = Derivatives(setting.model, setting.defense, "cosine")
+        random = setting.random("prediction")
+        of_each = labels.reshape(count, -1)
+        attack_pixels(setting.model, derivatives, of_each, observed, steps, random, _nothing)
+        return steps * count
 
     def timed(experiment: Callable[[], int]) -> tuple[float, int]:
         started = time.perf_counter()
@@ -164,8 +192,19 @@ def predict_seconds(setting: Setting) -> tuple[float, float]:
     matched()  # warms up
     match_seconds, match_count = timed(matched)
     # The difference of two lengths leaves out what a search costs once.
-    searched(STEPS_TO_PREDICT[1])
-    short_seconds, short_count = timed(lambda: searched(STEPS_TO_PREDICT[0]))
-    long_seconds, long_count = timed(lambda: searched(STEPS_TO_PREDICT[1]))
-    search_seconds = max(long_seconds - short_seconds, 0.0) / (long_count - short_count)
-    return match_seconds / max(match_count, 1), search_seconds
+    size = setting.prior.size * setting.members + attack.population
+    short = attack.restarts * min(ROUNDS_TO_PREDICT[0] * size, attack.evaluations)
+    long = attack.restarts * min(ROUNDS_TO_PREDICT[1] * size, 2 * attack.evaluations)
+    short_seconds, short_count = timed(lambda: searched(short))
+    long_seconds, long_count = timed(lambda: searched(long))
+    search_seconds = max(long_seconds - short_seconds, 0.0) / max(1, long_count - short_count)
+    derivative_seconds = 0.0
+    if planned_descents(setting, suite):
+        descended(1)
+        seconds, steps = timed(lambda: descended(STEPS_TO_PREDICT))
+        derivative_seconds = seconds / steps
+    return match_seconds / max(match_count, 1), search_seconds, derivative_seconds
+
+
+def _nothing(_evaluations: int) -> None:
+    """Nobody is told."""

@@ -110,6 +110,11 @@ class Setting:
         return self.spec.capture.batch_size * self.defense.aggregation.clients
 
     @property
+    def memory(self) -> int:
+        """Bytes that candidates' gradients may take at a time."""
+        return self.spec.memory * 2**20
+
+    @property
     def has_likelihood(self) -> bool:
         """Whether candidate matching is by the likelihood of the capture."""
         local, batch_size = self.model.local, self.model.batch_size

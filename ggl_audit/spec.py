@@ -487,11 +487,20 @@ class SubspaceSpec(_Section):
 class AttackSpec(_Section):
     """Generative Gradient Leakage, and how hard it tries for each image."""
 
+    method: Literal["auto", "ggl"] = Field(
+        default="auto",
+        description="ggl: the latent search alone; auto: also its refinement by derivatives, and "
+        "the pixels without a prior, wherever there are derivatives",
+    )
+    steps: int = Field(
+        default=200, ge=1, description="of Adam, in each attack that follows derivatives"
+    )
     optimizer: str = Field(
-        default="cma", description="as `ggl-audit list optimizers` has it: cma, or nevergrad:NAME"
+        default="gauss_newton",
+        description="as `ggl-audit list optimizers` has it: cma, or nevergrad:NAME",
     )
     evaluations: int = Field(
-        default=3000, ge=1, description="candidates tried for an image, all restarts together"
+        default=2000, ge=1, description="candidates tried for an image, all restarts together"
     )
     restarts: int = Field(default=1, ge=1, description="independent searches for each image")
     population: int = Field(default=12, ge=2, description="candidates of a search at a time")
@@ -603,6 +612,12 @@ class Spec(_Section):
     gate: GateSpec = GateSpec()
     seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    memory: int = Field(
+        default=64, ge=1, description="MiB that candidates' gradients may take at a time, about"
+    )
+    time_limit: float | None = Field(
+        default=None, gt=0, description="seconds after which the audit ends with what it has"
+    )
 
     @model_validator(mode="after")
     def _batches_are_of_samples(self) -> Spec:

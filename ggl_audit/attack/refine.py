@@ -79,6 +79,16 @@ def refine(
     return _nearer(pixels, best)
 
 
+def refinement_steps(prior: Prior, steps: int) -> int:
+    """How many of the steps there are, when each stage has as many."""
+    device = next(prior.generator.parameters(), torch.zeros(0)).device
+    layers = _layers(
+        prior, torch.zeros(2, prior.size, device=device), torch.zeros(2).long().to(device)
+    )
+    stages = 2 + len(layers)
+    return stages * (steps // stages)
+
+
 def _drawn_from(
     layer: nn.Module,
     spread: torch.Tensor,

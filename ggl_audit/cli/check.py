@@ -24,7 +24,9 @@ def check(
     defense: options.Defense = None,
     prior: options.PriorName = None,
     reference: options.Reference = None,
+    attack: options.Attack = None,
     device: options.Device = None,
+    memory: options.Memory = None,
     settings: options.Set = None,
 ) -> None:
     """Load everything, compare the capture with the model and the defense, and predict the cost."""
@@ -32,6 +34,7 @@ def check(
     from rich.console import Console
     from rich.markup import escape
 
+    from ggl_audit.attacks import choose_attacks
     from ggl_audit.errors import printable
     from ggl_audit.forecast import forecast, planned_evaluations
     from ggl_audit.setting import prepare
@@ -45,7 +48,9 @@ def check(
         defense=defense,
         prior=prior,
         reference=reference,
+        attack=attack,
         device=device,
+        memory=memory,
         settings=settings,
     )
     with options.located(declared):
@@ -77,13 +82,16 @@ def check(
         f"{guarantee.unit}, mu {guarantee.mu:.3g} in one release"
     )
     console.print(f"guarantee: {promise}")
-    predicted = forecast(setting)
+    suite = choose_attacks(setting)
+    predicted = forecast(setting, suite)
     console.print()
     console.print(_needs(predicted))
     console.print(
-        f"the audit evaluates {planned_evaluations(setting):,} candidates, about "
+        f"attacks: {', '.join(suite.names)}; {planned_evaluations(setting, suite):,} candidates, about "
         f"{predicted.seconds:.0f} s"
     )
+    for name, reason in suite.left_out.items():
+        console.print(escape(f"not {name}: {reason}"))
     checks = [step for one in (setting, *setting.others) for step in one.checks]
     if any(step.outcome == "contradicts" for step in checks):
         raise typer.Exit(3)

@@ -49,6 +49,24 @@ Device = Annotated[
     str | None,
     typer.Option("--device", envvar="GGL_AUDIT_DEVICE", help="auto, cpu, cuda or cuda:N."),
 ]
+Attack = Annotated[
+    str | None,
+    typer.Option("--attack", help="ggl for the latent search alone, or auto for all that fit."),
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        "--memory", envvar="GGL_AUDIT_MEMORY", help="MiB for candidates' gradients at a time."
+    ),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--time-limit",
+        envvar="GGL_AUDIT_TIME_LIMIT",
+        help="Seconds after which the audit ends, graded for what it has.",
+    ),
+]
 Seed = Annotated[
     int | None, typer.Option("--seed", envvar="GGL_AUDIT_SEED", help="Decides all randomness.")
 ]
@@ -73,7 +91,10 @@ def load_spec(
     prior: str | None = None,
     reference: str | None = None,
     truth: list[Path] | None = None,
+    attack: str | None = None,
     device: str | None = None,
+    memory: int | None = None,
+    time_limit: float | None = None,
     seed: int | None = None,
     fail_on: str | None = None,
     settings: list[str] | None = None,
@@ -100,7 +121,10 @@ def load_spec(
     override("prior", None if prior is None else _prior(prior))
     override("evidence.reference", None if reference is None else _image_source(reference))
     override("evidence.truth", [_absolute(path) for path in truth] if truth else None)
+    override("attack.method", attack)
     override("device", device)
+    override("memory", memory)
+    override("time_limit", time_limit)
     override("seed", seed)
     override("gate.fail_on", fail_on)
     overrides += [parse_override(text) for text in settings or []]

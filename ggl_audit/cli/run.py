@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -22,7 +23,10 @@ def run(
     prior: options.PriorName = None,
     reference: options.Reference = None,
     truth: options.Truth = None,
+    attack: options.Attack = None,
     device: options.Device = None,
+    memory: options.Memory = None,
+    time_limit: options.TimeLimit = None,
     seed: options.Seed = None,
     fail_on: options.FailOn = None,
     exit_zero: Annotated[
@@ -38,10 +42,12 @@ def run(
     settings: options.Set = None,
 ) -> None:
     """Audit a captured gradient: how much does it give away under the declared defense?"""
+    started = time.perf_counter()
     from rich.console import Console
 
     from ggl_audit.audit import run_audit
     from ggl_audit.cli.progress import AuditProgress
+    from ggl_audit.clock import Clock
     from ggl_audit.evidence.grade import IN_WORDS
     from ggl_audit.report.console import render_console
     from ggl_audit.report.formats import check_outputs, write_report
@@ -56,7 +62,10 @@ def run(
         prior=prior,
         reference=reference,
         truth=truth,
+        attack=attack,
         device=device,
+        memory=memory,
+        time_limit=time_limit,
         seed=seed,
         fail_on=fail_on,
         settings=settings,
@@ -66,7 +75,7 @@ def run(
     # A CI job is ended by SIGTERM; it gets the same partial report as somebody at the keyboard.
     signal.signal(signal.SIGTERM, _interrupt)
     with options.located(declared), AuditProgress(shown=not quiet) as progress:
-        report = run_audit(declared, progress)
+        report = run_audit(declared, progress, Clock(declared.time_limit, started))
     # The files first: whoever reads the terminal may hang up.
     for path in outputs:
         write_report(report, path)

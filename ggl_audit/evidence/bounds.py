@@ -60,7 +60,9 @@ class ReconstructionRate(Rate):
     null_p_value: float | None = None
 
 
-def measure_rate(successes: int, trials: int, chance: float, planned: int | None = None) -> Rate:
+def measure_rate(
+    successes: int, trials: int, chance: float, planned: int | None = None, attacks: int = 1
+) -> Rate:
     """Estimates a success probability.
 
     Args:
@@ -68,6 +70,8 @@ def measure_rate(successes: int, trials: int, chance: float, planned: int | None
         trials: 1 or more, independent.
         chance: the success probability of guessing, in [0, 1).
         planned: how many trials there would have been, had they not ended early.
+        attacks: from how many rates the largest may be picked, so that the intervals hold for all
+            of them together (Bonferroni).
     """
     planned = planned or trials
     most = successes + planned - trials
@@ -76,20 +80,21 @@ def measure_rate(successes: int, trials: int, chance: float, planned: int | None
         trials=trials,
         planned=planned,
         rate=successes / trials,
-        lower=_interval(successes, planned)[0],
-        upper=_interval(most, planned)[1],
+        lower=_interval(successes, planned, attacks)[0],
+        upper=_interval(most, planned, attacks)[1],
         chance=chance,
     )
 
 
 @functools.cache
-def _interval(successes: int, trials: int) -> tuple[float, float]:
-    interval = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")
+def _interval(successes: int, trials: int, attacks: int) -> tuple[float, float]:
+    confidence = 1 - (1 - CONFIDENCE) / attacks
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="exact")
     return float(interval.low), float(interval.high)
 
 
 @functools.cache
-def paired_p_value(only_attack: int, only_null: int) -> float:
+def paired_p_value(only_attack: int, only_null: int, attacks: int = 1) -> float:
     """The exact one-sided test of whether the attack identifies more than its null control.
 
     McNemar's test in its exact form: of the canaries that only one of the two identifies, each is
@@ -98,14 +103,17 @@ def paired_p_value(only_attack: int, only_null: int) -> float:
     Args:
         only_attack: canaries that the attack identified and the null control did not.
         only_null: the reverse.
+        attacks: from how many attacks the best may be picked (Bonferroni).
 
     Returns:
-        The probability of so many or more for the attack.
+        The probability of so many or more for any of the attacks, at most.
     """
     different = only_attack + only_null
     if different == 0:
         return 1.0
-    return float(binomtest(only_attack, different, 0.5, alternative="greater").pvalue)
+    return min(
+        1.0, attacks * float(binomtest(only_attack, different, alternative="greater").pvalue)
+    )
 
 
 def trials_needed(advantage: float, chance: float) -> int:
@@ -125,16 +133,17 @@ def trials_needed(advantage: float, chance: float) -> int:
     return trials
 
 
-def hits_needed(advantage: float, chance: float, least: int = 1) -> int:
+def hits_needed(advantage: float, chance: float, least: int = 1, attacks: int = 1) -> int:
     """The fewest trials that show more than an advantage, if every one of them succeeds.
 
     Args:
         advantage: the lower end must be above it, in [0, 1).
         chance: the success probability of guessing.
         least: the smallest answer.
+        attacks: from how many the best is picked.
     """
     trials = least
-    while measure_rate(trials, trials, chance).advantage_lower <= advantage:
+    while measure_rate(trials, trials, chance, None, attacks).advantage_lower <= advantage:
         trials += 1
     return trials
 

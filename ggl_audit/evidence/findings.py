@@ -58,6 +58,7 @@ def find(
     membership: Rate | None = None,
     recovered: bool = False,
     members: int = 1,
+    exact: bool = False,
 ) -> list[Finding]:
     """Collects the findings, the gravest first.
 
@@ -73,6 +74,7 @@ def find(
         membership: canaries identified in releases whose other images are unknown.
         recovered: the gradient was computed exactly from what was captured.
         members: images that a release is made of.
+        exact: the image was read off the captured gradient.
     """
     findings = [
         *_capture(checks),
@@ -80,6 +82,7 @@ def find(
         *_promise(ceiling, promise, guarantee),
         *_claim(guarantee),
         *_recovered(recovered),
+        *_exact(exact),
         *_floor(floor),
         *_ceiling(ceiling, members),
         *_membership(membership),
@@ -183,6 +186,23 @@ def _recovered(recovered: bool) -> list[Finding]:
             "measured on that gradient, which nothing protects.",
             remedy="Send no moments in the clear; under secure aggregation only their ratio is "
             "seen (SecAdam).",
+        )
+    ]
+
+
+def _exact(exact: bool) -> list[Finding]:
+    if not exact:
+        return []
+    return [
+        Finding(
+            id="GGL004",
+            severity="critical",
+            title="The private image is read off the gradient exactly",
+            detail="The model begins with a linear layer, whose gradient is the error of each unit "
+            "times the image: divided by the gradient of the bias it is the image itself, whose "
+            "own gradient is the captured one to rounding.",
+            remedy="Do not send this layer's bias, begin with a layer that shares its weights, or "
+            "add noise after a clip.",
         )
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -31,7 +31,7 @@ ORDER: tuple[Grade, ...] = ("A", "B", "C", "D", "F")
 IN_WORDS: dict[Grade, str] = {
     "A": "no measurable leakage",
     "B": "little leakage, bounded",
-    "C": "the information is there; this attack did not extract it",
+    "C": "the information is there; these attacks did not extract it",
     "D": "private images are partly reconstructed",
     "F": "private images are reconstructed",
     "inconclusive": "nothing can be said",
@@ -67,10 +67,24 @@ def reconstructed(floor: ReconstructionRate | None) -> Literal["D", "F"] | None:
     return "D" if floor.advantage_lower > PARTLY_RECONSTRUCTED else None
 
 
-def fewest_significant() -> int:
-    """The fewest trials that beat the null control, if all of them do."""
+def strongest(floors: Mapping[str, ReconstructionRate]) -> str | None:
+    """The attack that shows most, or None where none was made.
+
+    Args:
+        floors: of each attack.
+    """
+    grades = {name: reconstructed(floor) or "" for name, floor in floors.items()}
+    return max(
+        floors,
+        key=lambda name: (grades[name], floors[name].successes, floors[name].psnr_db),
+        default=None,
+    )
+
+
+def fewest_significant(attacks: int = 1) -> int:
+    """The fewest trials that beat the null control, if all of them do, for the best of attacks."""
     trials = 1
-    while paired_p_value(trials, 0) > SIGNIFICANCE:
+    while paired_p_value(trials, 0, attacks) > SIGNIFICANCE:
         trials += 1
     return trials
 
@@ -81,7 +95,9 @@ def ceiling_is_settled(successes: int, trials: int, planned: int, chance: float)
     return len({_standing(rate) for rate in ends}) == 1
 
 
-def floor_is_settled(beyond: int, only_null: int, trials: int, planned: int, chance: float) -> bool:
+def floor_is_settled(
+    beyond: int, only_null: int, trials: int, planned: int, chance: float, attacks: int = 1
+) -> bool:
     """Whether no outcome of the trials that are left can change what the floor says.
 
     Args:
@@ -90,12 +106,13 @@ def floor_is_settled(beyond: int, only_null: int, trials: int, planned: int, cha
         trials: done so far.
         planned: in all.
         chance: of guessing.
+        attacks: from how many the best is picked.
     """
     left = planned - trials
     ends = []
     for hits, nulls in ((beyond + left, only_null), (beyond, only_null + left)):
-        p_value = paired_p_value(hits, nulls)
-        measured = dict(measure_rate(hits, planned, chance))
+        p_value = paired_p_value(hits, nulls, attacks)
+        measured = dict(measure_rate(hits, planned, chance, None, attacks))
         ends.append(ReconstructionRate(**measured, psnr_db=0, null_p_value=p_value))
     return reconstructed(ends[0]) == reconstructed(ends[1])
 
@@ -175,6 +192,7 @@ def decide(
     interrupted_in: str | None,
     fail_on: Grade,
     bound_for_any_model: float = 0.0,
+    exact: bool = False,
 ) -> Verdict:
     """Grades an audit.
 
@@ -188,7 +206,11 @@ def decide(
         fail_on: the best grade that fails the gate.
         bound_for_any_model: where nothing shows that the capture belongs to the declared model,
             the largest advantage that a clip and noise leave to anybody; it bounds an A.
+        exact: whether the image was read off the capture exactly, which settles the matter.
     """
+    if exact:
+        reason = "The private image was read off the captured gradient exactly."
+        return Verdict(grade="F", reason=reason, exit_code=1)
     grade, reason = _grade(floor, ceiling, checks, likeness, interrupted_in)
     if grade == "A" and bound_for_any_model > NO_LEAKAGE:
         grade = "B"

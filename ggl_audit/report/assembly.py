@@ -7,6 +7,7 @@ from dataclasses import replace
 from ggl_audit import __version__
 from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attack.matching import Matching
+from ggl_audit.attacks import ATTACKS, GGL
 from ggl_audit.clients import OwnClient
 from ggl_audit.environment import describe, peak_memory_bytes
 from ggl_audit.evidence.assignment import assign
@@ -27,6 +28,7 @@ from ggl_audit.gradient import norm
 from ggl_audit.report.assumptions import assumptions
 from ggl_audit.report.model import (
     Agreement,
+    Attack,
     Captured,
     CheckedStep,
     Controls,
@@ -53,7 +55,9 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
         seconds: since the start.
     """
     spec = setting.spec
-    floor = measured.floor.get(setting.distance)
+    attack = measured.strongest(setting.distance)
+    floors = measured.floors.get(attack, {})
+    floor = floors.get(setting.distance)
     proven = not setting.defense.is_random() and any(
         check.step == PRIVATE_IMAGE and check.outcome == "agrees" for check in setting.checks
     )
@@ -95,20 +99,23 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             measured.stage,
             spec.gate.fail_on,
             0.0 if fits else bound,
+            measured.exact,
         ),
-        captured=_captured(setting, measured),
+        captured=_captured(setting, measured, attack),
         others=[
-            _captured(other, replace(own, stage=measured.stage))
+            _captured(other, replace(own, stage=measured.stage), attack)
             for other, own in zip(setting.others, measured.others, strict=True)
         ],
         evidence=EvidenceReport(
             floor=floor,
             floor_distance=setting.distance,
-            floor_by_distance=measured.floor,
+            floor_by_distance=floors,
+            attack=attack,
+            attacks=_attacks(setting, measured),
             ceiling=measured.ceiling,
             label=measured.label,
             controls=Controls(
-                null=measured.null,
+                null=measured.nulls.get(attack),
                 undefended=measured.undefended,
                 undefended_matching=measured.matching_control,
             ),
@@ -134,6 +141,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             measured.membership,
             recovered=spec.capture.kind == "moments",
             members=setting.members,
+            exact=measured.exact,
         ),
         assumptions=assumptions(setting, measured),
         cost=Cost(
@@ -148,10 +156,26 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
     )
 
 
-def _captured(setting: Setting, measured: Measurements) -> Captured:
+def _attacks(setting: Setting, measured: Measurements) -> list[Attack]:
+    made = [
+        Attack(
+            name=name,
+            source=ATTACKS[name],
+            floor=measured.floors.get(name, {}).get(setting.distance),
+            null=measured.nulls.get(name),
+        )
+        for name in measured.suite.names
+    ]
+    left_out = measured.suite.left_out.items()
+    return made + [
+        Attack(name=name, source=ATTACKS[name], not_measured=reason) for name, reason in left_out
+    ]
+
+
+def _captured(setting: Setting, measured: Measurements, attack: str) -> Captured:
     reasons = _no_ranks(setting)
     cut = f"the audit was cut short during {measured.stage}"
-    if measured.captured is None:
+    if not measured.captured:
         reasons["reconstructions"] = cut
     if measured.agreement_db is None:
         reasons["agreement"] = cut
@@ -171,10 +195,15 @@ def _captured(setting: Setting, measured: Measurements) -> Captured:
         reconstructions=[
             shown
             if shown.truth is None
-            else shown.model_copy(update=_ranks(measured, setting, shown.truth))
-            for shown in _reconstructions(measured.captured, setting)
+            else shown.model_copy(update=_ranks(measured, setting, shown.truth, attack))
+            for shown in _reconstructions(measured.captured.get(attack), setting)
         ],
-        nulls=_reconstructions(measured.captured_null, setting),
+        nulls=_reconstructions(measured.captured_null.get(attack), setting),
+        attack=attack,
+        by_attack={
+            name: [png_uri(image) for image in found.images]
+            for name, found in measured.captured.items()
+        },
         agreement=_agreement(measured),
         loss_place=_loss_place(measured),
         likeness=measured.likeness,
@@ -242,9 +271,12 @@ def _no_ranks(setting: Setting) -> dict[str, str]:
     return reasons
 
 
-def _ranks(measured: Measurements, setting: Setting, truth: int) -> dict[str, int | None]:
+def _ranks(
+    measured: Measurements, setting: Setting, truth: int, attack: str
+) -> dict[str, int | None]:
     rank, matching_rank = (
-        ranks[truth] if ranks else None for ranks in (measured.ranks, measured.matching_ranks)
+        ranks[truth] if ranks else None
+        for ranks in (measured.ranks.get(attack), measured.matching_ranks)
     )
     ranked = rank is not None or matching_rank is not None
     candidates = setting.spec.evidence.candidates if ranked else None
@@ -262,9 +294,9 @@ def _agreement(measured: Measurements) -> Agreement | None:
 
 
 def _loss_place(measured: Measurements) -> LossPlace | None:
-    if measured.captured is None or not measured.canary_losses:
+    if not measured.captured or not measured.canary_losses:
         return None
-    loss = measured.captured.loss
+    loss = measured.captured[GGL].loss
     return LossPlace(
         canaries=len(measured.canary_losses),
         canaries_above=sum(other > loss for other in measured.canary_losses),
@@ -307,7 +339,8 @@ def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
     no_matching = "evidence.matching_trials is 0" if evidence.matching_trials == 0 else cut
     no_trials = evidence.reconstruction_trials == 0
     no_reconstruction = "evidence.reconstruction_trials is 0" if no_trials else cut
-    no_control = "evidence.control_trials is 0" if evidence.control_trials == 0 else cut
+    late = "the time limit left none for it"
+    no_control = "evidence.control_trials is 0" if evidence.control_trials == 0 else cut or late
     no_label = why_not_inferred(setting.model, setting.members)
     if not no_label and setting.model.classes == 1:
         no_label = "there is one label only"
@@ -315,11 +348,11 @@ def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
     raw = applied if setting.spec.capture.stage == "raw" and setting.defense.steps else ""
     reasons = {
         "ceiling": "" if measured.ceiling else no_matching,
-        "floor": "" if measured.floor else no_reconstruction,
+        "floor": "" if measured.floors else no_reconstruction,
         "label": "" if measured.label else no_label or no_matching,
         "membership": "" if measured.membership else _no_membership(setting) or no_matching,
         "promise": "" if measured.promise else _no_promise(setting) or no_matching,
-        "controls.null": "" if measured.null else no_reconstruction,
+        "controls.null": "" if measured.nulls else no_reconstruction,
         "controls.undefended": "" if measured.undefended else no_reconstruction or no_control,
         "controls.undefended_matching": "" if measured.matching_control else no_matching,
         "guarantee": "" if setting.guarantee else _no_guarantee(setting),

@@ -77,7 +77,7 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
             f"different normalization{_scale(setting)}{_colours(setting)} may be too small to show."
         )
     said.append(
-        f"The floor is that of one attack, {spec.attack.optimizer} with "
+        f"The floor is that of {_attacks(measured)}, the search by {spec.attack.optimizer} with "
         f"{spec.attack.evaluations} evaluations on {setting.prior.source}; others may do better. "
         f"The ceiling is about identification among {evidence.candidates} same-class images."
     )
@@ -85,6 +85,11 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     if reason:
         said.append(f"Label recovery was not measured: {reason}.")
     return said
+
+
+def _attacks(measured: Measurements) -> str:
+    names = measured.suite.names
+    return "one attack" if len(names) == 1 else f"the strongest of {len(names)} attacks"
 
 
 def _release(setting: Setting) -> str:

@@ -71,7 +71,7 @@ class Reconstruction(_Part):
         label: that it was drawn for.
         matching_loss: distance of the gradient of all of them to the capture, relative, with the
             regularizer.
-        curve: the best loss so far, by candidates evaluated.
+        curve: the best loss of the latent search so far, by candidates evaluated.
         truth: the private image that it is compared with, by its place among them: of several
             pictures the Hungarian method assigns each to one, by the declared distance. None where
             they are not held.
@@ -134,6 +134,8 @@ class Captured(_Part):
         label_method: how they were found.
         norm: l2 norm of the defended gradient.
         truths: the private images as PNG data URIs; empty where they are not held.
+        attack: the strongest on the canaries, whose pictures the reconstructions are.
+        by_attack: the pictures of each attack.
         reconstructions: one for each image of the release, in the order of the truths.
         nulls: what the same attack makes of a random gradient of the same norm, likewise.
         agreement: between independent searches.
@@ -148,12 +150,32 @@ class Captured(_Part):
     label_method: str
     norm: float
     truths: list[PngUri] = []
+    attack: str = "ggl"
+    by_attack: dict[str, list[PngUri]] = {}
     reconstructions: list[Reconstruction] = []
     nulls: list[Reconstruction] = []
     agreement: Agreement | None = None
     loss_place: LossPlace | None = None
     likeness: Likeness | None = None
     not_measured: dict[str, str] = {}
+
+
+class Attack(_Part):
+    """What one attack takes from canaries.
+
+    Attributes:
+        name: ggl, refined or pixels.
+        source: what it does, and where it is from.
+        floor: canaries that it identified and its null control did not, by the declared distance.
+        null: canaries that its null control identified.
+        not_measured: why it was not made; empty where it was.
+    """
+
+    name: str
+    source: str
+    floor: ReconstructionRate | None = None
+    null: ReconstructionRate | None = None
+    not_measured: str = ""
 
 
 class Controls(_Part):
@@ -182,7 +204,10 @@ class EvidenceReport(_Part):
     """What the grade rests on; what was not measured is null, with the reason.
 
     Attributes:
-        floor: canaries reconstructed beyond the null control, by ``floor_distance``.
+        floor: canaries reconstructed beyond the null control by the strongest attack, by
+            ``floor_distance``; its interval and p-value hold for all attacks together.
+        attack: which attack that is.
+        attacks: each of them.
         floor_distance: by which pictures pick candidates; declared before anything was measured.
         floor_by_distance: the floor by every distance that can be computed; only the declared one
             counts.
@@ -198,6 +223,8 @@ class EvidenceReport(_Part):
         not_measured: the reason for each part that is null.
     """
 
+    attack: str = "ggl"
+    attacks: list[Attack] = []
     floor: ReconstructionRate | None = None
     floor_distance: str = "pixels"
     floor_by_distance: dict[str, ReconstructionRate] = {}

@@ -28,14 +28,12 @@ PIXELS = "pixels"
 ANALYTIC = "analytic"
 
 ATTACKS = {
-    GGL: "Generative Gradient Leakage (Li et al., CVPR 2022): the latents of the prior",
-    REFINED: "its result refined by derivatives, through the generator's features to the pixels "
-    "(after GIFD; Fang et al., ICCV 2023)",
-    PIXELS: "the pixels alone, without any prior (Inverting Gradients; Geiping et al., NeurIPS "
-    "2020)",
-    ANALYTIC: "the image read off the gradient of a linear first layer (Geiping et al., NeurIPS "
-    "2020, proposition 3.1)",
+    GGL: "the prior's latents (Generative Gradient Leakage; Li et al., CVPR 2022)",
+    REFINED: "then its features and the pixels (after GIFD; Fang et al., ICCV 2023)",
+    PIXELS: "pixels without a prior (Inverting Gradients; Geiping et al., NeurIPS 2020)",
+    ANALYTIC: "read off the first layer (Geiping et al., NeurIPS 2020, proposition 3.1)",
 }
+"""What each searches, and its source."""
 
 
 @dataclass(frozen=True)

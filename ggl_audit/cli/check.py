@@ -86,12 +86,13 @@ def check(
     predicted = forecast(setting, suite)
     console.print()
     console.print(_needs(predicted))
+    console.print(f"attacks: {', '.join(suite.names)}")
+    for name, reason in suite.left_out.items():
+        console.print(escape(printable(f"not {name}: {reason}")))
     console.print(
-        f"attacks: {', '.join(suite.names)}; {planned_evaluations(setting, suite):,} candidates, about "
+        f"the audit evaluates {planned_evaluations(setting, suite):,} candidates, about "
         f"{predicted.seconds:.0f} s"
     )
-    for name, reason in suite.left_out.items():
-        console.print(escape(f"not {name}: {reason}"))
     checks = [step for one in (setting, *setting.others) for step in one.checks]
     if any(step.outcome == "contradicts" for step in checks):
         raise typer.Exit(3)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ggl_audit.evidence.bounds import Rate
 from ggl_audit.evidence.fidelity import Fidelity
-from ggl_audit.report.model import Captured, Reconstruction, Report
+from ggl_audit.report.model import Captured, EvidenceReport, Reconstruction, Report
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def rate_rows(report: Report) -> list[RateRow]:
             "identified by reconstructions, beyond null",
             evidence.floor,
         ),
+        *_by_attack(evidence),
         row("controls.null", "null control", "identified from a random gradient", controls.null),
         row(
             "controls.undefended",
@@ -60,6 +61,23 @@ def rate_rows(report: Report) -> list[RateRow]:
         among = f"worst-case images, among {round(1 / evidence.promise.chance)}"
         rows.append(row("promise", "promise (client's code)", among, evidence.promise))
     return rows
+
+
+def _by_attack(evidence: EvidenceReport) -> list[RateRow]:
+    """A row for each attack, where there are several."""
+    if len(evidence.attacks) == 1:
+        return []
+    strongest = {evidence.attack: ", the strongest"}
+    return [
+        RateRow(
+            f"by {one.name}",
+            f"{one.source.partition(' (')[0]}{strongest.get(one.name, '')}",
+            one.floor,
+            one.not_measured or evidence.not_measured.get("floor", "not measured"),
+            one.floor.psnr_db if one.floor else None,
+        )
+        for one in evidence.attacks
+    ]
 
 
 def identification(about: Captured) -> str | None:

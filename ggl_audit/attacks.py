@@ -13,7 +13,6 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.pixels import attack_pixels
 from ggl_audit.attack.refine import refine
-from ggl_audit.attack.residuals import Residuals
 from ggl_audit.attack.search import SearchResult, search
 from ggl_audit.defenses import Pipeline
 from ggl_audit.gradient import Gradient
@@ -187,18 +186,14 @@ def run_search(
     Returns:
         What was found, and its pictures (t, channels, height, width) or (t, k, ...) in [0, 1].
     """
-    attack = setting.spec.attack
+    attack = setting.attack
     matching = Matching(setting.model, defense, attack.distance, setting.memory)
-    noise = defense.total_noise()
     objective = LatentObjective(
         matching,
-        Residuals(matching, defense, attack.distance),
-        Derivatives(setting.model, defense, attack.distance),
         setting.prior,
         observed,
         labels,
         attack.regularizer,
-        noise.std if noise else 0.0,
     )
     random = setting.random(purpose)
     parts = objective.parts(together=wants_more(attack.optimizer))

@@ -496,8 +496,9 @@ class AttackSpec(_Section):
         default=200, ge=1, description="of Adam, in each attack that follows derivatives"
     )
     optimizer: str = Field(
-        default="gauss_newton",
-        description="as `ggl-audit list optimizers` has it: cma, or nevergrad:NAME",
+        default="auto",
+        description="as `ggl-audit list optimizers` has it: cma, or nevergrad:NAME; auto: "
+        "gauss_newton for up to 4 images in a release, cma for more",
     )
     evaluations: int = Field(
         default=2000, ge=1, description="candidates tried for an image, all restarts together"

@@ -30,6 +30,7 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 SMALL = {
     "attack.evaluations": 200,
+    "attack.steps": 12,
     "evidence.matching_trials": 20,
     "evidence.reconstruction_trials": 3,
     "evidence.control_trials": 2,

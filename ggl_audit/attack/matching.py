@@ -98,8 +98,8 @@ class Matching:
         memory: int = MEMORY,
     ) -> None:
         self.model = model
-        self._defense = defense
-        self._distance = distance
+        self.defense = defense
+        self.distance = distance
         self._memory = memory
         self._contribution = Contribution(model, defense)
         self._shares = vmap(self._contribution)
@@ -119,8 +119,8 @@ class Matching:
     @functools.cached_property
     def _layer_wise(self) -> LayerWise | None:
         """The way layer by layer, where it is known to be exact."""
-        replica = self._defense.value_wise(self._distance == "likelihood")
-        cosine = self._distance == "cosine"
+        replica = self.defense.value_wise(self.distance == "likelihood")
+        cosine = self.distance == "cosine"
         return layer_wise(self.model, replica, cosine, self.gradients, self._memory)
 
     def halve_chunks(self) -> bool:
@@ -180,7 +180,7 @@ class Matching:
         if labels.ndim == 1:
             images, labels = images[:, None], labels[:, None]
         if drawn is None:
-            blind = self._defense.blind_guess()
+            blind = self.defense.blind_guess()
             drawn = {
                 name: tensor.expand(len(labels), *tensor.shape) for name, tensor in blind.items()
             }
@@ -244,7 +244,7 @@ class Matching:
             seen = {name: tensor[part] for name, tensor in observed.items()}
             known = {} if others is None else self._known(others[0][part], others[1][part], seen)
             with torch.no_grad():
-                guesses = vmap(self._defense.guesses)(seen)
+                guesses = vmap(self.defense.guesses)(seen)
                 tried = [
                     self._distances(self.of_clients(images[part], labels[part], guess), seen, known)
                     for guess in guesses
@@ -283,7 +283,7 @@ class Matching:
             with torch.no_grad():
                 tried = [
                     self._in_turn(candidates[part], labels[part], others[part], seen, guess)
-                    for guess in vmap(self._defense.guesses)(seen)
+                    for guess in vmap(self.defense.guesses)(seen)
                 ]
             distances.append(torch.stack(tried).amin(0))
         return torch.cat(distances)
@@ -326,10 +326,10 @@ class Matching:
             images, labels = images[:, None], labels[:, None]
 
         def replicate(gradients: Gradient, observed: Gradient) -> Gradient:
-            return self._defense.replicate(unstack(take(gradients, 0)), observed)
+            return self.defense.replicate(unstack(take(gradients, 0)), observed)
 
         with torch.no_grad():
-            guesses = vmap(self._defense.guesses)(observed)
+            guesses = vmap(self.defense.guesses)(observed)
             found: list[Gradient] = [
                 vmap(replicate)(self.of_clients(images[:, None], labels[:, None], guess), observed)
                 for guess in guesses
@@ -399,7 +399,7 @@ class Matching:
         rest = {name: whole[name] - own[name] for name in own}
         known: Gradient = {}
         if members > batch_size:
-            shares = vmap(lambda gradient, observed: self._defense.share([gradient], observed))(
+            shares = vmap(lambda gradient, observed: self.defense.share([gradient], observed))(
                 clients, repeated(observed, members // batch_size)
             )
 
@@ -442,10 +442,10 @@ class Matching:
         if labels.shape[1] == 0:
             return {}
         with torch.no_grad():
-            guess = vmap(self._defense.guesses)(observed)[0]
+            guess = vmap(self.defense.guesses)(observed)[0]
             gradients = self.of_clients(images[:, None], labels[:, None], guess)
 
             def share(gradients: Gradient, observed: Gradient) -> Gradient:
-                return self._defense.share(unstack(take(gradients, 0)), observed)
+                return self.defense.share(unstack(take(gradients, 0)), observed)
 
             return vmap(share)(gradients, observed)

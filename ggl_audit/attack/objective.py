@@ -47,34 +47,42 @@ class LatentObjective:
 
     Attributes:
         matching: compares images with gradients.
-        residuals: the same, value by value.
-        derivatives: the same, with derivatives.
         prior: decodes latents.
         observed: t observed gradients, tensors with a leading dimension t.
         labels: (t,), the label that the attacker assigns to each; (t, k) where k images made it.
         regularizer: the penalty on latents, a mean over the k.
-        noise_std: of the declared noise on each value, which leaves room for what the prior says.
     """
 
     matching: Matching
-    residuals: Residuals
-    derivatives: Derivatives
     prior: Prior
     observed: Gradient
     labels: torch.Tensor
     regularizer: RegularizerSpec
-    noise_std: float = 0.0
+
+    @functools.cached_property
+    def residuals(self) -> Residuals:
+        """The matching value by value."""
+        return Residuals(self.matching)
+
+    @functools.cached_property
+    def derivatives(self) -> Derivatives:
+        """The matching with its derivatives."""
+        matching = self.matching
+        return Derivatives(matching.model, matching.defense, matching.distance)
 
     @functools.cached_property
     def prior_weight(self) -> torch.Tensor:
         """(t,), of a latent's squared norm against the squared relative distance.
 
-        The mode of the posterior minimizes |g - observed|^2 / std^2 + |z|^2.
+        The mode of the posterior minimizes |g - observed|^2 / std^2 + |z|^2, where the declared
+        noise has the standard deviation std.
         """
-        wanted = self.regularizer.name == "posterior"
+        noise = self.matching.defense.total_noise()
         squares = [tensor.flatten(1).square().sum(1) for tensor in self.observed.values()]
         observed = torch.stack(squares).sum(0).clamp(min=1e-30)
-        return (self.noise_std**2 if wanted else 0.0) / observed
+        if noise is None or self.regularizer.name != "posterior":
+            return torch.zeros_like(observed)
+        return noise.std**2 / observed
 
     @property
     def members(self) -> int:

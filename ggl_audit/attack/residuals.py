@@ -7,8 +7,8 @@ import functools
 import torch
 from torch.func import vmap
 
-from ggl_audit.attack.matching import Distance, Matching, cosine
-from ggl_audit.defenses import Drawn, Pipeline, relative_l2
+from ggl_audit.attack.matching import Matching, cosine
+from ggl_audit.defenses import Drawn, relative_l2
 from ggl_audit.gradient import Gradient, each, flat, norm, unstack
 
 HELD_BYTES = 2**28
@@ -24,16 +24,15 @@ class Residuals:
     (Charikar et al., ICALP 2002) and noise as it is.
 
     Args:
-        matching: computes candidates' gradients.
-        defense: to replicate.
-        distance: ``l2``, or ``cosine`` for the difference of the two directions, halved.
+        matching: computes candidates' gradients. Its distance is ``l2``, or ``cosine`` for the
+            difference of the two directions, halved.
     """
 
-    def __init__(self, matching: Matching, defense: Pipeline, distance: Distance) -> None:
+    def __init__(self, matching: Matching) -> None:
         self._matching = matching
-        self._defense = defense
-        self._measure = cosine if distance == "cosine" else relative_l2
-        self._by_direction = distance == "cosine"
+        self._defense = matching.defense
+        self._by_direction = matching.distance == "cosine"
+        self._measure = cosine if self._by_direction else relative_l2
         self._compared = vmap(self._compare, in_dims=(0, None))
 
     def __call__(

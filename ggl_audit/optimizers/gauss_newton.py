@@ -136,7 +136,7 @@ class GaussNewton:
         self._damping, self._idle, self._steps = state["damping"], state["idle"], state["steps"]
         self._waiting, self._turns = state["waiting"], int(state["turns"])
         for generator, position in zip(self._random, state["random"], strict=True):
-            generator.set_state(position)
+            generator.set_state(position.cpu().clone())
 
     def _look(self, losses: torch.Tensor, products: torch.Tensor) -> None:
         """Computes the damped steps; or where a search starts anew, from the best of its draws."""

@@ -15,7 +15,8 @@ from scipy.stats import binom, multivariate_normal
 from torch import nn
 
 from ggl_audit.attack.labels import infer_several, scale_of_one, usual_head
-from ggl_audit.attack.matching import LatentObjective, Matching, pictures
+from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.search import search
 from ggl_audit.clients import DeclaredClient
 from ggl_audit.defenses import Clip, Context, Defense, Pipeline, Sign, Sparsify
@@ -27,7 +28,7 @@ from ggl_audit.gradient import Gradient, each, flat, stack, take
 from ggl_audit.inputs.images import ImageSet, digits, fingerprints
 from ggl_audit.inputs.model import ClientModel, Head
 from ggl_audit.loading import load_client
-from ggl_audit.optimizers import optimizer_factory
+from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.loading import bundled_folder, load_trained
 from ggl_audit.spec import AttackSpec, RegularizerSpec, Spec
 
@@ -232,7 +233,7 @@ def test_the_losses_in_turn_are_those_of_the_whole_sets(cohort: Callable[..., Co
         data.labels[None, :3],
         RegularizerSpec(name="norm"),
     )
-    assert (objective.parts, objective.dimension) == (3, prior.size)
+    assert (objective.parts(together=False), objective.parts(together=True)) == (3, 1)
     given = torch.randn(1, 2, 3, prior.size, generator=random)
     tried = torch.randn(1, 2, 3, 4, prior.size, generator=random)
     found = objective.losses_in_turn(tried, given)
@@ -260,10 +261,11 @@ def test_a_search_for_each_image_finds_more_than_one_for_all(
         matching = Matching(model, defense, "l2")
         matching.adds_up = apart
         objective = LatentObjective(matching, prior, observed, labels, RegularizerSpec())
-        make = optimizer_factory(AttackSpec(), objective.dimension)
-        seeds = np.arange(3 * objective.parts).reshape(3, 1, objective.parts)
-        result = search(objective, make, seeds, 250, lambda _: None)
-        assert result.evaluations == 3 * 241
+        parts = objective.parts(together=False)
+        start = start_optimizer(AttackSpec(optimizer="cma"), prior.size * batch_size // parts)
+        seeds = np.arange(3 * parts).reshape(3, 1, parts)
+        result = search(objective, start, seeds, 250, lambda _: None)
+        assert result.evaluations == 3 * 250
         found = pictures(prior, result.latents, labels)
         pixels = candidate_distances(model, None)["pixels"]
         psnr[apart] = np.mean(

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ggl_audit.attack.matching import LatentObjective, Matching, penalty
+from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.objective import LatentObjective, penalty
 from ggl_audit.defenses import Clip, Context, Defense, Drawn, Pipeline, Quantize, Sign, Sparsify
 from ggl_audit.errors import SpecError
 from ggl_audit.gradient import Gradient, flat, stack

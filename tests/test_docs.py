@@ -44,7 +44,16 @@ JUDGED = ("Check", "Check | None", "list[Check]", "Likeness", "Likeness | None",
 
 OTHER_JUDGES = ("decide", "_grade", "alternatives", "why_not_inferred", "_check_range")
 
+WHOLE = "nobody is told: whole gradients are taken instead"
+
 NOT_FOR_USERS = {
+    "padding by name": WHOLE,
+    "an embedding with options": WHOLE,
+    "batch norm with the statistics of the batch": WHOLE,
+    "a parameter is used twice, or not at all": WHOLE,
+    "what a layer was given is changed after it": WHOLE,
+    "... takes a parameter": WHOLE,
+    "... does not map each image by itself": WHOLE,
     "... needs ... gradients of earlier rounds; ... are known": "only a program that calls a "
     "defense itself can forget them",
     "a conditional generator takes latents and labels": "only a program that calls a trained "

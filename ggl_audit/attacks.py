@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from ggl_audit.attack.analytic import is_exact, recover_input
+from ggl_audit.attack.analytic import is_exact, recover_input, representation
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
@@ -17,6 +18,7 @@ from ggl_audit.attack.search import SearchResult, search
 from ggl_audit.defenses import Pipeline
 from ggl_audit.gradient import Gradient
 from ggl_audit.optimizers import start_optimizer, wants_more
+from ggl_audit.priors.directions import principal_directions
 from ggl_audit.setting import Setting
 
 Advance = Callable[[int], None]
@@ -133,15 +135,17 @@ def run_attacks(
         return result, attempts
     model, defense, attack = setting.model, setting.defense, setting.spec.attack
     of_each = labels.reshape(len(labels), -1)
+    shown = representation(model, observed) if attack.representation else None
+    extra = (shown, attack.representation)
 
     for name in suite.names[1:]:
         if name == REFINED:
-            nearer = Derivatives(model, defense, attack.distance)
+            nearer = Derivatives(model, defense, attack.distance, *extra)
             prior, latents = setting.prior, result.latents
             found = refine(prior, nearer, latents, of_each, observed, attack.steps, advance)
             attempts[name] = Attempt(found.images.reshape(images.shape), found.losses)
         elif name == PIXELS:
-            aligned = Derivatives(model, defense, "cosine")
+            aligned = Derivatives(model, defense, "cosine", *extra)
             random = setting.random(f"{purpose} pixels")
             found = attack_pixels(model, aligned, of_each, observed, attack.steps, random, advance)
             attempts[name] = Attempt(found.images.reshape(images.shape), found.losses)
@@ -200,7 +204,9 @@ def run_search(
     searches = (len(labels), attack.restarts, parts)
     seeds = random.integers(2**32, size=searches)
     budget = evaluations or attack.evaluations
-    start = start_optimizer(attack, setting.prior.size * objective.members // parts)
+    principal = partial(principal_directions, setting.prior, setting.labels[0])
+    size = setting.prior.size * objective.members // parts
+    start = start_optimizer(attack, size, principal if size == setting.prior.size else None)
     result = search(objective, start, seeds, budget, advance)
     found = pictures(setting.prior, result.latents, labels.reshape(len(labels), -1))
     return result, found if labels.ndim == 2 else found[:, 0]

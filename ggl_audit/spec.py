@@ -495,6 +495,12 @@ class AttackSpec(_Section):
     steps: int = Field(
         default=200, ge=1, description="of Adam, in each attack that follows derivatives"
     )
+    representation: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the representation that the head's gradient shows, as an extra term "
+        "of the attacks that follow derivatives; without effect where it does not show",
+    )
     optimizer: str = Field(
         default="auto",
         description="as `ggl-audit list optimizers` has it: cma, or nevergrad:NAME; auto: "

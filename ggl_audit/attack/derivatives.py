@@ -26,9 +26,23 @@ class Derivatives:
         model: the client's.
         defense: to replicate.
         distance: ``l2`` or ``cosine``.
+        shown: (t, features), what each observed gradient shows that the head took
+            (:func:`ggl_audit.attack.analytic.representation`), for gradients of one image.
+        weight: of an extra term, the squared relative distance of what it takes of the candidate
+            from that.
     """
 
-    def __init__(self, model: ClientModel, defense: Pipeline, distance: Distance) -> None:
+    def __init__(
+        self,
+        model: ClientModel,
+        defense: Pipeline,
+        distance: Distance,
+        shown: torch.Tensor | None = None,
+        weight: float = 0.0,
+    ) -> None:
+        self._model = model
+        self._shown = shown
+        self._weight = weight
         self._batch_size = model.batch_size
         self._defense = defense
         self._contribution = Contribution(model, defense)
@@ -55,17 +69,29 @@ class Derivatives:
         for start in range(0, len(labels), self._together):
             part = slice(start, start + self._together)
             seen, guess = (each(lambda tensor: tensor[part], one) for one in (observed, drawn))  # noqa: B023
-            slope, distance = self._sloped(images[part], labels[part], seen, guess)
+            shown = () if self._shown is None else (self._shown[part],)
+            slope, distance = self._sloped(images[part], labels[part], seen, guess, *shown)
             slopes.append(slope)
             distances.append(distance)
         return torch.cat(distances).detach(), torch.cat(slopes).detach()
 
     def _distance(
-        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient, drawn: Drawn
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        observed: Gradient,
+        drawn: Drawn,
+        shown: torch.Tensor | None = None,
     ) -> torch.Tensor:
         size = min(self._batch_size, len(labels))
         gradients = [
             self._contribution(own, labelled, drawn)
             for own, labelled in zip(images.split(size), labels.split(size), strict=True)
         ]
-        return self._measure(self._defense.smooth(gradients, observed), observed)
+        distance = self._measure(self._defense.smooth(gradients, observed), observed)
+        taken = None if shown is None else self._model.representation(images)
+        if taken is None or shown is None:
+            return distance
+        # Where it is zero, the gradient held nothing.
+        away = torch.where(shown == 0, 0.0, taken[0] - shown).square().sum()
+        return distance + self._weight * away / shown.square().sum().clamp(min=1e-30)

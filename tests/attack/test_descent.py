@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from ggl_audit.attack.analytic import representation
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.descent import Descent, descend, total_variation
 from ggl_audit.attack.matching import Matching
@@ -63,6 +64,23 @@ def test_derivatives_are_those_of_the_distance(
     behind, _ = derivatives(images - 1e-3 * direction, labels[:, None], seen)
     along = (slopes * direction).flatten(1).sum(1)
     torch.testing.assert_close((ahead - behind) / 2e-3, along, rtol=0.05, atol=2e-3)
+
+
+def test_the_representation_is_an_extra_term(model: ClientModel, private: Any) -> None:
+    images, labels, observed = private
+    shown = representation(model, observed)
+    assert shown is not None
+    others = torch.rand(2, 1, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    plain, _ = Derivatives(model, Pipeline(), "l2")(others, labels[:, None], observed)
+    more = Derivatives(model, Pipeline(), "l2", shown, 0.5)
+    with_term, slopes = more(others, labels[:, None], observed)
+    taken = model.representation(others[:, 0])
+    assert taken is not None
+    away = torch.where(shown == 0, 0.0, taken - shown).square().sum(1) / shown.square().sum(1)
+    torch.testing.assert_close(with_term - plain, 0.5 * away, rtol=1e-3, atol=1e-5)
+    assert bool(slopes.any())
+    at_truth, _ = more(images[:, None], labels[:, None], observed)
+    assert float(at_truth.max()) < 1e-6
 
 
 def test_total_variation_is_the_mean_difference_of_neighbours() -> None:

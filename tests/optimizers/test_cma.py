@@ -15,7 +15,7 @@ from ggl_audit.optimizers.cma import DiagonalCma
 from ggl_audit.optimizers.pycma import Pycma
 
 CPU = torch.device("cpu")
-SEEDS = range(21)
+SEEDS = range(13)
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 

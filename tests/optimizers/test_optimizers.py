@@ -191,7 +191,7 @@ def test_random_search_draws_from_the_prior() -> None:
 
 
 def test_adam_is_that_of_pytorch_from_each_start() -> None:
-    case = Case("adam", 5, 40, 4)
+    case = Case("adam", 5, 4 * 40, 4)  # a derivative costs four candidates
     optimizer = case.start([7])
     first = optimizer.ask()[0]
     assert not first[0].any()
@@ -229,29 +229,20 @@ def test_an_unknown_name_gets_the_nearest(name: str, words: str) -> None:
 
 
 def test_every_example_in_the_list_can_be_started() -> None:
-    assert {case.name for case in map(_case, CASES)} >= FAMILIES.keys() - {"nevergrad:NAME"}
+    assert {case.name for case in map(_case, CASES)} >= FAMILIES.keys() - {
+        "nevergrad:NAME",
+        "auto",  # one of two others
+        "gauss_newton",  # see test_gauss_newton.py
+    }
 
 
 def _case(listed: Any) -> Case:
     return listed if isinstance(listed, Case) else listed.values[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "dimension"),
-    [
-        ("nevergrad:SQP", 4),
-        pytest.param(
-            "turbo",
-            30_000,
-            marks=pytest.mark.skipif(
-                find_spec("botorch") is None, reason="BoTorch is not installed"
-            ),
-        ),
-    ],
-)
-def test_what_an_optimizer_refuses_is_told_before_the_search(name: str, dimension: int) -> None:
+def test_what_an_optimizer_refuses_is_told_before_the_search() -> None:
     with pytest.raises(SpecError, match="cannot be used here") as error:
-        start_optimizer(AttackSpec(optimizer=name), dimension)
+        start_optimizer(AttackSpec(optimizer="nevergrad:SQP"), 4)
     assert error.value.key == ("attack", "optimizer")
 
 

@@ -148,8 +148,10 @@ def planned_descents(setting: Setting, suite: Suite) -> int:
 
 
 def evaluations_each(setting: Setting) -> int:
-    """The candidates of one search, nearly."""
-    return setting.spec.attack.evaluations
+    """The candidates of one search."""
+    attack = setting.attack
+    step = attack.restarts * (DERIVATIVE_COST if attack.optimizer == "adam" else 1)
+    return step * (attack.evaluations // step)
 
 
 def predict_seconds(setting: Setting, suite: Suite) -> tuple[float, float, float]:

@@ -31,6 +31,7 @@ NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 CHEAP = {
     "device": "cpu",
     "attack.evaluations": 13,
+    "attack.method": "ggl",
     "evidence.matching_trials": 2,
     "evidence.reconstruction_trials": 1,
 }

@@ -22,6 +22,7 @@ from ggl_audit.inputs.images import digits
 SMALL = [
     "--device=cpu",
     "--set=attack.evaluations=100",
+    "--set=attack.steps=4",
     "--set=evidence.matching_trials=10",
     "--set=evidence.reconstruction_trials=2",
     "--set=evidence.control_trials=1",

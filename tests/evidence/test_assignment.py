@@ -102,7 +102,7 @@ def test_labels_are_assigned_to_their_images(
         if not bias:
             assert model.head is not None
             tried = replace(tried, head=Head(model.head.module, model.head.weight, None))
-        scale = scale_of_one(tried, matching._defense, size)
+        scale = scale_of_one(tried, matching.defense, size)
         found = assign_labels(sent, tried, images, sorted(labels.tolist()), scale)
         assert found == labels.tolist()
 
@@ -122,7 +122,7 @@ def test_the_right_images_agree_and_others_contradict(
 ) -> None:
     """One wrong image, all of them in another order of labels, or one of two clients' batches."""
     matching, images, labels, sent = batch(model, STEPS[name], size)
-    others, defense = digits("reference").images, matching._defense
+    others, defense = digits("reference").images, matching.defense
 
     def outcome(images: torch.Tensor, labels: torch.Tensor) -> str:
         return check_truth(matching, defense, sent, images, others, labels).outcome

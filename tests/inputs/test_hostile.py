@@ -561,6 +561,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     shutil.copy(SAMPLES / "captures" / "undefended.safetensors", path)
     overrides = {
         "attack.evaluations": 60,
+        "attack.steps": 2,
         "evidence.matching_trials": 2,
         "evidence.reconstruction_trials": 1,
         "evidence.control_trials": 1,

@@ -19,7 +19,8 @@ from tests.conftest import SAMPLES, Counter
 
 RADIOGRAPH = SAMPLES / "captures" / "radiograph.png"
 REDUCED = {
-    "attack.evaluations": 900,
+    "attack.evaluations": 500,
+    "attack.steps": 40,
     "evidence.matching_trials": 40,
     "evidence.reconstruction_trials": 8,
     "evidence.control_trials": 2,

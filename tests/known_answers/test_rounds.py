@@ -24,6 +24,7 @@ from tests.conftest import Counter
 
 FEW = {
     "attack.evaluations": 300,
+    "attack.steps": 12,
     "evidence.matching_trials": 40,
     "evidence.reconstruction_trials": 5,
     "evidence.truth": None,

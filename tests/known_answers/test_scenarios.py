@@ -38,12 +38,18 @@ NOTHING_SAID = ("inconclusive",)
 
 SEARCHED = {
     "attack.evaluations": 480,
+    "attack.steps": 20,
     "evidence.matching_trials": 60,
     "evidence.reconstruction_trials": 8,
     "evidence.control_trials": 2,
 }
 WELL_SEARCHED = {**SEARCHED, "attack.evaluations": 1500, "evidence.reconstruction_trials": 10}
-MATCHED = {**SEARCHED, "attack.evaluations": 13, "evidence.matching_trials": 200}
+MATCHED = {
+    **SEARCHED,
+    "attack.method": "ggl",
+    "attack.evaluations": 13,
+    "evidence.matching_trials": 200,
+}
 CHECKED = {**MATCHED, "evidence.matching_trials": 20, "evidence.reconstruction_trials": 0}
 
 Steps = list[dict[str, Any]]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ggl_audit.attacks import choose_attacks
 from ggl_audit.audit import run_audit
 from ggl_audit.errors import AuditError, InputError
 from ggl_audit.forecast import planned_evaluations
@@ -118,12 +119,15 @@ def test_the_planned_evaluations_are_those_that_happen(sample: Callable[..., Spe
         ("undefended", {"attack__restarts": 3}),
         ("undefended", {"capture__batch_size": 3, "evidence__truth": None}),
         ("noise", {"evidence__control_trials": 9, "attack__evaluations": 47}),
+        ("sign", {"attack__optimizer": "adam", "attack__method": "ggl"}),
     ):
         spec = sample(name, **overrides)
         counter = Counter()
         report = run_audit(spec, counter)
         assert counter.planned == counter.done == report.cost.evaluations
-        assert counter.planned == planned_evaluations(prepare(spec))
+        assert counter.planned == planned_evaluations(
+            setting := prepare(spec), choose_attacks(setting)
+        )
 
 
 def test_pictures_are_stored_without_loss() -> None:
@@ -195,7 +199,7 @@ def test_the_page_is_self_contained_and_complete(report: Report) -> None:
     assert "script" not in names
     assert "link" not in names
     pictures = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == 3
+    assert len(pictures) == 3 + 3  # the truth, the strongest attack and its null; each attack
     assert all(source and source.startswith("data:image/png;base64,") for source in pictures)
     assert names.count("polyline") == 2
     assert any(a.get("name") == "viewport" for _, a in page.tags)
@@ -320,7 +324,8 @@ def test_each_of_several_pictures_stands_with_its_truth(
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     captured = several.captured
     found = [one.image for one in (*captured.reconstructions, *captured.nulls)]
-    assert sources == [*captured.truths, *found]
+    by_attack = [uri for pictures in captured.by_attack.values() for uri in pictures]
+    assert sources == [*captured.truths, *found, *by_attack]
     assert [tag for tag, _ in page.tags].count("polyline") == 2
     text = " ".join(page.text.split())
     terminal = " ".join(shown(several, width=200).split())

@@ -65,6 +65,8 @@ DEFENSES = {
 BARS = {"none": 1.5, "sparsify 90 %": 1.5, "sign": 3.0}
 """The gap in dB, on faces at most evaluations, that the default attack is to stay below."""
 
+Budget = int | str
+
 SECONDS = "seconds"
 RESAMPLED = 10_000
 
@@ -104,7 +106,7 @@ class Cell:
 
     task: str
     defense: str
-    budget: int | str
+    budget: Budget
     attack: str
     seed: int
 
@@ -145,6 +147,11 @@ class Results:
     candidates: int = 0
     best: dict[str, list[float]] = field(default_factory=dict)
     outcomes: dict[Cell, Outcome] = field(default_factory=dict)
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Of equal evaluations, then of equal seconds."""
+        return [*self.scale.evaluations, SECONDS]
 
     def of(self, cell: Cell) -> list[Outcome]:
         """The outcomes of a cell and of its like with other seeds."""
@@ -341,9 +348,10 @@ def run(
 def planned(tasks: Sequence[str], scale: Scale, seeds: int) -> list[Cell]:
     """The whole grid; an optimizer that is given few evaluations has them in the least budget."""
     least, *more = scale.evaluations
+    budgets: list[Budget] = [least, SECONDS, *more]
     return [
         Cell(task, defense, budget, name, seed)
-        for budget in (least, SECONDS, *more)
+        for budget in budgets
         for seed in range(seeds)
         for task in tasks
         for defense in DEFENSES
@@ -362,7 +370,8 @@ def interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
 
 def over_images(outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
     """The mean PSNR of each image over the seeds."""
-    return np.array([one.psnr for one in outcomes]).mean(axis=0)
+    means: NDArray[np.float64] = np.array([one.psnr for one in outcomes]).mean(axis=0)
+    return means
 
 
 def between(measured: tuple[float, float, float]) -> str:
@@ -400,7 +409,7 @@ def row(results: Results, cell: Cell) -> str:
     return f"| {' | '.join(columns)} |"
 
 
-def budget_title(results: Results, budget: int | str) -> str:
+def budget_title(results: Results, budget: Budget) -> str:
     """Names a budget for the reader."""
     least = results.scale.evaluations[0]
     if budget == SECONDS:
@@ -418,7 +427,7 @@ def tables(results: Results) -> Iterator[str]:
         )
         if task == "faces":
             yield from bars(results)
-        for budget in (*results.scale.evaluations, SECONDS):
+        for budget in results.budgets:
             grid = [
                 Cell(task, defense, budget, name, 0) for defense in DEFENSES for name in ATTACKS
             ]
@@ -436,7 +445,7 @@ def tables(results: Results) -> Iterator[str]:
 def missing(results: Results, grid: Sequence[Cell]) -> str:
     """Says which cells of a table were not measured."""
     lacking = [cell for cell in grid if not results.of(cell)]
-    names = {cell.attack: [] for cell in lacking}
+    names: dict[str, list[str]] = {cell.attack: [] for cell in lacking}
     for cell in lacking:
         names[cell.attack].append(cell.defense)
     said = [
@@ -469,12 +478,11 @@ def plot(results: Results, path: Path) -> None:
     tasks = list(results.best)
     figure = Figure(figsize=(11, 3.4 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), len(DEFENSES), sharex="row", sharey=True, squeeze=False)
-    budgets = (*results.scale.evaluations, SECONDS)
     for axes, task in zip(grid, tasks, strict=True):
         for axis, defense in zip(axes, DEFENSES, strict=True):
             best = axis.axvline(np.mean(results.best[task]), color="grey", linestyle=":")
             best.set_label("the generator's best inversion")
-            for number, budget in enumerate(budgets):
+            for number, budget in enumerate(results.budgets):
                 cells = [Cell(task, defense, budget, name, 0) for name in ATTACKS]
                 rows = [index for index, cell in enumerate(cells) if results.of(cell)]
                 found = [interval(over_images(results.of(cells[index]))) for index in rows]

@@ -39,6 +39,11 @@ from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.spec_file import parse_defense, read_spec
 from ggl_audit.optimizers import DERIVATIVE_COST, FAMILIES, start_optimizer
 from ggl_audit.setting import Setting, prepare
+from ggl_audit.spec import SubspaceSpec
+
+FACE_DATA = [
+    path.relative_to(defenses.SHARED) for path in (defenses.FACES, defenses.FACE_GENERATOR)
+]
 
 NEVERGRAD = ("OldCMA", "DE", "NGOpt")
 OPTIMIZERS = [
@@ -53,7 +58,10 @@ SEARCHED = 0.6
 """The share of the evaluations after which gauss_newton's result is refined."""
 
 FEW = {"bayesian": 100, "turbo": 100}
-"""The most evaluations of optimizers whose own work grows with their cube."""
+"""The most evaluations of optimizers whose own work grows with their cube; in 12 directions."""
+
+FEWEST = 100
+"""Evaluations that every attack is given at least; one that is slow does not get to all of them."""
 
 DEFENSES = {
     "none": "none",
@@ -85,7 +93,7 @@ class Scale:
     images: int = 10
     evaluations: tuple[int, ...] = (1000, 5000)
     starts: int = 4
-    steps: int = 1000
+    steps: int = 3000
 
 
 QUICK = Scale(images=2, evaluations=(120, 240), starts=2, steps=50)
@@ -240,7 +248,9 @@ def attack(
 def optimizing(setting: Setting, name: str) -> Setting:
     """The setting with an attack's optimizer, whose libraries are loaded."""
     optimizer = {REFINED: "gauss_newton", PIXELS: "random"}.get(name, name)
-    declared = setting.spec.attack.model_copy(update={"optimizer": optimizer})
+    subspace = SubspaceSpec() if name in FEW else None
+    changes = {"optimizer": optimizer, "subspace": subspace}
+    declared = setting.spec.attack.model_copy(update=changes)
     start_optimizer(declared, setting.prior.size)([0], 1000, setting.model.device)
     return replace(setting, spec=setting.spec.model_copy(update={"attack": declared}))
 
@@ -267,7 +277,7 @@ def allowance(results: Results, cell: Cell) -> tuple[int, float]:
             param_hint="--budget seconds",
         ) from None
     possible = int(usual.seconds / own.seconds * own.evaluations)
-    return max(possible, 100), usual.seconds if cell.attack in OPTIMIZERS else math.inf
+    return max(possible, FEWEST), usual.seconds if cell.attack in OPTIMIZERS else math.inf
 
 
 def measure(results: Results, setting: Setting, trials: Trials, cell: Cell) -> Outcome:
@@ -518,10 +528,7 @@ def about() -> dict[str, str]:
 
 def make_tasks(names: Sequence[str], shared: Path, scratch: Path) -> dict[str, defenses.Task]:
     """The tasks by name; the faces only where their data are."""
-    defenses.FACES, defenses.FACE_GENERATOR = (
-        shared / path.relative_to(defenses.SHARED)
-        for path in (defenses.FACES, defenses.FACE_GENERATOR)
-    )
+    defenses.FACES, defenses.FACE_GENERATOR = (shared / inside for inside in FACE_DATA)
     tasks = {}
     for name in names:
         folder = scratch / name

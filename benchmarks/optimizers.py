@@ -447,7 +447,7 @@ def tables(results: Results) -> Iterator[str]:
                 continue
             yield f"### {task.capitalize()}, {budget_title(results, budget).lower()}\n\n{HEADER}"
             yield from (row(results, cell) for cell in there)
-            yield f"\n{missing(results, grid)}".rstrip() + "\n"
+            yield missing(results, grid)
     about = ", ".join(f"{key} {value}" for key, value in results.about.items())
     yield f"Measured with {about}; one process of one thread."
 
@@ -462,20 +462,23 @@ def missing(results: Results, grid: Sequence[Cell]) -> str:
         name if len(behind) == len(DEFENSES) else f"{name} behind {', '.join(behind)}"
         for name, behind in names.items()
     ]
-    return f"Not measured: {'; '.join(said)}." if said else ""
+    return f"\nNot measured: {'; '.join(said)}.\n" if said else ""
 
 
 def bars(results: Results) -> Iterator[str]:
     """Whether the default attack keeps the bars."""
     most = results.scale.evaluations[-1]
-    yield f"| defense | attack, {most:,} evaluations | gap, dB | bar | kept |\n{'| --- ' * 5}|"
+    yield f"At {most:,} evaluations the default attack is to come within a bar of it:\n"
+    yield f"| defense | attack | gap, dB | bar, dB | kept | seeds |\n{'| --- ' * 6}|"
     for defense, bar in BARS.items():
         for name in ("gauss_newton", REFINED):
             outcomes = results.of(Cell("faces", defense, most, name, 0))
-            if outcomes:
-                gap = interval(np.array(results.best["faces"]) - over_images(outcomes))
-                kept = "yes" if gap[0] <= bar else "no"
-                yield f"| {defense} | {name} | {between(gap)} | {bar} | {kept} |"
+            if not outcomes:
+                yield f"| {defense} | {name} | | {bar} | not measured | |"
+                continue
+            gap = interval(np.array(results.best["faces"]) - over_images(outcomes))
+            kept = "yes" if gap[0] <= bar else "no"
+            yield f"| {defense} | {name} | {between(gap)} | {bar} | {kept} | {len(outcomes)} |"
     yield ""
 
 

@@ -34,7 +34,7 @@ from ggl_audit.environment import describe
 from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.fidelity import candidate_distances
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
-from ggl_audit.experiments import run_search
+from ggl_audit.attacks import run_search
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.spec_file import parse_defense, read_spec
 from ggl_audit.optimizers import DERIVATIVE_COST, FAMILIES, start_optimizer

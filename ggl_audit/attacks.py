@@ -190,7 +190,7 @@ def run_search(
     Returns:
         What was found, and its pictures (t, channels, height, width) or (t, k, ...) in [0, 1].
     """
-    attack = setting.attack
+    attack = setting.spec.attack
     matching = Matching(setting.model, defense, attack.distance, setting.memory)
     objective = LatentObjective(
         matching,

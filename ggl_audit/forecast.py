@@ -149,7 +149,7 @@ def planned_descents(setting: Setting, suite: Suite) -> int:
 
 def evaluations_each(setting: Setting) -> int:
     """The candidates of one search."""
-    attack = setting.attack
+    attack = setting.spec.attack
     step = attack.restarts * (DERIVATIVE_COST if attack.optimizer == "adam" else 1)
     return step * (attack.evaluations // step)
 

@@ -42,12 +42,12 @@ from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image, read_image_set
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.loading import load_client
-from ggl_audit.optimizers import resolve_optimizer, start_optimizer
+from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME
 from ggl_audit.priors.loading import load_prior, prior_folder, sample_images
 from ggl_audit.priors.prior import Prior
 from ggl_audit.randomness import client_context, stream
-from ggl_audit.spec import AttackSpec, Spec
+from ggl_audit.spec import Spec
 
 SAMPLED_CLASSES = 10
 NORMS_COMPARED = 8
@@ -108,11 +108,6 @@ class Setting:
     def members(self) -> int:
         """How many images a release is made of, those of all clients together."""
         return self.spec.capture.batch_size * self.defense.aggregation.clients
-
-    @property
-    def attack(self) -> AttackSpec:
-        """How the latents are searched, with the optimizer that is used."""
-        return resolve_optimizer(self.spec.attack, self.members)
 
     @property
     def memory(self) -> int:
@@ -220,9 +215,7 @@ def prepare(spec: Spec) -> Setting:
             "Declare pixels, or lpips with its weights.",
         )
     prior = load_prior(spec, model)
-    start_optimizer(
-        resolve_optimizer(spec.attack, members), prior.size
-    )  # refuses what cannot be used before all else
+    start_optimizer(spec.attack, prior.size)  # refuses what cannot be used before all else
     lpips = spec.evidence.lpips
     truths = _truths(spec, model, members)
     marks, seen = frozenset(fingerprints(truths)), prior.seen or frozenset()

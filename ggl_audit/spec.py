@@ -502,12 +502,11 @@ class AttackSpec(_Section):
         "of the attacks that follow derivatives; without effect where it does not show",
     )
     optimizer: str = Field(
-        default="auto",
-        description="as `ggl-audit list optimizers` has it: cma, or nevergrad:NAME; auto: "
-        "gauss_newton for up to 4 images in a release, cma for more",
+        default="cma",
+        description="as `ggl-audit list optimizers` has it: cma, gauss_newton, or nevergrad:NAME",
     )
     evaluations: int = Field(
-        default=2000, ge=1, description="candidates tried for an image, all restarts together"
+        default=3000, ge=1, description="candidates tried for an image, all restarts together"
     )
     restarts: int = Field(default=1, ge=1, description="independent searches for each image")
     population: int = Field(default=12, ge=2, description="candidates of a search at a time")

@@ -32,7 +32,6 @@ __all__ = [
     "Start",
     "State",
     "Wants",
-    "resolve_optimizer",
     "start_optimizer",
     "wants_more",
 ]
@@ -47,14 +46,13 @@ class Family:
 
 
 FAMILIES = {
-    "auto": Family("gauss_newton for up to 4 images in a release, cma for more", "most audits"),
     "gauss_newton": Family(
         "Levenberg-Marquardt by differences (Brown and Dennis, 1971), started by cma",
-        "a few images: looks at every value of the gradient, and not at their sum alone",
+        "a few images: looks at every value of the gradient, not at their sum alone",
     ),
     "cma": Family(
         "CMA-ES with a diagonal covariance (Ros and Hansen, PPSN 2008)",
-        "losses of any kind, and latents of very many coordinates",
+        "most audits: any loss, any device, all searches at once",
     ),
     "pycma:full": Family(
         "CMA-ES (Hansen, arXiv 1604.00772), by pycma",
@@ -94,22 +92,6 @@ KEY = ("attack", "optimizer")
 
 WANTS_MORE = ("gauss_newton", "adam")
 
-TOGETHER = 4
-"""Images whose latents gauss_newton can search as one: at 8 cma does as well."""
-
-
-def resolve_optimizer(attack: AttackSpec, images: int) -> AttackSpec:
-    """Chooses the optimizer that ``auto`` stands for.
-
-    Args:
-        attack: as declared.
-        images: that made a release.
-    """
-    if attack.optimizer != "auto":
-        return attack
-    chosen = "gauss_newton" if images <= TOGETHER else "cma"
-    return attack.model_copy(update={"optimizer": chosen})
-
 
 def wants_more(optimizer: str) -> bool:
     """Whether an optimizer wants to be told more than losses."""
@@ -122,8 +104,7 @@ def start_optimizer(
     """Prepares to start the declared optimizer any number of times.
 
     Args:
-        attack: the optimizer's name (:func:`resolve_optimizer`), population, first step size and
-            subspace.
+        attack: the optimizer's name, population, first step size and subspace.
         dimension: of the latent space, d.
         principal: from k to (k, d) orthonormal directions along which the generator's pictures
             change most; called when a search starts whose subspace is declared as principal.
@@ -135,7 +116,6 @@ def start_optimizer(
         SpecError: the name is unknown, what it needs is not installed, or the optimizer refuses the
             population or the budget.
     """
-    assert attack.optimizer != "auto"
     _refuse_unknown(attack.optimizer)
     if attack.optimizer == "turbo" and importlib.util.find_spec("botorch") is None:
         raise SpecError(

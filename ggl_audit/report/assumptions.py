@@ -77,7 +77,7 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
             f"different normalization{_scale(setting)}{_colours(setting)} may be too small to show."
         )
     said.append(
-        f"The floor is that of {_attacks(measured)}, the search by {setting.attack.optimizer} with "
+        f"The floor is that of {_attacks(measured)}, the search by {spec.attack.optimizer} with "
         f"{spec.attack.evaluations} evaluations on {setting.prior.source}; others may do better. "
         f"The ceiling is about identification among {evidence.candidates} same-class images."
     )

@@ -38,7 +38,7 @@ NOTHING_SAID = ("inconclusive",)
 
 SEARCHED = {
     "attack.evaluations": 480,
-    "attack.steps": 20,
+    "attack.method": "ggl",
     "evidence.matching_trials": 60,
     "evidence.reconstruction_trials": 8,
     "evidence.control_trials": 2,

@@ -231,7 +231,6 @@ def test_an_unknown_name_gets_the_nearest(name: str, words: str) -> None:
 def test_every_example_in_the_list_can_be_started() -> None:
     assert {case.name for case in map(_case, CASES)} >= FAMILIES.keys() - {
         "nevergrad:NAME",
-        "auto",  # one of two others
         "gauss_newton",  # see test_gauss_newton.py
     }
 

@@ -468,7 +468,7 @@ def missing(results: Results, grid: Sequence[Cell]) -> str:
 def bars(results: Results) -> Iterator[str]:
     """Whether the default attack keeps the bars."""
     most = results.scale.evaluations[-1]
-    yield f"At {most:,} evaluations the default attack is to come within a bar of it:\n"
+    yield f"At {most:,} evaluations the attack is to come within a bar of it:\n"
     yield f"| defense | attack | gap, dB | bar, dB | kept | seeds |\n{'| --- ' * 6}|"
     for defense, bar in BARS.items():
         for name in ("gauss_newton", REFINED):

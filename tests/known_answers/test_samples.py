@@ -18,6 +18,7 @@ from ggl_audit.spec import Spec
 from tests.conftest import Counter
 
 ENOUGH = {
+    "attack__method": "ggl",
     "attack__evaluations": 1200,
     "evidence__matching_trials": 60,
     "evidence__reconstruction_trials": 12,

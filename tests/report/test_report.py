@@ -125,9 +125,8 @@ def test_the_planned_evaluations_are_those_that_happen(sample: Callable[..., Spe
         counter = Counter()
         report = run_audit(spec, counter)
         assert counter.planned == counter.done == report.cost.evaluations
-        assert counter.planned == planned_evaluations(
-            setting := prepare(spec), choose_attacks(setting)
-        )
+        setting = prepare(spec)
+        assert counter.planned == planned_evaluations(setting, choose_attacks(setting))
 
 
 def test_pictures_are_stored_without_loss() -> None:

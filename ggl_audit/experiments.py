@@ -36,7 +36,15 @@ from ggl_audit.evidence.identification import (
     rank_of_truth,
     reconstruction_ranks,
 )
-from ggl_audit.evidence.likeness import CLEAR, HALFWAY, WORST, Likeness, judge, judge_zeros
+from ggl_audit.evidence.likeness import (
+    CLEAR,
+    HALFWAY,
+    MUCH_LOWER,
+    WORST,
+    Likeness,
+    judge,
+    judge_zeros,
+)
 from ggl_audit.evidence.membership import UnknownMembers, public_images
 from ggl_audit.evidence.promise import (
     CANDIDATES,
@@ -97,6 +105,7 @@ class Measurements:
         captured: what each attack made of the captured gradient.
         captured_null: what each made of a random gradient of the same norm.
         repeated: the pictures of all searches of the capture, (searches, channels, height, width).
+        repeated_losses: the losses of these searches.
         agreement_db: mean PSNR between the pictures of independent searches of the capture.
         null_agreement_db: the same for the random gradient.
         ranks: of each truth, by its distance to the nearest picture of each attack.
@@ -124,6 +133,7 @@ class Measurements:
     captured: dict[str, Reconstructed] = field(default_factory=dict)
     captured_null: dict[str, Reconstructed] = field(default_factory=dict)
     repeated: torch.Tensor | None = None
+    repeated_losses: list[float] = field(default_factory=list)
     agreement_db: float | None = None
     null_agreement_db: float | None = None
     ranks: dict[str, list[int | None]] = field(default_factory=dict)
@@ -309,6 +319,7 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
         measured.exact = recovered_exactly(setting, attempts[ANALYTIC])
     searched = attempts[GGL].images
     measured.repeated = searched[:SEARCHES_COMPARED]
+    measured.repeated_losses = result.losses[:SEARCHES_COMPARED].tolist()
     measured.agreement_db = _agreement_db(measured.repeated)
     measured.null_agreement_db = _agreement_db(searched[SEARCHES_COMPARED:])
     if not setting.prior_saw_truth:
@@ -504,6 +515,7 @@ def _likeness(
     assert measured.repeated is not None
     canaries, nulls = agreements
     names = list(setting.observed)
+    losses = torch.tensor(measured.canary_losses, device=canaries.device)
 
     def place(of: Setting, images: torch.Tensor) -> Likeness:
         """Of the picture that places the capture highest: a single search may fail."""
@@ -511,7 +523,7 @@ def _likeness(
         matching = Matching(of.model, of.defense)
         labels = captured_labels(of, count)
         found = matching.agreement(images, labels, stack([of.observed] * count))
-        judged = [judge(row, canaries, nulls, names) for row in found]
+        judged = [judge(row, canaries, losses, nulls, names) for row in found]
         return max(judged, key=lambda one: -math.inf if one.place is None else one.place)
 
     likeness = place(setting, measured.repeated)
@@ -521,23 +533,31 @@ def _likeness(
     if has_batch_norm(setting.model.module) and not setting.defense.empties_tensors():
         own_shares = shares(stack([setting.observed]))[0]
         likeness = judge_zeros(own_shares, shares(gradients), names) or likeness
-    if likeness.outcome == "hidden" or (likeness.place is not None and likeness.place >= CLEAR):
+    loss = min(measured.repeated_losses)
+    is_placed = likeness.place is not None and likeness.place >= CLEAR
+    if likeness.outcome == "hidden" or (is_placed and loss <= float(losses.median())):
         return likeness
-    best, best_cause = WORST if likeness.outcome == "like" else HALFWAY, None
+    lowest, better_cause = loss, None
     for cause, other in alternatives(setting):
-        if not measured.clock.reaches(measured.seconds_each):
+        if not measured.clock.reaches(SEARCHES_COMPARED * measured.seconds_each):
             break
-        observed = stack([other.observed])
-        labels = captured_labels(other, 1)
+        observed = stack([other.observed] * SEARCHES_COMPARED)
+        labels = captured_labels(other, SEARCHES_COMPARED)
         result, images = run_search(other, other.defense, observed, labels, "alternative", advance)
         if not result.complete:
             raise KeyboardInterrupt
-        elsewhere = place(other, images)
-        if elsewhere.place is not None and elsewhere.place >= best:
-            best, best_cause = elsewhere.place, f"{cause}, with which it is like them"
-    if best_cause is None:
+        elsewhere, loss_elsewhere = place(other, images).place, float(result.losses.min())
+        much_better = likeness.outcome == "unlike" or loss_elsewhere < MUCH_LOWER * loss
+        enough = HALFWAY if much_better else WORST
+        if elsewhere is not None and elsewhere >= enough and loss_elsewhere < lowest:
+            lowest = loss_elsewhere
+            better_cause = (
+                f"{cause}, with which it is like them, at a matching distance of {lowest:.2g} in "
+                f"place of {loss:.2g}"
+            )
+    if better_cause is None:
         return likeness
-    unlike = {"outcome": "unlike", "cause": best_cause, "rules_out_larger": False}
+    unlike = {"outcome": "unlike", "cause": better_cause, "rules_out_larger": False}
     return likeness.model_copy(update=unlike)
 
 

@@ -502,7 +502,7 @@ class AttackSpec(_Section):
         "of the attacks that follow derivatives; without effect where it does not show",
     )
     optimizer: str = Field(
-        default="cma",
+        default="gauss_newton",
         description="as `ggl-audit list optimizers` has it: cma, gauss_newton, or nevergrad:NAME",
     )
     evaluations: int = Field(

@@ -31,7 +31,7 @@ defense:                                # in the client's order; `ggl-audit list
 # guarantee:                            # what is claimed of it; nothing is guessed
 #   {unit: sample, reduction: sum, rounds: 1, sampling_rate: 1, delta: 1.0e-5}
 prior: {trained: prior}                 # a folder that `ggl-audit prior train` wrote
-attack: {optimizer: cma, evaluations: 3000}
+attack: {optimizer: gauss_newton, evaluations: 3000}
 evidence:
   reference: {npz: public.npz}          # images (n, h, w[, c]) uint8, and labels
   candidates: 32                        # needs as many images of one class

@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict
 
 FEWEST_CANARIES = 5
 WORST, CLEAR, HALFWAY = 1.0, 0.9, 0.5
+MUCH_LOWER = 0.5
+"""Of the distance that was reached as declared: another declaration is far better below it."""
+
 WHOLE = "the whole gradient"
 NONE, SOME = 1e-10, 1e-7
 
@@ -79,22 +82,28 @@ def judge_zeros(
 
 
 def judge(
-    captured: torch.Tensor, canaries: torch.Tensor, nulls: torch.Tensor, names: Sequence[str]
+    captured: torch.Tensor,
+    canaries: torch.Tensor,
+    losses: torch.Tensor,
+    nulls: torch.Tensor,
+    names: Sequence[str],
 ) -> Likeness:
     """Places the capture between the canaries and the null control, tensor by tensor.
 
-    A tensor counts if every canary's agreement is above every null's by more than the nulls spread.
-    There the capture is at 1 where the worst canary is and at 0 where the best null is; it is
-    unlike if any tensor is below one half. If the capture is exchangeable with n canaries, a tensor
-    falls below the worst of them with a probability of 1/(n+1), and below one half less often.
-    Between one half and 0.9 it is only said to be unlike if it reaches 1 under another
-    declaration, which the caller tries.
+    The canary whose search ended worst is left out, as it may tell of the search alone. A tensor
+    counts if the others' agreements are above the nulls' by more than either of them spread. There
+    the capture is at 1 where the worst canary is and at 0 where the best null is; it is unlike if
+    any tensor is below one half. If the capture is exchangeable with n canaries, a tensor falls
+    below all but one of them with a probability of 2/(n+1), and below one half less often.
+    Above one half it is only said to be unlike if another declaration explains it better, which the
+    caller tries.
 
     Args:
         captured: (k,), the cosine between the capture and the best picture's replica, for each of
             k - 1 tensors and for the whole gradient.
         canaries: (n, k), the same for the canaries.
-        nulls: (m, k), the same for random gradients of the same norms.
+        losses: (n,), the distances that the canaries' searches reached.
+        nulls: (m, k), the same as ``canaries`` for random gradients of the same norms.
         names: of the k - 1 tensors.
     """
     if len(canaries) < FEWEST_CANARIES:
@@ -102,9 +111,10 @@ def judge(
             outcome="hidden",
             detail=f"fewer than {FEWEST_CANARIES} canaries were reconstructed",
         )
-    worst, best = canaries.amin(0), nulls.amax(0)
+    succeeded = canaries[losses.argsort()[:-1]]
+    worst, best = succeeded.amin(0), nulls.amax(0)
     gap = worst - best
-    counted = gap > best - nulls.amin(0)
+    counted = gap > torch.maximum(best - nulls.amin(0), succeeded.amax(0) - worst)
     if not bool(counted.any()):
         return Likeness(
             outcome="hidden",
@@ -116,7 +126,8 @@ def judge(
     lowest = int(place.argmin())
     detail = (
         f"in {named[lowest]} its best picture's gradient has a cosine of {captured[lowest]:.2f} "
-        f"with it; canaries reach {worst[lowest]:.2f} or more, random gradients {best[lowest]:.2f} "
+        f"with it; all canaries but one reach {worst[lowest]:.2f} or more, random gradients "
+        f"{best[lowest]:.2f} "
         "or less"
     )
     if bool(place[lowest] >= HALFWAY):

@@ -16,6 +16,7 @@ def agreements(count: int, first: float, second: float, bias: float, whole: floa
 
 
 CANARIES = agreements(20, 0.9, 0.8, 0.3, 0.85)
+LOSSES = 1 - CANARIES[:, -1]
 NULLS = agreements(21, 0.0, 0.0, 0.3, 0.0)
 
 
@@ -33,7 +34,7 @@ NULLS = agreements(21, 0.0, 0.0, 0.3, 0.0)
 def test_the_tensor_that_agrees_least_decides(
     captured: list[float], outcome: str, cause: str | None
 ) -> None:
-    found = judge(torch.tensor(captured), CANARIES, NULLS, NAMES)
+    found = judge(torch.tensor(captured), CANARIES, LOSSES, NULLS, NAMES)
     assert found.outcome == outcome
     if cause is None:
         assert found.cause is None
@@ -43,9 +44,9 @@ def test_the_tensor_that_agrees_least_decides(
 
 
 def test_where_canaries_cannot_be_told_from_noise_nothing_is_said() -> None:
-    found = judge(NULLS[0], NULLS[:10], NULLS[10:], NAMES)
+    found = judge(NULLS[0], NULLS[:10], LOSSES[:10], NULLS[10:], NAMES)
     assert found.outcome == "hidden"
-    found = judge(CANARIES[0], CANARIES[:4], NULLS, NAMES)
+    found = judge(CANARIES[0], CANARIES[:4], LOSSES[:4], NULLS, NAMES)
     assert found.outcome == "hidden"
     assert "fewer than 5" in found.detail
 
@@ -56,8 +57,26 @@ def test_a_capture_of_the_canaries_kind_is_rarely_unlike() -> None:
     for seed in range(300):
         torch.manual_seed(seed)
         rows = 1 - 0.6 * torch.rand(9, 4) ** 3
-        unlike += judge(rows[0], rows[1:], NULLS, NAMES).outcome == "unlike"
+        losses = (1 - rows[1:]).sum(1)
+        unlike += judge(rows[0], rows[1:], losses, NULLS, NAMES).outcome == "unlike"
     assert unlike <= 300 * 2 * 4 / 9 * 0.1
+
+
+def test_a_canary_whose_search_failed_does_not_hide_a_tensor_in_another_order() -> None:
+    failed = torch.cat([CANARIES, torch.tensor([[0.3, 0.2, 0.3, 0.3]])])
+    reordered = torch.tensor([0.9, 0.2, 0.3, 0.8])
+    losses = 1 - failed[:, -1]
+    assert judge(reordered, failed, losses, NULLS, NAMES).outcome == "unlike"
+    # Were it not known which of the searches failed, its agreement would be the bar.
+    assert judge(reordered, failed, losses.flip(0), NULLS, NAMES).outcome == "hidden"
+
+
+def test_canaries_that_spread_widely_say_nothing_of_a_weak_signal() -> None:
+    """As behind noise and one bit, where little more than chance is left of the agreement."""
+    weak = torch.tensor([0.06, 0.07, 0.09, 0.15, 0.18, 0.2, 0.25, 0.3])[:, None].repeat(1, 4)
+    nulls = torch.linspace(-0.01, 0.02, 8)[:, None].repeat(1, 4)
+    outlier = torch.full((4,), -0.01)
+    assert judge(outlier, weak, 1 - weak[:, 0], nulls, NAMES).outcome == "hidden"
 
 
 def test_a_tensor_that_is_empty_by_structure_tells_the_mode() -> None:
@@ -75,6 +94,6 @@ def test_a_tensor_that_is_empty_by_structure_tells_the_mode() -> None:
 
 
 def test_the_whole_gradient_counts_as_a_tensor() -> None:
-    found = judge(torch.tensor([0.9, 0.8, 0.3, 0.2]), CANARIES, NULLS, NAMES)
+    found = judge(torch.tensor([0.9, 0.8, 0.3, 0.2]), CANARIES, LOSSES, NULLS, NAMES)
     assert found.outcome == "unlike"
     assert WHOLE in found.detail

@@ -33,7 +33,7 @@ from ggl_audit.setting import Setting
 
 TRIALS_TO_PREDICT = 8
 SEARCHES_TO_PREDICT = 8
-ROUNDS_TO_PREDICT = (2, 5)
+ROUNDS_TO_PREDICT = (1, 3)
 """Of a search, each as long as the latent has coordinates."""
 
 STEPS_TO_PREDICT = 5

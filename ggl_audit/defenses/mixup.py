@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from pydantic import Field
-from scipy import stats
+from scipy.special import betaincinv
 
 from ggl_audit.defenses.base import BeforeGradient, Context, Drawn
 from ggl_audit.gradient import Gradient
@@ -41,7 +41,7 @@ class Mixup(BeforeGradient):
     def guesses(self, observed: Gradient | None) -> list[Drawn]:
         """The middles of as many intervals of [0.5, 1], all as probable as one another."""
         middles = (np.arange(self.tries) + 0.5) / self.tries
-        weights = stats.beta.ppf((1 + middles) / 2, self.alpha, self.alpha)
+        weights = betaincinv(self.alpha, self.alpha, (1 + middles) / 2)
         return [{WEIGHT: torch.tensor(float(weight))} for weight in weights]
 
     def transform(

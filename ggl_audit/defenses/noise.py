@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from scipy.stats import chi2, laplace
-from scipy.stats import norm as normal
+from scipy.special import chdtri, ndtr, ndtri
 
 from ggl_audit.defenses.base import (
     FALSE_ACCUSATION,
@@ -90,7 +89,7 @@ class Noise(Defense):
                 if excess > worst and (excess > 0 or name == "the gradient"):
                     worst, where = excess, name
         median = float(parts[where].abs().double().median())
-        half = normal.ppf(0.75) if self.distribution == "gaussian" else math.log(2) / math.sqrt(2)
+        half = ndtri(0.75) if self.distribution == "gaussian" else math.log(2) / math.sqrt(2)
         detail = (
             f"half of the values of {where} are within {median:.3g} of zero; noise of standard "
             f"deviation {self.std:g} leaves half of them within {half * self.std:.3g} at the most"
@@ -104,7 +103,7 @@ class Noise(Defense):
         half of what is missed, and Bernstein's inequality for the squares below m^2.
         """
         if self.distribution == "gaussian":
-            return self.std * math.sqrt(chi2.ppf(confidence, size))
+            return self.std * math.sqrt(chdtri(size, 1 - confidence))
         missed = (1 - confidence) / 2
         largest = math.log(size / missed) ** 2  # of a square, in squared scales b = std / sqrt(2)
         tail = math.log(1 / missed)
@@ -155,5 +154,5 @@ class Noise(Defense):
 
     def _share_within(self, threshold: float) -> float:
         if self.distribution == "gaussian":
-            return float(2 * normal.cdf(threshold) - 1)
-        return float(2 * laplace.cdf(threshold * math.sqrt(2)) - 1)
+            return float(2 * ndtr(threshold) - 1)
+        return 1 - math.exp(-threshold * math.sqrt(2))

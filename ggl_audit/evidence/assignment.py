@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 
 from ggl_audit.evidence.identification import Distances
 from ggl_audit.gradient import Gradient
@@ -77,6 +76,8 @@ def assign_labels(
 
 def _cheapest(costs: torch.Tensor) -> list[int]:
     """For each row of a square table its column."""
+    from scipy.optimize import linear_sum_assignment
+
     finite = np.nan_to_num(costs.double().cpu().numpy(), nan=FARTHEST, posinf=FARTHEST)
     _, columns = linear_sum_assignment(finite)
     return [int(column) for column in columns]

@@ -6,8 +6,7 @@ import functools
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
-from scipy.stats import binomtest
-from scipy.stats import norm as normal
+from scipy.special import bdtrc, betaincinv, ndtri
 
 CONFIDENCE = 0.95
 
@@ -88,9 +87,10 @@ def measure_rate(
 
 @functools.cache
 def _interval(successes: int, trials: int, attacks: int) -> tuple[float, float]:
-    confidence = 1 - (1 - CONFIDENCE) / attacks
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="exact")
-    return float(interval.low), float(interval.high)
+    missed, failures = (1 - CONFIDENCE) / attacks / 2, trials - successes
+    lower = betaincinv(successes, failures + 1, missed) if successes else 0.0
+    upper = betaincinv(successes + 1, failures, 1 - missed) if failures else 1.0
+    return float(lower), float(upper)
 
 
 @functools.cache
@@ -111,9 +111,7 @@ def paired_p_value(only_attack: int, only_null: int, attacks: int = 1) -> float:
     different = only_attack + only_null
     if different == 0:
         return 1.0
-    return min(
-        1.0, attacks * float(binomtest(only_attack, different, alternative="greater").pvalue)
-    )
+    return min(1.0, attacks * float(bdtrc(only_attack - 1, different, 0.5)))
 
 
 def trials_needed(advantage: float, chance: float) -> int:
@@ -157,4 +155,4 @@ def empirical_mu(rate: Rate) -> float:
     """
     if rate.lower <= rate.chance:
         return 0.0
-    return float(normal.ppf(rate.lower) - normal.ppf(rate.chance))
+    return float(ndtri(rate.lower) - ndtri(rate.chance))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline, noise_norm
@@ -95,7 +95,7 @@ def _noise_check(defense: Pipeline, remainder: float, count: int) -> Check:
     high = noise_norm(defense.steps, count, 1 - FALSE_ACCUSATION / 2)
     noise = defense.total_noise()
     gaussian = noise is not None and noise.distribution == "gaussian"
-    low = noise.std * chi2.ppf(FALSE_ACCUSATION / 2, count) ** 0.5 if noise and gaussian else 0
+    low = noise.std * chdtri(count, 1 - FALSE_ACCUSATION / 2) ** 0.5 if noise and gaussian else 0
     detail = (
         f"its own gradient leaves a remainder of norm {remainder:.4g}; "
         f"the declared noise is between {low:.4g} and {high:.4g}"

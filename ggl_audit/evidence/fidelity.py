@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ggl_audit.errors import InputError
 from ggl_audit.inputs.model import ClientModel
@@ -58,6 +57,8 @@ def compare(
         model: gives the representations.
         lpips: from :func:`load_lpips`, or None.
     """
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
     reasons: dict[str, str] = {}
     mse = float((image - truth).square().mean())
     pixels, true_pixels = (

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import dp_accounting
-from dp_accounting import pld
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import norm as normal
+from scipy.special import ndtr, ndtri
 
 from ggl_audit.defenses import GaussianMechanism
 from ggl_audit.spec import GuaranteeSpec
@@ -52,7 +50,7 @@ def largest_advantage(mechanism: GaussianMechanism | None, chance: float) -> flo
     """The advantage that nobody exceeds on one release; 1 where there is no such mechanism."""
     if mechanism is None:
         return 1.0
-    rate = float(normal.cdf(normal.ppf(chance) + mechanism.mu))
+    rate = float(ndtr(ndtri(chance) + mechanism.mu))
     return (rate - chance) / (1 - chance)
 
 
@@ -72,6 +70,9 @@ def account(
         batch_size: units in a release.
         chance: the success probability of the best blind guess.
     """
+    import dp_accounting
+    from dp_accounting import pld
+
     bound = mechanism.bound / (batch_size if declared.reduction == "mean" else 1)
     multiplier = mechanism.std / bound
     if declared.sampling_rate == 1:
@@ -91,6 +92,6 @@ def account(
         epsilon=float(epsilon),
         delta=declared.delta,
         mu=1 / multiplier,
-        reconstruction_bound=float(normal.cdf(normal.ppf(chance) + 1 / multiplier)),
+        reconstruction_bound=float(ndtr(ndtri(chance) + 1 / multiplier)),
         claimed_epsilon=declared.epsilon,
     )

@@ -48,11 +48,11 @@ class Family:
 FAMILIES = {
     "gauss_newton": Family(
         "Levenberg-Marquardt by differences (Brown and Dennis, 1971), started by cma",
-        "a few images: looks at every value of the gradient, not at their sum alone",
+        "most audits, the default: looks at every value of the gradient, not at a loss alone",
     ),
     "cma": Family(
         "CMA-ES with a diagonal covariance (Ros and Hansen, PPSN 2008)",
-        "most audits: any loss, any device, all searches at once",
+        "the cheapest for an evaluation: any loss, any device, all searches at once",
     ),
     "pycma:full": Family(
         "CMA-ES (Hansen, arXiv 1604.00772), by pycma",

@@ -495,6 +495,24 @@ def test_the_default_search_gives_the_known_answer(
         assert any(words in text for text in said), said
 
 
+def test_a_broken_prior_does_not_hide_a_leak(
+    sample: Callable[..., Spec], weights: Path, tmp_path: Path
+) -> None:
+    """By GGL alone it is a C, as the table has it; the attack on pixels needs no prior."""
+    scenario = next(one for one in TABLE if one.name == "broken prior")
+    budget = {
+        **SEARCHED,
+        "attack.method": "auto",
+        "attack.evaluations": 26,
+        "attack.steps": 200,
+        "evidence.reconstruction_trials": 10,
+    }
+    report = run(dataclasses.replace(scenario, budget=budget), 0, sample, weights, tmp_path)
+    assert report.verdict.grade in TAKEN
+    assert report.evidence.attack == "pixels"
+    assert "GGL001" in [finding.id for finding in report.findings]
+
+
 def test_the_table_is_a_table() -> None:
     names = [scenario.name for scenario in TABLE]
     assert len(set(names)) == len(names) >= 24

@@ -148,14 +148,15 @@ def other_distances(report: Report) -> str | None:
     """The floor by the distances that do not count."""
     evidence = report.evidence
     others = [
-        f"{rate.successes}/{rate.trials} by {name}"
+        f"{rate.successes}/{rate.trials} by their {name}"
         for name, rate in evidence.floor_by_distance.items()
         if name != evidence.floor_distance
     ]
     if not others:
         return None
     return (
-        f"The floor is by {evidence.floor_distance}, as declared; it would be {', '.join(others)}."
+        f"Pictures are compared with candidates by their {evidence.floor_distance}, as declared; "
+        f"the floor would be {', '.join(others)}."
     )
 
 

@@ -180,6 +180,8 @@ def find_tensors(described: Any, depth: int = 0) -> dict[str, Leaf]:
     Raises:
         AuditError: there is none, more than one, or a gradient in it was never computed.
     """
+    if isinstance(described, dict) and not described:
+        return {}
     entries = _entries(described)
     if entries is not None:
         return _by_name(entries)

@@ -501,13 +501,14 @@ def older(target: Path, net: nn.Module, images: torch.Tensor, weights: Any) -> N
         model = next(
             new.read(name) for name in new.namelist() if name.endswith("models/model.json")
         )
-    saved = io.BytesIO()
+    saved, none = io.BytesIO(), io.BytesIO()
     torch.save(weights, saved)
+    torch.save({}, none)
     with zipfile.ZipFile(target, "w") as old:
         old.writestr("version", "8.8")
         old.writestr("serialized_exported_program.json", model)
         old.writestr("serialized_state_dict.pt", saved.getvalue())
-        old.writestr("serialized_constants.pt", b"")
+        old.writestr("serialized_constants.pt", none.getvalue())
 
 
 def test_the_format_of_older_versions(tmp_path: Path) -> None:

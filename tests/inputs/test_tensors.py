@@ -240,7 +240,7 @@ def test_breaching_and_its_kind(tmp_path: Path) -> None:
         ({"a": A["w"], "b": "text"}, "a dict whose 'b' is a str"),
         ({"a": "text"}, "a dict whose 'a' is a str"),
         ([A["w"], 3], "a list of 2, in which there is a int"),
-        ({}, "an empty dict"),
+        ({}, "no tensors"),
         (3, "a int"),
         ({0: A["w"], "0": B["w"]}, "stands there twice"),
         ({1.5: A["w"]}, "1.5 is no name"),

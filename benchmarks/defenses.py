@@ -220,6 +220,8 @@ def digits_task(scratch: Path) -> Task:
         "digits, candidates of one digit (`sample_specs/digits_undefended.yaml`).",
         base=HERE.parent / "sample_specs" / "digits_undefended.yaml",
         budget={
+            "attack.method": "ggl",
+            "attack.optimizer": "cma",
             "attack.evaluations": 1500,
             "evidence.matching_trials": 200,
             "evidence.reconstruction_trials": 20,
@@ -251,6 +253,8 @@ def faces_task(scratch: Path) -> Task:
         base=HERE / "faces.yaml",
         budget={
             "prior.weights": str(FACE_GENERATOR),
+            "attack.method": "ggl",
+            "attack.optimizer": "cma",
             "attack.evaluations": 2000,
             "evidence.matching_trials": 100,
             "evidence.reconstruction_trials": 10,

@@ -12,11 +12,13 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import optimizers
 import torch
@@ -75,8 +77,11 @@ class Silent:
 def bookkeeping(spec: Spec) -> tuple[float, float]:
     """The seconds of an audit's searches, and the part of them that evaluates nothing."""
     evaluated, searched = Stopwatch(LatentObjective.evaluate), Stopwatch(search.search)
-    LatentObjective.evaluate, attacks.search = evaluated, searched  # type: ignore[assignment,attr-defined]
-    audit.run_audit(spec, Silent())
+    with (
+        patch.object(LatentObjective, "evaluate", evaluated),
+        patch.object(attacks, "search", searched),
+    ):
+        audit.run_audit(spec, Silent())
     return searched.seconds, searched.seconds - evaluated.seconds
 
 
@@ -92,7 +97,7 @@ def memory(spec: Spec) -> list[tuple[int, float]]:
         before, done = done, done + evaluations
         if before // (5000 * GRADIENTS) < done // (5000 * GRADIENTS):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            found.append((done // GRADIENTS, pages * 4096 / 2**20))
+            found.append((done // GRADIENTS, pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
 
     run_search(
         setting, setting.defense, observed, canaries.labels, "memory", note, LOOP_EVALUATIONS
@@ -104,8 +109,8 @@ def plain_loop(setting: Setting, image: torch.Tensor, label: torch.Tensor, seed:
     """Searches for one image, a candidate at a time; its picture's PSNR in dB."""
     observed = setting.client.send(image[None], label[None], setting.context("release"))
     module = setting.model.module.requires_grad_(True)
-    values = {**dict(module.named_parameters())}
-    loop = PlainLoop(module, "none", "l2", [observed[name][0] for name in values])
+    names = [name for name, _ in module.named_parameters()]
+    loop = PlainLoop(module, "none", "l2", [observed[name][0] for name in names])
     start = start_optimizer(AttackSpec(optimizer="pycma:full"), setting.prior.size)
     optimizer = start([seed], LOOP_EVALUATIONS, torch.device("cpu"))
     least, best, done = float("inf"), image, 0

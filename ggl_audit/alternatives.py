@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ggl_audit.attack.matching import Matching
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.model import has_batch_norm
@@ -28,8 +30,8 @@ MOST_SWAPS = 10
 COLOURS = 3
 
 
-def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """What else the capture may be of: one declared thing changed at a time, named."""
+def other_models(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """Of which other model the capture may be: one declared thing changed at a time, named."""
     spec = setting.spec
     declared = spec.model
 
@@ -48,7 +50,8 @@ def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
         mode = "train" if declared.mode == "eval" else "eval"
         yield from other_model(f"the model was in {mode} mode", mode=mode)
     for mean, std in USUAL_NORMALIZATIONS.get(declared.input.shape[0], ()):
-        if (mean, std) != (declared.input.mean, declared.input.std):
+        own = declared.input  # one value there is of all channels
+        if not (np.allclose(mean, own.mean) and np.allclose(std, own.std)):
             changed = declared.input.model_copy(update={"mean": mean, "std": std})
             cause = f"the images were normalized with mean {mean} and std {std}"
             yield from other_model(cause, input=changed)
@@ -56,6 +59,11 @@ def alternatives(setting: Setting) -> Iterator[tuple[str, Setting]]:
         other = "bgr" if declared.input.channels == "rgb" else "rgb"
         changed = declared.input.model_copy(update={"channels": other})
         yield from other_model(f"the channels are in the order {other}", input=changed)
+
+
+def other_layouts(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """In which other order or sign the capture's values may be, named."""
+    spec = setting.spec
     if spec.capture.kind == "update":
         negative = {name: -tensor for name, tensor in setting.observed.items()}
         cause = "the update is the weights after training minus those before"

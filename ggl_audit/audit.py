@@ -58,7 +58,7 @@ def run_audit(spec: Spec, progress: Progress, clock: Clock | None = None) -> Rep
     setting = prepare(spec)
     evidence = spec.evidence
     suite = choose_attacks(setting)
-    others = [Measurements(suite=suite) for _ in setting.others]
+    others = [Measurements(clock=clock, suite=suite) for _ in setting.others]
     measured = Measurements(clock=clock, suite=suite, others=others)
 
     def begin(stage: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from ggl_audit.alternatives import alternatives
+from ggl_audit.alternatives import other_layouts, other_models
 from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.search import SearchResult
@@ -40,7 +41,6 @@ from ggl_audit.evidence.likeness import (
     CLEAR,
     HALFWAY,
     MUCH_LOWER,
-    WORST,
     Likeness,
     judge,
     judge_zeros,
@@ -66,6 +66,7 @@ MEMBERSHIP_TRIALS = 100
 MATCHING_SHARE = 0.4
 """Of a time limit, after which no further experiment by matching is begun or goes on."""
 SEARCHES_COMPARED = 4
+CAPTURED = "captured search"
 
 LAST_SHARE = 0.25
 """More time than canaries took that the next ones, and what follows them, may take."""
@@ -305,9 +306,7 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
     null = null_gradient(setting.observed, setting.defense, context, setting.usual_norm)
     observed = stack([setting.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
     labels = captured_labels(setting, 2 * SEARCHES_COMPARED)
-    result, attempts = run_attacks(
-        setting, measured.suite, observed, labels, "captured search", advance
-    )
+    result, attempts = run_attacks(setting, measured.suite, observed, labels, CAPTURED, advance)
     for name, attempt in attempts.items():
         for kept, index in ((measured.captured, 0), (measured.captured_null, SEARCHES_COMPARED)):
             images = attempt.images[index].reshape(-1, *setting.model.shape)
@@ -418,6 +417,7 @@ def reconstruct(
     others = zip(setting.others, measured.others, strict=True)
     for of, about in ((setting, measured), *others):
         about.canary_losses = canary_losses
+        about.seconds_each = measured.seconds_each
         about.null_losses = [*null_losses, about.captured_null[GGL].loss]
         about.likeness = _likeness(of, about, agreement, sent, advance)
 
@@ -503,7 +503,7 @@ def _likeness(
     gradients: Gradient,
     advance: Advance,
 ) -> Likeness:
-    """Judges the capture, and where it is unlike the canaries looks for the cause.
+    """Judges the capture, and where it is unlike the canaries, or may be, looks for the cause.
 
     Args:
         setting: what was handed in.
@@ -537,19 +537,22 @@ def _likeness(
     is_placed = likeness.place is not None and likeness.place >= CLEAR
     if likeness.outcome == "hidden" or (is_placed and loss <= float(losses.median())):
         return likeness
-    lowest, better_cause = loss, None
-    for cause, other in alternatives(setting):
+    unlike = likeness.outcome == "unlike"
+    least_place, lowest = (HALFWAY, loss) if unlike else (CLEAR, MUCH_LOWER * loss)
+    better_cause = None
+    # Values in another order are told by the agreement of their own tensors.
+    layouts = other_layouts(setting) if unlike else ()
+    for cause, other in itertools.chain(other_models(setting), layouts):
         if not measured.clock.reaches(SEARCHES_COMPARED * measured.seconds_each):
             break
         observed = stack([other.observed] * SEARCHES_COMPARED)
         labels = captured_labels(other, SEARCHES_COMPARED)
-        result, images = run_search(other, other.defense, observed, labels, "alternative", advance)
+        # The capture's own stream, so that a declaration which is the same in effect does the same.
+        result, images = run_search(other, other.defense, observed, labels, CAPTURED, advance)
         if not result.complete:
             raise KeyboardInterrupt
         elsewhere, loss_elsewhere = place(other, images).place, float(result.losses.min())
-        much_better = likeness.outcome == "unlike" or loss_elsewhere < MUCH_LOWER * loss
-        enough = HALFWAY if much_better else WORST
-        if elsewhere is not None and elsewhere >= enough and loss_elsewhere < lowest:
+        if elsewhere is not None and elsewhere >= least_place and loss_elsewhere < lowest:
             lowest = loss_elsewhere
             better_cause = (
                 f"{cause}, with which it is like them, at a matching distance of {lowest:.2g} in "
@@ -557,8 +560,8 @@ def _likeness(
             )
     if better_cause is None:
         return likeness
-    unlike = {"outcome": "unlike", "cause": better_cause, "rules_out_larger": False}
-    return likeness.model_copy(update=unlike)
+    found = {"outcome": "unlike", "cause": better_cause, "rules_out_larger": False}
+    return likeness.model_copy(update=found)
 
 
 def _agreement_db(images: torch.Tensor) -> float:

@@ -42,7 +42,14 @@ AUDIT_ERRORS = {**vars(errors), "NotYamlError": yaml_file.NotYamlError}
 JUDGED = ("Check", "Check | None", "list[Check]", "Likeness", "Likeness | None", "tuple[bool, str]")
 """What is returned by functions that judge a capture."""
 
-OTHER_JUDGES = ("decide", "_grade", "alternatives", "why_not_inferred", "_check_range")
+OTHER_JUDGES = (
+    "decide",
+    "_grade",
+    "other_models",
+    "other_layouts",
+    "why_not_inferred",
+    "_check_range",
+)
 
 WHOLE = "nobody is told: whole gradients are taken instead"
 

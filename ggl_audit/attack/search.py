@@ -79,7 +79,11 @@ def search(
         cost = restarts * count * (DERIVATIVE_COST if optimizer.wants == "derivatives" else 1)
         of_each = candidates.unflatten(0, (trials, restarts, parts))
         others = believed.unflatten(0, (trials, restarts, parts))
-        if parts == 1:
+        if parts == 1 and optimizer.wants == "products":
+            # Of each restart by itself, as its first candidate is what the others differ from.
+            restarted = [objective.evaluate(one, "products") for one in of_each[:, :, 0].unbind(1)]
+            found = _stacked(restarted)
+        elif parts == 1:
             together = of_each.reshape(trials, restarts * count, -1)
             found = objective.evaluate(together, optimizer.wants)
         else:
@@ -128,6 +132,13 @@ def search(
         evaluations=trials * spent[-1],
         complete=complete,
     )
+
+
+def _stacked(restarted: list[Evaluation]) -> Evaluation:
+    """Of t x r searches, from what became of each restart of t."""
+    losses = torch.stack([one.losses for one in restarted], dim=1)
+    products = torch.stack([one.products for one in restarted if one.products is not None], dim=1)
+    return Evaluation(losses, products=products)
 
 
 class _Best:

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 FEWEST_CANARIES = 5
-WORST, CLEAR, HALFWAY = 1.0, 0.9, 0.5
+CLEAR, HALFWAY = 0.9, 0.5
 MUCH_LOWER = 0.5
 """Of the distance that was reached as declared: another declaration is far better below it."""
 
@@ -31,8 +31,8 @@ class Likeness(BaseModel):
         outcome: ``like`` the canaries' gradients, ``unlike`` them, or ``hidden`` where even theirs
             cannot be told from random ones, or there were too few.
         detail: the figures, as a sentence without a full stop.
-        place: of the tensor that agrees least: 1 where the worst canary is, 0 where the best random
-            gradient is.
+        place: of the tensor that agrees least: 1 where the worst canary is, but for the one whose
+            search failed most, 0 where the best random gradient is.
         cause: what is likely wrong with a capture that is unlike.
         rules_out_larger: it is like, which the gradient as a whole shows, and its norm is not above
             that of every canary, so that no larger gradient was sent than the canaries' are.
@@ -91,10 +91,11 @@ def judge(
     """Places the capture between the canaries and the null control, tensor by tensor.
 
     The canary whose search ended worst is left out, as it may tell of the search alone. A tensor
-    counts if the others' agreements are above the nulls' by more than either of them spread. There
-    the capture is at 1 where the worst canary is and at 0 where the best null is; it is unlike if
-    any tensor is below one half. If the capture is exchangeable with n canaries, a tensor falls
-    below all but one of them with a probability of 2/(n+1), and below one half less often.
+    counts if the others' agreements are above the nulls' by more than the nulls spread, and than
+    the middle half of the canaries. There the capture is at 1 where the worst canary is and at 0
+    where the best null is; it is unlike if any tensor is below one half. If the capture is
+    exchangeable with n canaries, a tensor falls below all but one of them with a probability of
+    2/(n+1) at most, and below one half less often.
     Above one half it is only said to be unlike if another declaration explains it better, which the
     caller tries.
 
@@ -114,7 +115,8 @@ def judge(
     succeeded = canaries[losses.argsort()[:-1]]
     worst, best = succeeded.amin(0), nulls.amax(0)
     gap = worst - best
-    counted = gap > torch.maximum(best - nulls.amin(0), succeeded.amax(0) - worst)
+    middle = succeeded.quantile(0.75, dim=0) - succeeded.quantile(0.25, dim=0)
+    counted = gap > torch.maximum(best - nulls.amin(0), middle)
     if not bool(counted.any()):
         return Likeness(
             outcome="hidden",

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from importlib.metadata import distribution
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -115,8 +115,11 @@ def digits(part: Part) -> ImageSet:
             (500, candidates and canaries) or ``private`` (197, what the sample captures are of).
     """
     # Read from the file that comes with scikit-learn, since importing that takes a second.
-    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
-    table = np.loadtxt(str(file), delimiter=",")
+    package = find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",")
     greys, digit = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
     position_in_class = np.zeros(len(digit), dtype=np.int64)
     for label in range(10):

@@ -23,8 +23,7 @@ from ggl_audit.inputs import exported, torchscript
 from ggl_audit.inputs.archives import Archive, open_archive, read_bytes
 from ggl_audit.inputs.interpreter import Program, UnsupportedError
 from ggl_audit.inputs.pickles import Storage, describe
-from ggl_audit.inputs.tensors import MOST_BYTES, Tensors
-from ggl_audit.inputs.torch_files import read_torch
+from ggl_audit.inputs.tensors import MOST_BYTES, Tensors, read_tensors
 
 LONGEST_REASON = 200
 
@@ -194,4 +193,4 @@ def _saved_tensors(archive: Archive, name: str) -> Tensors:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensors.pt"
         path.write_bytes(content)
-        return read_torch(path, MOST_BYTES)
+        return read_tensors(path, may_be_empty=True)

@@ -34,7 +34,9 @@ NUMBERS = (
 )
 
 
-def read_tensors(path: Path, *, most_bytes: int = MOST_BYTES) -> Tensors:
+def read_tensors(
+    path: Path, *, most_bytes: int = MOST_BYTES, may_be_empty: bool = False
+) -> Tensors:
     """Reads a file of tensors, by name or in order.
 
     Args:
@@ -42,6 +44,7 @@ def read_tensors(path: Path, *, most_bytes: int = MOST_BYTES) -> Tensors:
             tensors, NumPy arrays, dicts and lists of them, and checkpoints around these);
             ``.npz``; or ``.npy``, one array.
         most_bytes: that all tensors may have together.
+        may_be_empty: whether a file without tensors is one as well.
 
     Returns:
         The tensors by name, on the CPU, in the file's dtypes. Those of a list are named "0", "1",
@@ -59,7 +62,7 @@ def read_tensors(path: Path, *, most_bytes: int = MOST_BYTES) -> Tensors:
         if size > most_bytes:
             raise AuditError(f"has {size:,} bytes; at most {most_bytes:,} are read")
         tensors = READERS[suffix](path, most_bytes)
-        if not tensors:
+        if not tensors and not may_be_empty:
             raise AuditError("holds no tensors")
         _check_numbers(tensors)
     return _in_order(tensors)

@@ -68,7 +68,16 @@ def test_a_canary_whose_search_failed_does_not_hide_a_tensor_in_another_order() 
     losses = 1 - failed[:, -1]
     assert judge(reordered, failed, losses, NULLS, NAMES).outcome == "unlike"
     # Were it not known which of the searches failed, its agreement would be the bar.
-    assert judge(reordered, failed, losses.flip(0), NULLS, NAMES).outcome == "hidden"
+    assert judge(reordered, failed, losses.flip(0), NULLS, NAMES).outcome == "like"
+
+
+def test_two_failed_searches_do_not_hide_a_tensor_that_agrees_with_nothing() -> None:
+    failed = torch.tensor([[0.4, 0.45, 0.3, 0.5], [0.45, 0.4, 0.3, 0.5]])
+    canaries = torch.cat([CANARIES, failed])
+    capture = torch.tensor([0.9, 0.02, 0.3, 0.8])
+    found = judge(capture, canaries, 1 - canaries[:, -1], NULLS, NAMES)
+    assert found.outcome == "unlike"
+    assert not found.rules_out_larger
 
 
 def test_canaries_that_spread_widely_say_nothing_of_a_weak_signal() -> None:

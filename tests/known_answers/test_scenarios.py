@@ -8,7 +8,7 @@ not `held`, the audit has only what an auditor of somebody else's capture has.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from ggl_audit import experiments
 from ggl_audit.audit import run_audit
 from ggl_audit.defenses import Context, build_pipeline
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.images import digits, write_image
 from ggl_audit.inputs.model import load_model
 from ggl_audit.report.model import Report
+from ggl_audit.setting import Setting
 from ggl_audit.spec import AttackSpec, DefenseSpec, Spec
 from tests.conftest import Counter, plain_gradient
 from tests.known_answers.models import tiny_cnn
@@ -493,6 +495,25 @@ def test_the_default_search_gives_the_known_answer(
     assert report.verdict.grade in scenario.grades
     for words in scenario.named:
         assert any(words in text for text in said), said
+
+
+def test_a_declaration_that_is_the_same_in_effect_accuses_no_capture(
+    sample: Callable[..., Spec], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried, as the capture is explained less well than most canaries are."""
+    asked = []
+
+    def the_same(setting: Setting) -> Iterator[tuple[str, Setting]]:
+        asked.append(setting)
+        yield "nothing else", setting
+
+    monkeypatch.setattr(experiments, "other_models", the_same)
+    scenario = next(one for one in TABLE if one.name == "sent as it is")
+    scenario = dataclasses.replace(scenario, budget=SEARCHED)
+    report = run(scenario, 3, sample, weights, tmp_path)
+    assert asked
+    assert report.captured.likeness is not None
+    assert report.captured.likeness.outcome == "like"
 
 
 def test_a_broken_prior_does_not_hide_a_leak(

@@ -18,8 +18,10 @@ from ggl_audit.attack.search import SearchResult, search
 from ggl_audit.defenses import Pipeline
 from ggl_audit.gradient import Gradient
 from ggl_audit.optimizers import start_optimizer, wants_more
+from ggl_audit.optimizers.gauss_newton import full_steps
 from ggl_audit.priors.directions import principal_directions
 from ggl_audit.setting import Setting
+from ggl_audit.spec import AttackSpec
 
 Advance = Callable[[int], None]
 
@@ -35,6 +37,10 @@ ATTACKS = {
     ANALYTIC: "read off the first layer (Geiping et al., NeurIPS 2020, proposition 3.1)",
 }
 """What each searches, and its source."""
+
+
+FEWEST_STEPS, FEWEST_STEPS_FOR_SEVERAL = 3, 20
+"""See :func:`searched_by`."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ def run_search(
     Returns:
         What was found, and its pictures (t, channels, height, width) or (t, k, ...) in [0, 1].
     """
-    attack = setting.spec.attack
+    attack = searched_by(setting)
     matching = Matching(setting.model, defense, attack.distance, setting.memory)
     objective = LatentObjective(
         matching,
@@ -210,6 +216,24 @@ def run_search(
     result = search(objective, start, seeds, budget, advance)
     found = pictures(setting.prior, result.latents, labels.reshape(len(labels), -1))
     return result, found if labels.ndim == 2 else found[:, 0]
+
+
+def searched_by(setting: Setting) -> AttackSpec:
+    """The declared search, by ``cma`` where ``gauss_newton`` has room for too few of its steps.
+
+    With three it is as good as ``cma`` with twice the evaluations (faces). Of several images
+    ``cma`` can search each by itself if their gradients add up: with 3,000 evaluations digits come
+    back at 29.3 dB by 30 steps for both of two images and at 24.8 dB by 15 steps for four, where
+    ``cma`` gives 27.0 and 25.7.
+    """
+    attack, members = setting.spec.attack, setting.members
+    if attack.optimizer != "gauss_newton":
+        return attack
+    steps = full_steps(setting.prior.size * members, attack.evaluations // attack.restarts)
+    apart = members > 1 and Matching(setting.model, setting.defense).adds_up
+    if steps >= (FEWEST_STEPS_FOR_SEVERAL if apart else FEWEST_STEPS):
+        return attack
+    return attack.model_copy(update={"optimizer": "cma"})
 
 
 def captured_labels(setting: Setting, count: int) -> torch.Tensor:

@@ -28,6 +28,11 @@ PATIENCE = 2
 """Steps of little gain in a row after which a search starts anew."""
 
 
+def full_steps(dimension: int, evaluations: int) -> int:
+    """How many steps with all differences there are in a search of so many evaluations."""
+    return int((1 - EXPLORED) * evaluations) // (dimension + 1 + len(DAMPINGS))
+
+
 class GaussNewton:
     """Levenberg-Marquardt steps whose derivatives are differences between candidates.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggl_audit.attack.labels import why_not_inferred
+from ggl_audit.attacks import searched_by
 from ggl_audit.defenses import Encryption
 from ggl_audit.evidence.last_layer import MODEL_AND_LOSS
 from ggl_audit.experiments import Measurements
@@ -76,9 +77,10 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
             "The capture is like the canaries' gradients in every tensor that tells; a slightly "
             f"different normalization{_scale(setting)}{_colours(setting)} may be too small to show."
         )
+    search = searched_by(setting)
     said.append(
-        f"The floor is that of {_attacks(measured)}, the search by {spec.attack.optimizer} with "
-        f"{spec.attack.evaluations} evaluations on {setting.prior.source}; others may do better. "
+        f"The floor is that of {_attacks(measured)}, the search by {search.optimizer} with "
+        f"{search.evaluations} evaluations on {setting.prior.source}; others may do better. "
         f"The ceiling is about identification among {evidence.candidates} same-class images."
     )
     reason = why_not_inferred(model, setting.members)

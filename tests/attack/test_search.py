@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from ggl_audit.attack.search import search
-from ggl_audit.optimizers import DERIVATIVE_COST, Evaluation, State, Wants
+from ggl_audit.attacks import searched_by
+from ggl_audit.optimizers import DERIVATIVE_COST, Evaluation, State, Wants, start_optimizer
+from ggl_audit.setting import Setting, prepare
+from ggl_audit.spec import AttackSpec, Spec
 
 
 @dataclass
@@ -31,6 +34,9 @@ class Quadratic:
         away = latents - self.targets[:, None]
         losses = away.square().sum(-1)
         self.smallest.append(losses.min(dim=1).values)
+        if wants == "products":
+            added = torch.cat([away[:, :1], away[:, 1:] - away[:, :1]], dim=1)
+            return Evaluation(losses, products=added @ added.transpose(1, 2))
         return Evaluation(losses, derivatives=2 * away if wants == "derivatives" else None)
 
 
@@ -177,3 +183,40 @@ def test_a_loss_that_is_not_finite_never_wins() -> None:
 
     result = search(Broken(TARGETS), Forgetful, SEEDS[:, :1], 60, lambda _: None)
     assert torch.isfinite(result.losses).all()
+
+
+@pytest.mark.parametrize(
+    ("members", "evaluations", "optimizer"),
+    [
+        (1, 3000, "gauss_newton"),
+        (1, 100, "cma"),  # of which 70 are for steps of 38
+        (2, 3000, "gauss_newton"),
+        (4, 3000, "cma"),
+    ],
+)
+def test_gauss_newton_is_left_out_where_its_steps_do_not_fit(
+    sample: Callable[..., Spec],
+    monkeypatch: pytest.MonkeyPatch,
+    members: int,
+    evaluations: int,
+    optimizer: str,
+) -> None:
+    setting = prepare(sample("undefended", attack__evaluations=evaluations))
+    monkeypatch.setattr(Setting, "members", members)
+    assert searched_by(setting).optimizer == optimizer
+    declared = prepare(sample("undefended", attack__evaluations=100, attack__optimizer="random"))
+    assert searched_by(declared).optimizer == "random"
+
+
+def test_restarts_that_want_products_are_as_searches_of_their_own() -> None:
+    targets = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
+    start = start_optimizer(AttackSpec(optimizer="gauss_newton"), 3)
+    seeds = np.arange(6).reshape(2, 3, 1)
+    together = search(Quadratic(targets), start, seeds, 3 * 60, lambda _: None)
+    apart = [
+        search(Quadratic(targets), start, seeds[:, [restart]], 60, lambda _: None)
+        for restart in range(3)
+    ]
+    best = torch.stack([one.losses for one in apart]).amin(0)
+    torch.testing.assert_close(together.losses, best)
+    assert bool((together.losses < 1e-3).all())

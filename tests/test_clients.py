@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ggl_audit.alternatives import alternatives
+from ggl_audit.alternatives import other_layouts, other_models
 from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import DeclaredClient, OwnClient
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline
@@ -181,7 +181,9 @@ def test_what_else_a_capture_may_be_is_tried_as_far_as_it_can_be(
             evidence__truth=None,
             capture__gradient=str(tmp_path / "g.safetensors"),
         )
-        names.append([cause for cause, _ in alternatives(prepare(spec))])
+        setting = prepare(spec)
+        tried = [*other_models(setting), *other_layouts(setting)]
+        names.append([cause for cause, _ in tried])
     assert names[0] == ["the model was in train mode", *names[1]]
     assert any("mean [0.1307]" in cause for cause in names[1])
     assert not any("mean [0.5]" in cause for cause in names[1])

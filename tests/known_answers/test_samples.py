@@ -19,12 +19,13 @@ from tests.conftest import Counter
 
 ENOUGH = {
     "attack__method": "ggl",
+    "attack__optimizer": "cma",
     "attack__evaluations": 1200,
     "evidence__matching_trials": 60,
     "evidence__reconstruction_trials": 12,
     "evidence__control_trials": 6,
 }
-FEWER = {**ENOUGH, "attack__evaluations": 500}
+FEWER = {**ENOUGH, "attack__evaluations": 300}
 
 
 def audit(spec: Spec) -> Report:

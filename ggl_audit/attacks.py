@@ -219,7 +219,7 @@ def run_search(
 
 
 def searched_by(setting: Setting) -> AttackSpec:
-    """The declared search, by ``cma`` where ``gauss_newton`` has room for too few of its steps.
+    """The declared search, but by ``cma`` where ``gauss_newton`` has room for too few of its steps.
 
     With three it is as good as ``cma`` with twice the evaluations (faces). Of several images
     ``cma`` can search each by itself if their gradients add up: with 3,000 evaluations digits come

@@ -503,7 +503,8 @@ class AttackSpec(_Section):
     )
     optimizer: str = Field(
         default="gauss_newton",
-        description="as `ggl-audit list optimizers` has it: cma, gauss_newton, or nevergrad:NAME",
+        description="as `ggl-audit list optimizers` has it: cma, or nevergrad:NAME; for "
+        "gauss_newton cma stands in where too few of its steps fit, and the report says so",
     )
     evaluations: int = Field(
         default=3000, ge=1, description="candidates tried for an image, all restarts together"

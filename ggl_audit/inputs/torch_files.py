@@ -175,7 +175,8 @@ def find_tensors(described: Any, depth: int = 0) -> dict[str, Leaf]:
 
     It is a tensor, a dict or a list of them, a list of pairs (name, tensor), or one of these in
     what usual tools put around it: ``state_dict`` beside the rest of a checkpoint (PyTorch
-    Lightning), ``[{"gradients": [...], "buffers": ..., "metadata": ...}]`` (breaching).
+    Lightning), ``[{"gradients": [...], "buffers": ..., "metadata": ...}]`` (breaching). An empty
+    dict holds none, and is no error.
 
     Raises:
         AuditError: there is none, more than one, or a gradient in it was never computed.

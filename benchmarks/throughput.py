@@ -24,6 +24,7 @@ from torchvision.models import resnet18
 
 from ggl_audit.attack.matching import Distance, Matching
 from ggl_audit.defenses import Context, Defense, Pipeline, Sign, Sparsify
+from ggl_audit.environment import keep_freed_memory
 from ggl_audit.gradient import Gradient, stack
 from ggl_audit.inputs.model import ClientModel
 
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--seconds", default=1.0, type=float, help="of each turn (default: 1)")
     arguments = parser.parse_args()
+    keep_freed_memory()
     threads = f", {torch.get_num_threads()} threads" if arguments.device.type == "cpu" else ""
     write(f"Candidates a second on {arguments.device}{threads}; PyTorch {torch.__version__}")
     write(f"{'model':12}{'defense':14}{'distance':10}{'plain loop':>11}{'ours':>10}{'ratio':>8}")

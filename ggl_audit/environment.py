@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import sys
@@ -10,6 +11,24 @@ import numpy
 import torch
 
 from ggl_audit.errors import SpecError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3): the free memory that goes back to the system, and what is not taken of a heap."""
+
+MOST_IN_A_HEAP = 32 * 2**20
+"""Bytes; glibc takes no more for the second."""
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep the memory that it frees, where its C library is glibc.
+
+    Candidates are compared in chunks. glibc returns a chunk's memory and asks for the next one's,
+    whose pages the system has to clear: up to half of the time that a comparison takes.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(M_MMAP_THRESHOLD, MOST_IN_A_HEAP)
 
 
 def choose_device(name: str) -> torch.device:

@@ -26,7 +26,7 @@ from ggl_audit.defenses import (
 )
 from ggl_audit.defenses.sec_adam import last_gradient
 from ggl_audit.doubts import capture_doubts, client_doubts, replica_doubts
-from ggl_audit.environment import choose_device
+from ggl_audit.environment import choose_device, keep_freed_memory
 from ggl_audit.errors import InputError, Key, NothingToMeasureError, SpecError
 from ggl_audit.evidence.appearance import appearance
 from ggl_audit.evidence.assignment import assign_labels
@@ -196,6 +196,7 @@ def prepare(spec: Spec) -> Setting:
     Raises:
         AuditError: something is missing, broken, or does not fit the rest.
     """
+    keep_freed_memory()
     device = choose_device(spec.device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = False

@@ -620,7 +620,7 @@ class Spec(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     memory: int = Field(
-        default=64, ge=1, description="MiB that candidates' gradients may take at a time, about"
+        default=256, ge=1, description="MiB that candidates' gradients may take at a time, about"
     )
     time_limit: float | None = Field(
         default=None, gt=0, description="seconds after which the audit ends with what it has"

@@ -12,7 +12,7 @@ from ggl_audit.defenses.value_wise import ValueWise
 from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.model import ClientModel
 
-BLOCK = 2**19
+BLOCK = 2**20
 """Values that are worked on at a time: they stay in a processor's cache while they are."""
 
 SHARING = 8

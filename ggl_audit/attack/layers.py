@@ -124,10 +124,10 @@ class Outer:
 
     def unseen(self, like: torch.Tensor) -> torch.Tensor:
         """The squared norms (t,) of values (t, ...) of the weight's shape where no input is."""
-        whole, seen = like.flatten(1).double(), self.matrix(like).flatten(1).double()
-        if whole.shape == seen.shape:
-            return whole.new_zeros(len(whole))
-        return (whole.square().sum(1) - seen.square().sum(1)).clamp(min=0)
+        rest = (like if like.ndim == 5 else like[..., None, None]).clone()
+        rest[(..., *self.kernel)] = 0
+        norms: torch.Tensor = torch.linalg.vector_norm(rest.flatten(1), dim=1)
+        return norms.double().square()
 
     def is_of(self, gradients: torch.Tensor) -> bool:
         """Whether the products are these gradients (n, ...), up to rounding."""
@@ -187,7 +187,8 @@ def products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def slices(size: int, together: int) -> Iterator[slice]:
-    """Parts of a dimension."""
+    """Parts of a dimension, of about equal size."""
+    together = math.ceil(size / math.ceil(size / together))
     for start in range(0, size, together):
         yield slice(start, start + together)
 

@@ -36,7 +36,7 @@ from ggl_audit.inputs.model import ClientModel
 
 Distance = Literal["likelihood", "l2", "cosine"]
 
-MEMORY = 64 * 2**20
+MEMORY = 256 * 2**20
 """Bytes held at a time; what takes more is taken in chunks."""
 
 COPIES_OF_A_GRADIENT = 4

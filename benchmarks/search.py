@@ -25,10 +25,11 @@ import torch
 import typer
 from throughput import PlainLoop
 
-from ggl_audit import attacks, audit
+from ggl_audit import audit
 from ggl_audit.attack import search
 from ggl_audit.attack.objective import LatentObjective
-from ggl_audit.attacks import run_search
+from ggl_audit.experiments import attacks
+from ggl_audit.experiments.attacks import run_search
 from ggl_audit.inputs.spec_file import read_spec
 from ggl_audit.optimizers import Evaluation, start_optimizer
 from ggl_audit.setting import Setting, prepare

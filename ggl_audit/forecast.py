@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.pixels import attack_pixels
 from ggl_audit.attack.refine import refinement_steps
-from ggl_audit.attacks import PIXELS, REFINED, Suite, captured_labels, run_search
 from ggl_audit.clock import Clock
 from ggl_audit.evidence.bounds import hits_needed, trials_needed
 from ggl_audit.evidence.grade import (
@@ -19,14 +18,11 @@ from ggl_audit.evidence.grade import (
     RECONSTRUCTED,
     fewest_significant,
 )
-from ggl_audit.experiments import (
-    MATCHING_CONTROL_TRIALS,
-    MEMBERSHIP_TRIALS,
-    SEARCHES_COMPARED,
-    can_identify_members,
-    run_matching,
-    tests_promise,
-)
+from ggl_audit.experiments.attacks import PIXELS, REFINED, Suite, captured_labels, run_search
+from ggl_audit.experiments.candidate_matching import MATCHING_CONTROL_TRIALS, run_matching
+from ggl_audit.experiments.capture import SEARCHES_COMPARED
+from ggl_audit.experiments.membership import MEMBERSHIP_TRIALS, can_identify_members
+from ggl_audit.experiments.promise import tests_promise
 from ggl_audit.gradient import stack
 from ggl_audit.optimizers import DERIVATIVE_COST
 from ggl_audit.setting import Setting

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ggl_audit.alternatives import other_layouts, other_models
 from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import DeclaredClient, OwnClient
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline
 from ggl_audit.errors import SpecError
+from ggl_audit.experiments.alternatives import other_layouts, other_models
 from ggl_audit.gradient import Gradient, flat, stack, take
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel, load_model

@@ -34,8 +34,8 @@ def check(
     from rich.console import Console
     from rich.markup import escape
 
-    from ggl_audit.attacks import choose_attacks
     from ggl_audit.errors import printable
+    from ggl_audit.experiments.attacks import choose_attacks
     from ggl_audit.forecast import forecast, planned_evaluations
     from ggl_audit.setting import prepare
 

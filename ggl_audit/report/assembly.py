@@ -7,7 +7,6 @@ from dataclasses import replace
 from ggl_audit import __version__
 from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attack.matching import Matching
-from ggl_audit.attacks import ATTACKS, GGL
 from ggl_audit.clients import OwnClient
 from ggl_audit.environment import describe, peak_memory_bytes
 from ggl_audit.evidence.assignment import assign
@@ -18,12 +17,10 @@ from ggl_audit.evidence.findings import find, promise_is_broken
 from ggl_audit.evidence.grade import decide, doubts_about_ceiling
 from ggl_audit.evidence.guarantee import largest_advantage
 from ggl_audit.evidence.likeness import Likeness
-from ggl_audit.experiments import (
-    SEARCHES_COMPARED,
-    Measurements,
-    Reconstructed,
-    can_identify_members,
-)
+from ggl_audit.experiments.attacks import ATTACKS, GGL
+from ggl_audit.experiments.capture import SEARCHES_COMPARED
+from ggl_audit.experiments.measurements import Measurements, Reconstructed
+from ggl_audit.experiments.membership import can_identify_members
 from ggl_audit.gradient import norm
 from ggl_audit.report.assumptions import assumptions
 from ggl_audit.report.model import (

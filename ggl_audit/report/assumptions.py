@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ggl_audit.attack.labels import why_not_inferred
-from ggl_audit.attacks import searched_by
 from ggl_audit.defenses import Encryption
 from ggl_audit.evidence.last_layer import MODEL_AND_LOSS
-from ggl_audit.experiments import Measurements
+from ggl_audit.experiments.attacks import searched_by
+from ggl_audit.experiments.measurements import Measurements
 from ggl_audit.setting import Setting
 
 MOST_NAMES = 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ggl_audit.attack.search import search
-from ggl_audit.attacks import searched_by
+from ggl_audit.experiments.attacks import searched_by
 from ggl_audit.optimizers import DERIVATIVE_COST, Evaluation, State, Wants, start_optimizer
 from ggl_audit.setting import Setting, prepare
 from ggl_audit.spec import AttackSpec, Spec

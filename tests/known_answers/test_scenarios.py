@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from ggl_audit import experiments
 from ggl_audit.audit import run_audit
 from ggl_audit.defenses import Context, build_pipeline
+from ggl_audit.experiments import likeness
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.images import digits, write_image
 from ggl_audit.inputs.model import load_model
@@ -510,7 +510,7 @@ def test_a_declaration_that_is_the_same_in_effect_accuses_no_capture(
         asked.append(setting)
         yield "nothing else", setting
 
-    monkeypatch.setattr(experiments, "other_models", the_same)
+    monkeypatch.setattr(likeness, "other_models", the_same)
     scenario = next(one for one in TABLE if one.name == "sent as it is")
     scenario = dataclasses.replace(scenario, budget=SEARCHED)
     report = run(scenario, 3, sample, weights, tmp_path)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ggl_audit.attacks import choose_attacks
 from ggl_audit.audit import run_audit
 from ggl_audit.errors import AuditError, InputError
+from ggl_audit.experiments.attacks import choose_attacks
 from ggl_audit.forecast import planned_evaluations
 from ggl_audit.inputs.images import read_image
 from ggl_audit.report.compare import render_comparison

@@ -1,0 +1,112 @@
+"""The captured gradient among the canaries', and what else it may be of."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ggl_audit.attack.matching import Matching
+from ggl_audit.evidence.likeness import CLEAR, HALFWAY, MUCH_LOWER, Likeness, judge, judge_zeros
+from ggl_audit.experiments.alternatives import other_layouts, other_models
+from ggl_audit.experiments.attacks import Advance, captured_labels, run_search
+from ggl_audit.experiments.capture import CAPTURED, SEARCHES_COMPARED
+from ggl_audit.experiments.measurements import Measurements
+from ggl_audit.gradient import Gradient, norm, shares, stack, take
+from ggl_audit.inputs.model import has_batch_norm
+from ggl_audit.setting import Setting
+
+
+@dataclass(frozen=True)
+class _Canaries:
+    """What became of the canaries, beside which a capture is judged.
+
+    Attributes:
+        agreements: (n, k), of their pictures with their k - 1 tensors and the whole.
+        nulls: (n, k), of their null control.
+        losses: (n,), the matching distances that were reached.
+    """
+
+    agreements: torch.Tensor
+    nulls: torch.Tensor
+    losses: torch.Tensor
+
+    def judge(self, setting: Setting, images: torch.Tensor) -> Likeness:
+        """Of the picture that places the capture highest: a single search may fail."""
+        count, names = len(images), list(setting.observed)
+        matching = Matching(setting.model, setting.defense)
+        labels = captured_labels(setting, count)
+        found = matching.agreement(images, labels, stack([setting.observed] * count))
+        judged = [judge(row, self.agreements, self.losses, self.nulls, names) for row in found]
+        return max(judged, key=lambda one: -math.inf if one.place is None else one.place)
+
+
+def place_capture(
+    setting: Setting,
+    measured: Measurements,
+    agreements: torch.Tensor,
+    gradients: Gradient,
+    advance: Advance,
+) -> Likeness:
+    """Judges the capture, and where it is unlike the canaries, or may be, looks for the cause.
+
+    Args:
+        setting: what was handed in.
+        measured: holds the pictures of the capture.
+        agreements: (2, n, k), of the canaries and of their null control.
+        gradients: of the canaries, k - 1 tensors with a leading dimension n.
+        advance: told of the candidates that are evaluated.
+
+    Raises:
+        KeyboardInterrupt: interrupted.
+    """
+    assert measured.repeated is not None
+    losses = torch.tensor(measured.canary_losses, device=agreements.device)
+    canaries = _Canaries(agreements[0], agreements[1], losses)
+    likeness = canaries.judge(setting, measured.repeated)
+    largest = max(float(norm(take(gradients, i))) for i in range(len(losses)))
+    if float(norm(setting.observed)) > largest:
+        likeness = likeness.model_copy(update={"rules_out_larger": False})
+    if has_batch_norm(setting.model.module) and not setting.defense.empties_tensors():
+        own_shares = shares(stack([setting.observed]))[0]
+        names = list(setting.observed)
+        likeness = judge_zeros(own_shares, shares(gradients), names) or likeness
+    is_placed = likeness.place is not None and likeness.place >= CLEAR
+    is_explained = min(measured.repeated_losses) <= float(losses.median())
+    if likeness.outcome == "hidden" or (is_placed and is_explained):
+        return likeness
+    cause = _better_cause(setting, measured, canaries, likeness.outcome == "unlike", advance)
+    if cause is None:
+        return likeness
+    found = {"outcome": "unlike", "cause": cause, "rules_out_larger": False}
+    return likeness.model_copy(update=found)
+
+
+def _better_cause(
+    setting: Setting, measured: Measurements, canaries: _Canaries, unlike: bool, advance: Advance
+) -> str | None:
+    """The other declaration that explains the capture best, and much better than the one made."""
+    loss = min(measured.repeated_losses)
+    least_place, lowest = (HALFWAY, loss) if unlike else (CLEAR, MUCH_LOWER * loss)
+    better_cause = None
+    # Values in another order are told by the agreement of their own tensors.
+    layouts = other_layouts(setting) if unlike else ()
+    for cause, other in itertools.chain(other_models(setting), layouts):
+        if not measured.clock.reaches(SEARCHES_COMPARED * measured.seconds_each):
+            break
+        observed = stack([other.observed] * SEARCHES_COMPARED)
+        labels = captured_labels(other, SEARCHES_COMPARED)
+        # The capture's own stream, so that a declaration which is the same in effect does the same.
+        result, images = run_search(other, other.defense, observed, labels, CAPTURED, advance)
+        if not result.complete:
+            raise KeyboardInterrupt
+        place, loss_elsewhere = canaries.judge(other, images).place, float(result.losses.min())
+        if place is not None and place >= least_place and loss_elsewhere < lowest:
+            lowest = loss_elsewhere
+            better_cause = (
+                f"{cause}, with which it is like them, at a matching distance of {lowest:.2g} in "
+                f"place of {loss:.2g}"
+            )
+    return better_cause

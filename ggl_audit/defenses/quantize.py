@@ -54,12 +54,9 @@ class Quantize(Defense):
             return self._rounded(gradient)
         rounded = {}
         for name, (low, step) in self._grids(gradient).items():
-            place, seen = (gradient[name] - low) / step, (observed[name] - low) / step
-            below = place.floor()
-            above = place - below > 0.5
-            midway = (place - below - 0.5).abs() < MIDWAY
-            above = torch.where(midway, seen > below + 0.5, above)
-            rounded[name] = low + step * (below + above.to(place.dtype))
+            nearer = ((observed[name] - gradient[name]) / step).clamp(-MIDWAY, MIDWAY)
+            places = ((gradient[name] - low) / step + nearer).round()
+            rounded[name] = torch.addcmul(low, step, places)
         return rounded
 
     def smooth(self, gradient: Gradient, observed: Gradient | None) -> Gradient:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import subprocess
 import sys
 
 import pytest
 
-FAULTS_OF_CHUNKS = """
-import resource, sys, torch
+HEAP_AFTER_A_CHUNK = """
+import ctypes, sys, torch
 from ggl_audit.environment import keep_freed_memory
 
+class Statistics(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("heap", *"bcdefghij")]
+
+statistics = ctypes.CDLL(None).mallinfo2
+statistics.restype = Statistics
 if sys.argv[1] == "kept":
     keep_freed_memory()
-
-def chunk():
-    return [torch.ones(2**21) for _ in range(4)]
-
-for _ in range(5):
-    chunk()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    chunk()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+before = statistics().heap
+chunk = torch.ones(30 * 2**18)
+del chunk
+print(statistics().heap - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_chunks_take_the_memory_that_the_ones_before_have_freed() -> None:
-    program = [sys.executable, "-c", FAULTS_OF_CHUNKS]
-    returned = int(subprocess.check_output([*program, "returned"]))  # noqa: S603
-    kept = int(subprocess.check_output([*program, "kept"]))  # noqa: S603
-    assert kept < returned / 20
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="the C library is not glibc 2.33 or later",
+)
+def test_the_memory_of_a_chunk_is_kept_for_the_next() -> None:
+    program = [sys.executable, "-c", HEAP_AFTER_A_CHUNK]
+    assert int(subprocess.check_output([*program, "returned"])) < 2**20  # noqa: S603
+    assert int(subprocess.check_output([*program, "kept"])) > 20 * 2**20  # noqa: S603

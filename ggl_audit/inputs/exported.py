@@ -121,6 +121,8 @@ def translate(model: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
         if kind == "parameter" and not isinstance(tensor, nn.Parameter):
             kept[name] = nn.Parameter(tensor)
         names[own["arg"]["name"]] = held(name)
+    # PyTorch 2.6 lists inputs as they are used, but tensors as the model names them.
+    kept = {name: kept[name] for name in tensors if name in kept}
     results = [own["user_output"] for own in signature["output_specs"] if "user_output" in own]
     if len(results) != 1:
         raise UnsupportedError(f"it returns {len(results)} values")

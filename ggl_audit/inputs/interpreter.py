@@ -302,6 +302,9 @@ class Recorder:
         attention_dropout = arguments.get("dropout_p")
         if isinstance(attention_dropout, float) and attention_dropout > 0:
             self.modes.add("train")
+        if operator is torch.ops.aten.view.default:
+            # Attention may have another layout here than where the program was made.
+            return Call(torch.reshape, (arguments["self"], arguments["size"]), {}, outputs)
         positional = [own.name for own in schema if not own.kwarg_only and own.name in arguments]
         named = {n: _follows(argument) for n, argument in arguments.items()}
         return Call(operator, tuple(named.pop(n) for n in positional), named, outputs)

@@ -499,6 +499,7 @@ def save_program(generator: nn.Module, path: Path, *example: torch.Tensor) -> st
     if path.suffix == ".pt2":
         batch = torch.export.Dim("batch", min=1, max=4096)
         shapes = None if path.stem == "four" else tuple({0: batch} for _ in example)
+        torch._dynamo.reset()  # PyTorch 2.6 exports no more than 8 in one process
         torch.export.save(torch.export.export(generator, example, dynamic_shapes=shapes), path)
         return "exported"
     if path.stem == "traced":

@@ -32,10 +32,10 @@ def audit(spec: Spec) -> Report:
     return run_audit(spec, Counter())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ["undefended", "sparsified", "sign", "noise"])
-def test_what_leaks_never_passes(sample: Callable[..., Spec], name: str, seed: int) -> None:
-    report = audit(sample(name, **ENOUGH, seed=seed))
+def test_what_leaks_never_passes(sample: Callable[..., Spec], name: str) -> None:
+    """Over five seeds it is among the scenarios."""
+    report = audit(sample(name, **ENOUGH))
     assert report.verdict.grade in ("C", "D", "F")
     assert report.verdict.exit_code == 1
     assert "GGL002" in [finding.id for finding in report.findings]

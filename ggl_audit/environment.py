@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
     """Has this process keep the memory that it frees, where its C library is glibc.
 
     Candidates are compared in chunks. glibc returns a chunk's memory and asks for the next one's,
-    whose pages the system has to clear: up to half of the time that a comparison takes.
+    whose pages the system has to clear: as much as 40 % of the time that a comparison takes.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)

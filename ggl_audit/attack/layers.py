@@ -124,7 +124,9 @@ class Outer:
 
     def unseen(self, like: torch.Tensor) -> torch.Tensor:
         """The squared norms (t,) of values (t, ...) of the weight's shape where no input is."""
-        rest = (like if like.ndim == 5 else like[..., None, None]).clone()
+        if self.size == like[0].numel():
+            return like.new_zeros(len(like))
+        rest = like.clone()  # of a convolution; what a linear layer is given reaches all of it
         rest[(..., *self.kernel)] = 0
         norms: torch.Tensor = torch.linalg.vector_norm(rest.flatten(1), dim=1)
         return norms.double().square()
@@ -188,7 +190,8 @@ def products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def slices(size: int, together: int) -> Iterator[slice]:
     """Parts of a dimension, of about equal size."""
-    together = math.ceil(size / math.ceil(size / together))
+    count = max(1, math.ceil(size / together))
+    together = max(1, math.ceil(size / count))
     for start in range(0, size, together):
         yield slice(start, start + together)
 

@@ -87,7 +87,10 @@ def place_capture(
 def _better_cause(
     setting: Setting, measured: Measurements, canaries: _Canaries, unlike: bool, advance: Advance
 ) -> str | None:
-    """The other declaration that explains the capture best, and much better than the one made."""
+    """The other declaration that explains the capture best, if any does so better; in words.
+
+    What is lower at all counts where the capture is unlike the canaries, else what is much lower.
+    """
     loss = min(measured.repeated_losses)
     least_place, lowest = (HALFWAY, loss) if unlike else (CLEAR, MUCH_LOWER * loss)
     better_cause = None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ggl_audit.attack import layer_wise as layer_wise_module
+from ggl_audit.attack.layers import slices
 from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import (
     REGISTRY,
@@ -353,6 +354,11 @@ def test_in_double_precision_the_distances_are_exact() -> None:
     assert found.dtype == torch.double
     replica = defense.replicate([plain(model, images[0, 1], labels[0, 1])], observed[0])
     assert float(found[0, 1]) == pytest.approx(distance_of(replica, observed[0], "l2"), rel=1e-9)
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(0, []), (5, [5]), (12, [12]), (32, [11, 11, 10])])
+def test_parts_of_a_dimension_are_of_about_equal_size(size: int, sizes: list[int]) -> None:
+    assert [len(range(size)[part]) for part in slices(size, 12)] == sizes
 
 
 class Greedy(nn.Module):

@@ -17,6 +17,12 @@ def norm(gradient: Gradient) -> torch.Tensor:
     return whole
 
 
+def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a tensor's values, a scalar."""
+    # Copies nothing, where magnitudes take 20 times as long mapped over large tensors.
+    return torch.maximum(tensor.amax(), -tensor.amin())
+
+
 def each(function: Callable[[torch.Tensor], torch.Tensor], gradient: Gradient) -> Gradient:
     """Applies a function to each tensor."""
     return {name: function(tensor) for name, tensor in gradient.items()}

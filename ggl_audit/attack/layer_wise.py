@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch.func import vmap
@@ -12,7 +13,7 @@ from ggl_audit.defenses.value_wise import ValueWise
 from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.model import ClientModel
 
-BLOCK = 2**20
+BLOCK = 2**21
 """Values that are worked on at a time: they stay in a processor's cache while they are."""
 
 SHARING = 8
@@ -27,8 +28,8 @@ GHOST = 16
 NEAR = 1e-2
 """Relative l2 below which a difference of sums has too few digits."""
 
-COPIES_OF_A_LAYER = 4
-"""What its layers are given and return, the gradient of both, and what is between them."""
+COPIES_OF_A_LAYER = 3
+"""What its layers are given and return, the gradient of both, and a block of the weight's."""
 
 TRIED = 3
 """Images; more than the layers of a model are likely to confuse with another dimension."""
@@ -135,8 +136,8 @@ class LayerWise:
         for part in self._parts(images, labels):
             for place, replicas, seen in self._replicas(part, labels.shape, observed, readings):
                 if factor is not None:
-                    replicas = replicas * factor[place][..., None].to(replicas.dtype)
-                squares[place] += _squares(replicas - seen)
+                    replicas.mul_(factor[place][..., None])
+                squares[place] += _squares(replicas.sub_(seen))
             squares += part.unseen(observed[part.name])[:, None]
         return squares
 
@@ -150,7 +151,8 @@ class LayerWise:
         """Replicas of one tensor's gradients of (t, n) candidates, a block at a time.
 
         Yields:
-            Which candidates; (t, n, size) of their replicas; (t, 1, size) of what was observed.
+            Which candidates; (t, n, size) of their replicas, which may be written over; (t, 1,
+            size) of what was observed.
         """
         target = part.matrix(observed[part.name])
         own = [reading[part.name] for reading in readings]
@@ -192,14 +194,31 @@ def layer_wise(
     images = torch.rand(TRIED, *model.shape, generator=random).to(model.mean)
     labels = torch.arange(TRIED, device=model.device) % model.classes
     expected = gradients(images, labels)
-    parts = _tried(model, images, labels)
-    if not parts or not all(part.is_of(expected[part.name]) for part in parts):
+    for arranged in _arrangements(model):
+        parts = _tried(arranged, images, labels)
+        if parts and all(part.is_of(expected[part.name]) for part in parts):
+            break
+    else:
         return None
     ghosts = not replica.steps and any(
         isinstance(part, Outer) and is_cheaper_as_a_ghost(part) for part in parts
     )
     bytes_each = COPIES_OF_A_LAYER * sum(part.bytes_held for part in parts) // TRIED
-    return LayerWise(model, replica, cosine, max(1, memory // bytes_each), ghosts)
+    return LayerWise(arranged, replica, cosine, max(1, memory // bytes_each), ghosts)
+
+
+def _arrangements(model: ClientModel) -> Iterator[ClientModel]:
+    """The model with its kernels laid out as they may be used, the fastest first."""
+    if model.device.type == "cpu":
+        # What a convolution returns is laid out as its kernel is. Not every model takes that.
+        kernels = {
+            name: tensor.to(memory_format=torch.channels_last)
+            for name, tensor in model.parameters.items()
+            if tensor.ndim == 4
+        }
+        if kernels:
+            yield replace(model, parameters={**model.parameters, **kernels})
+    yield model
 
 
 def _tried(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> list[Part]:

@@ -116,7 +116,8 @@ class Outer:
             most: values to hold, if that is a row at least.
 
         Yields:
-            Which rows of each group, and their gradients (t, n, groups, rows, inputs).
+            Which rows of each group, and their gradients (t, n, groups, rows, inputs), which may be
+            written over.
         """
         errors, windows = self.factors(shape, place)
         for rows in slices(self.rows, max(1, most // windows[..., 0, :].numel())):
@@ -124,12 +125,16 @@ class Outer:
 
     def unseen(self, like: torch.Tensor) -> torch.Tensor:
         """The squared norms (t,) of values (t, ...) of the weight's shape where no input is."""
+        squares = torch.zeros(len(like), dtype=torch.double, device=like.device)
         if self.size == like[0].numel():
-            return like.new_zeros(len(like))
-        rest = like.clone()  # of a convolution; what a linear layer is given reaches all of it
-        rest[(..., *self.kernel)] = 0
-        norms: torch.Tensor = torch.linalg.vector_norm(rest.flatten(1), dim=1)
-        return norms.double().square()
+            return squares
+        # Of a convolution, as what a linear layer is given reaches all of its weight.
+        rows, columns = self.kernel
+        above, below = like[..., : rows.start, :], like[..., rows.stop :, :]
+        left, right = like[..., rows, : columns.start], like[..., rows, columns.stop :]
+        for rest in (above, below, left, right):
+            squares += torch.linalg.vector_norm(rest.flatten(2), dim=2).double().square().sum(1)
+        return squares
 
     def is_of(self, gradients: torch.Tensor) -> bool:
         """Whether the products are these gradients (n, ...), up to rounding."""
@@ -169,7 +174,8 @@ class Small:
         self, shape: torch.Size, place: tuple[slice, slice], most: int
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """Those of some candidates; see :meth:`Outer.gradients`."""
-        yield slice(0, 1), self.matrix(self.values).unflatten(0, shape)[place]
+        # A copy, since what a layer norm returned may be another layer's output too.
+        yield slice(0, 1), self.matrix(self.values).unflatten(0, shape)[place].clone()
 
     def unseen(self, like: torch.Tensor) -> torch.Tensor:
         """Nothing; see :meth:`Outer.unseen`."""

@@ -193,7 +193,7 @@ class Defense(BaseModel, ABC):
         """The replica of any values of a tensor; only for ``values``.
 
         Args:
-            values: of candidates' gradients; what is zero stays zero.
+            values: of candidates' gradients, which may be written over; what is zero stays zero.
             readings: of the same values (:meth:`readings`), broadcast against them.
         """
         raise NotImplementedError

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.gradient import Gradient, each
+from ggl_audit.gradient import Gradient, each, largest_magnitude
 
 SMALLEST_SCALE = 1e-30
 ROUNDING = 1e-5
@@ -110,7 +110,7 @@ class FloatFormat(Defense):
         """What 1 in the format stands for; a scalar."""
         if self.scale == "none":
             return torch.ones_like(tensor).max()
-        return tensor.abs().max().clamp(min=SMALLEST_SCALE) / self._most
+        return largest_magnitude(tensor).clamp(min=SMALLEST_SCALE) / self._most
 
     def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
         # In double precision, where the scale of a format as wide as float32 does not underflow.

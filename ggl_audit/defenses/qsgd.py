@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
-from ggl_audit.gradient import Gradient, each, flat
+from ggl_audit.gradient import Gradient, each, flat, largest_magnitude
 
 SMALLEST_NORM = 1e-30
 LEAST_PROBABILITY = 1e-12
@@ -78,7 +78,7 @@ class Qsgd(Defense):
             if self.scope == "global":
                 return dict.fromkeys(gradient, torch.linalg.vector_norm(flat(gradient)))
             return each(lambda tensor: tensor.square().sum().sqrt(), gradient)
-        largest = each(lambda tensor: tensor.abs().max(), gradient)
+        largest = each(largest_magnitude, gradient)
         if self.scope == "global":
             return dict.fromkeys(gradient, torch.stack([*largest.values()]).max())
         return largest

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from ggl_audit.defenses.base import Context, Distribution, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.error_feedback import ErrorFeedback
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.gradient import Gradient, each, flat
+from ggl_audit.gradient import Gradient, each, flat, largest_magnitude
 
 ROUNDING, TINY = 1e-5, 1e-30
 
@@ -56,7 +56,7 @@ class Sign(ErrorFeedback):
         if observed is None or self.replica_kind(readable=True) == "whole":
             return self._signs(gradient)
         steps = self.readings(observed)
-        return {name: self.on_values(tensor, steps[name]) for name, tensor in gradient.items()}
+        return {name: steps[name] * torch.sign(tensor) for name, tensor in gradient.items()}
 
     def replica_kind(self, readable: bool) -> ReplicaKind:
         """By the step that the capture shows, unless the candidate's own magnitudes give it."""
@@ -65,14 +65,14 @@ class Sign(ErrorFeedback):
 
     def readings(self, observed: Gradient) -> Gradient:
         """The step: the largest magnitude, of each tensor or of all."""
-        steps = each(lambda tensor: tensor.abs().max(), observed)
+        steps = each(largest_magnitude, observed)
         if self.scale != "layer_mean":
             steps = dict.fromkeys(observed, torch.stack([*steps.values()]).max())
         return steps
 
     def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
         """The sign, in the length of the step."""
-        return readings * torch.sign(values)
+        return values.sign_().mul_(readings)
 
     def smooth(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Has a hyperbolic tangent for the sign."""

@@ -43,20 +43,20 @@ class Sparsify(ErrorFeedback):
         """Keeps what the client kept, read off the capture; if hidden, the candidate's largest."""
         if observed is None:
             return self._restricted(gradient, _largest)
-        kept = self.readings(observed)
-        return {name: self.on_values(tensor, kept[name]) for name, tensor in gradient.items()}
+        kept = {name: (tensor != 0).to(tensor.dtype) for name, tensor in observed.items()}
+        return {name: tensor * kept[name] for name, tensor in gradient.items()}
 
     def replica_kind(self, readable: bool) -> ReplicaKind:
         """By the mask of the capture."""
         return "values" if readable else "whole"
 
     def readings(self, observed: Gradient) -> Gradient:
-        """1 where the client kept a value, 0 elsewhere."""
-        return each(lambda tensor: (tensor != 0).to(tensor.dtype), observed)
+        """What was sent, which is not zero where the client kept a value."""
+        return observed
 
     def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
         """Keeps what the client kept."""
-        return values * readings
+        return values.mul_((readings != 0).to(values.dtype))
 
     def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Keeps the candidate's own largest: where they are tells the image as well."""

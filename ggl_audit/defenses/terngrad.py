@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
 from ggl_audit.defenses.qsgd import lengthened, log_probability, off_grid, rounded_at_random
-from ggl_audit.gradient import Gradient, each
+from ggl_audit.gradient import Gradient, each, largest_magnitude
 
 
 class TernGrad(Defense):
@@ -34,10 +34,11 @@ class TernGrad(Defense):
 
     def apply(self, gradient: Gradient, context: Context) -> Gradient:
         """Draws the roundings from the client's generator."""
-        return each(
-            lambda tensor: rounded_at_random(tensor, tensor.abs().max(), 1, context.generator),
-            self._clipped(gradient),
-        )
+
+        def rounded(tensor: torch.Tensor) -> torch.Tensor:
+            return rounded_at_random(tensor, largest_magnitude(tensor), 1, context.generator)
+
+        return each(rounded, self._clipped(gradient))
 
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Clips, and fits the length: what is sent is the clipped gradient on average."""
@@ -52,7 +53,7 @@ class TernGrad(Defense):
         """The sum of log P(value is rounded to what was observed); a scalar."""
         clipped = self._clipped(before)
         parts = [
-            log_probability(clipped[name], tensor, clipped[name].abs().max()).sum()
+            log_probability(clipped[name], tensor, largest_magnitude(clipped[name])).sum()
             for name, tensor in observed.items()
         ]
         return torch.stack(parts).sum()

@@ -32,7 +32,7 @@ class ValueWise:
         """The replica of any values of one tensor, before the whole is scaled.
 
         Args:
-            values: of candidates' gradients.
+            values: of candidates' gradients; may be written over.
             readings: of the same values for each step, broadcast against them.
         """
         for step, reading in zip(self.steps, readings, strict=True):

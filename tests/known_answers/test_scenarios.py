@@ -359,16 +359,16 @@ TABLE = [
             ("inconclusive", "C"),
             ("GGL006",),
             ("mu is at least",),
-            budget={**MATCHED, "evidence.reconstruction_trials": 0},
+            budget={**CHECKED, "evidence.matching_trials": trials},
             spec={"client": own_code(mistake, batch_size), "guarantee": PROMISE},
         )
-        for mistake, batch_size in (
-            ("no noise", 1),
-            ("no noise", 4),
-            ("a tenth of the noise", 1),
-            ("a tenth of the noise", 4),
-            ("noise before clip", 1),
-            ("batch clipped", 4),
+        for mistake, batch_size, trials in (
+            ("no noise", 1, 20),
+            ("no noise", 4, 20),
+            ("a tenth of the noise", 1, 20),
+            ("a tenth of the noise", 4, 20),
+            ("noise before clip", 1, 20),
+            ("batch clipped", 4, 200),
         )
     ),
     *(
@@ -485,7 +485,7 @@ def test_the_known_answer_comes_out(
         assert "GGL006" not in ids
 
 
-@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: f"seed{seed}")
+@pytest.mark.parametrize("seed", SEEDS[:2], ids=lambda seed: f"seed{seed}")
 @pytest.mark.parametrize("name", ["reordered", "wrong normalization"])
 def test_the_default_search_gives_the_known_answer(
     name: str, seed: int, sample: Callable[..., Spec], weights: Path, tmp_path: Path

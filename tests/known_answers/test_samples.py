@@ -34,7 +34,7 @@ def audit(spec: Spec) -> Report:
 
 @pytest.mark.parametrize("name", ["undefended", "sparsified", "sign", "noise"])
 def test_what_leaks_never_passes(sample: Callable[..., Spec], name: str) -> None:
-    """Over five seeds it is among the scenarios."""
+    """Over several seeds it is among the scenarios."""
     report = audit(sample(name, **ENOUGH))
     assert report.verdict.grade in ("C", "D", "F")
     assert report.verdict.exit_code == 1

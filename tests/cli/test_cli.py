@@ -332,7 +332,7 @@ def test_an_interrupt_ends_with_a_partial_report(
     for line in process.stderr:
         if "attack on the capture" in line:
             break
-    time.sleep(1)
+    time.sleep(2)
     process.send_signal(kind)
     try:
         stdout, stderr = process.communicate(timeout=60)

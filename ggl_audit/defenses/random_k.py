@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ggl_audit.defenses.base import Context, ReplicaKind, Trace
+from ggl_audit.defenses.base import Context, Trace
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sparsify import Sparsify
 from ggl_audit.gradient import Gradient, each
@@ -34,18 +34,12 @@ class RandomK(Sparsify):
 
         return self._restricted(gradient, at_random)
 
-    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """Keeps what the client kept, read off the capture; if hidden, the mean over all masks."""
-        if observed is None:
-            return each(lambda tensor: (1 - self.fraction) * tensor, gradient)
-        return super().replicate(gradient, observed)
-
-    def replica_kind(self, readable: bool) -> ReplicaKind:
-        """By the mask of the capture."""
-        return super().replica_kind(readable)
+    def foreseen(self, gradient: Gradient) -> Gradient:
+        """The mean over all masks."""
+        return each(lambda tensor: (1 - self.fraction) * tensor, gradient)
 
     def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """The same, as chance chose what is kept."""
+        """The replica, as chance chose what is kept."""
         return self.replicate(gradient, observed)
 
     def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ggl_audit.defenses.base import Context, Distribution, NoiseBound, ReplicaKind, Trace
-from ggl_audit.defenses.error_feedback import ErrorFeedback
+from ggl_audit.defenses.base import Distribution, NoiseBound, Trace
+from ggl_audit.defenses.masking import Masking
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each, flat
 
 
-class Sparsify(ErrorFeedback):
+class Sparsify(Masking):
     """Sets the values of smallest magnitude to zero.
 
     Usual settings: 90 to 99 % removed, for each tensor (Aji and Heafield, EMNLP 2017; Lin et al.,
@@ -35,33 +35,8 @@ class Sparsify(ErrorFeedback):
         default="layer", description="for each tensor, or over the whole gradient"
     )
 
-    def compressed(self, gradient: Gradient, context: Context) -> Gradient:
-        """Keeps the largest values."""
-        return self._restricted(gradient, _largest)
-
-    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """Keeps what the client kept, read off the capture; if hidden, the candidate's largest."""
-        if observed is None:
-            return self._restricted(gradient, _largest)
-        kept = {name: (tensor != 0).to(tensor.dtype) for name, tensor in observed.items()}
-        return {name: tensor * kept[name] for name, tensor in gradient.items()}
-
-    def replica_kind(self, readable: bool) -> ReplicaKind:
-        """By the mask of the capture."""
-        return "values" if readable else "whole"
-
-    def readings(self, observed: Gradient) -> Gradient:
-        """What was sent, which is not zero where the client kept a value."""
-        return observed
-
-    def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
-        """Keeps what the client kept."""
-        return values.mul_((readings != 0).to(values.dtype))
-
-    def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """Keeps the candidate's own largest: where they are tells the image as well."""
-        if self.error_feedback:
-            return self.replicate(gradient, observed)
+    def foreseen(self, gradient: Gradient) -> Gradient:
+        """Its largest values."""
         return self._restricted(gradient, _largest)
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:

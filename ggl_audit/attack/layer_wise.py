@@ -48,6 +48,7 @@ class LayerWise:
         replica: the defense by single values.
         cosine: whether the distance is one minus the cosine, and not the relative squared l2.
         chunk: how many candidates to take at a time.
+        together: how many can be held together, layer by layer.
         ghosts: whether some layers' gradients are not computed in a sum of norms.
     """
 
@@ -57,6 +58,7 @@ class LayerWise:
         replica: ValueWise,
         cosine: bool,
         chunk: int,
+        together: int,
         ghosts: bool,
     ) -> None:
         self._model = model
@@ -64,6 +66,11 @@ class LayerWise:
         self._cosine = cosine
         self._summed = cosine or ghosts or bool(replica.scalings)
         self.chunk = chunk
+        self._together = together
+
+    def holds(self, candidates: int) -> bool:
+        """Whether so many candidates can be compared with each other."""
+        return candidates <= min(self.chunk, self._together)
 
     def distances(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
@@ -85,10 +92,56 @@ class LayerWise:
                 found[place] = self._of_chunk(images[place], labels[place], seen)
         return found.to(images.dtype)
 
+    def residual_products(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> torch.Tensor:
+        """The inner products of what n candidates leave of each of t observed gradients.
+
+        Args:
+            images: (t, n, channels, height, width) in [0, 1].
+            labels: (t, n), as many as it :meth:`holds`.
+            observed: tensors with a leading dimension t.
+
+        Returns:
+            (t, n, n), relative to what was observed: of what the first candidate leaves, and of
+            what the others leave less that.
+        """
+        count = labels.shape[1]
+        found = torch.empty(*labels.shape, count, dtype=torch.double, device=images.device)
+        for place in _blocks(labels.shape, max(count, self.chunk)):
+            seen = {name: tensor[place[0]] for name, tensor in observed.items()}
+            with torch.no_grad():
+                found[place] = self._residual_products(images[place], labels[place], seen)
+        return (found / 2 if self._cosine else found).to(images.dtype)
+
+    def _residual_products(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> torch.Tensor:
+        lengths = _lengths(observed)
+        factor = None
+        if self._cosine or self._replica.scalings:
+            norms = self._products(images, labels, observed)[0].sqrt()
+            directions = lengths / norms.clamp(min=1e-30)
+            factor = directions if self._cosine else self._replica.factor(norms)
+        count = labels.shape[1]
+        table = torch.zeros(*labels.shape, count, dtype=torch.double, device=images.device)
+        readings = self._replica.readings(observed)
+        for part in self._parts(images, labels):
+            for place, left, seen in self._replicas(
+                part, labels.shape, observed, readings, least=count
+            ):
+                if factor is not None:
+                    left.mul_(factor[place][..., None])
+                left[:, 1:] -= left[:, :1]
+                left[:, :1] -= seen
+                table[place[0]] += left @ left.mT
+            table[:, 0, 0] += part.unseen(observed[part.name])
+        return table / lengths.square()[..., None]
+
     def _of_chunk(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
     ) -> torch.Tensor:
-        lengths = vmap(norm)(observed).double()[:, None].clamp(min=1e-30)
+        lengths = _lengths(observed)
         if not self._summed:
             return self._differences(images, labels, observed, None) / lengths.square()
         squares, inner = self._products(images, labels, observed)
@@ -146,9 +199,14 @@ class LayerWise:
         return parts_of(self._model, images.flatten(0, 1), targets)
 
     def _replicas(
-        self, part: Part, shape: torch.Size, observed: Gradient, readings: Sequence[Gradient]
+        self,
+        part: Part,
+        shape: torch.Size,
+        observed: Gradient,
+        readings: Sequence[Gradient],
+        least: int = SHARING,
     ) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
-        """Replicas of one tensor's gradients of (t, n) candidates, a block at a time.
+        """Replicas of one tensor's gradients of (t, n) candidates, a block of least so many.
 
         Yields:
             Which candidates; (t, n, size) of their replicas, which may be written over; (t, 1,
@@ -157,11 +215,16 @@ class LayerWise:
         target = part.matrix(observed[part.name])
         own = [reading[part.name] for reading in readings]
         beside = [part.matrix(r) if r.ndim > 1 else r[:, None, None, None] for r in own]
-        for place in _blocks(shape, max(SHARING, BLOCK // part.size_held)):
+        for place in _blocks(shape, max(least, BLOCK // part.size_held)):
             for rows, gradients in part.gradients(shape, place, BLOCK):
                 some = [_rows(tensor[place[0]], rows) for tensor in beside]
                 values = self._replica.on_values(gradients.flatten(2), some)
                 yield place, values, _rows(target[place[0]], rows)
+
+
+def _lengths(observed: Gradient) -> torch.Tensor:
+    """The norms (t, 1) of what was observed."""
+    return vmap(norm)(observed).double()[:, None].clamp(min=1e-30)
 
 
 def _squares(values: torch.Tensor) -> torch.Tensor:
@@ -204,7 +267,8 @@ def layer_wise(
         isinstance(part, Outer) and is_cheaper_as_a_ghost(part) for part in parts
     )
     bytes_each = COPIES_OF_A_LAYER * sum(part.bytes_held for part in parts) // TRIED
-    return LayerWise(arranged, replica, cosine, max(1, memory // bytes_each), ghosts)
+    together = memory // (4 * max(part.size_of_factors for part in parts))
+    return LayerWise(arranged, replica, cosine, max(1, memory // bytes_each), together, ghosts)
 
 
 def _arrangements(model: ClientModel) -> Iterator[ClientModel]:

@@ -75,6 +75,11 @@ class Outer:
         return self.errors.shape[1] * self.rows * self.inputs
 
     @property
+    def size_of_factors(self) -> int:
+        """Values of what one candidate's gradient is the product of."""
+        return self.positions * (self.inputs + self.errors.shape[1] * self.rows)
+
+    @property
     def size_held(self) -> int:
         """Values that one candidate takes while its gradient is computed."""
         return max(self.size, self.positions * self.inputs)
@@ -160,6 +165,11 @@ class Small:
     def size_held(self) -> int:
         """Of one candidate's gradient."""
         return self.values[0].numel()
+
+    @property
+    def size_of_factors(self) -> int:
+        """That is held as it is."""
+        return self.size_held
 
     @property
     def bytes_held(self) -> int:

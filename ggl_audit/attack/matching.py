@@ -219,6 +219,25 @@ class Matching:
             images, labels = images[:, :, None], labels[:, :, None]
         return self._by_gradients(images, labels, observed, others)
 
+    @_in_less_memory
+    def residual_products(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> torch.Tensor | None:
+        """The inner products (t, n, n) of what n candidates leave of t observed gradients.
+
+        See :meth:`LayerWise.residual_products`. None where gradients have to be held for that.
+
+        Args:
+            images: (t, n, k, channels, height, width) in [0, 1].
+            labels: (t, n, k).
+            observed: tensors with a leading dimension t.
+        """
+        _, candidates, members = labels.shape
+        way = self._layer_wise if members == 1 else None
+        if way is None or not way.holds(candidates) or not self.defense.is_smooth:
+            return None
+        return way.residual_products(images[:, :, 0], labels[:, :, 0], observed)
+
     def _by_gradients(
         self,
         images: torch.Tensor,

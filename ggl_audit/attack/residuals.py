@@ -49,6 +49,16 @@ class Residuals:
             The distances (t, n), and the inner products (t, n, n) of the residuals: that of the
             first candidate, and what those of the others differ from it.
         """
+        found = self._matching.residual_products(images, labels, observed)
+        if found is not None:
+            first, along = found[:, :1, 0], found[:, 0]
+            distances = found.diagonal(dim1=1, dim2=2) + 2 * along + first
+            return torch.cat([first, distances[:, 1:]], dim=1), found
+        return self._of_whole_gradients(images, labels, observed)
+
+    def _of_whole_gradients(
+        self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         model = self._matching.model
         room = HELD_BYTES // (4 * labels.shape[1])
         together = max(

@@ -13,6 +13,7 @@ from torch import nn
 from ggl_audit.attack import layer_wise as layer_wise_module
 from ggl_audit.attack.layers import slices
 from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.residuals import Residuals
 from ggl_audit.defenses import (
     REGISTRY,
     Ats,
@@ -265,6 +266,55 @@ def test_every_way_is_the_plain_loop(
         assert (matching._layer_wise is not None) == known
         found = matching.distances(images, labels, stack(observed))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [2**19, 64])
+@pytest.mark.parametrize("distance", ["l2", "cosine"])
+@pytest.mark.parametrize("steps", PIPELINES, ids=lambda steps: str(Pipeline(steps)))
+@pytest.mark.parametrize("make", [*LAYER_BY_LAYER, *WHOLE], ids=lambda make: make.__name__)
+def test_residual_products_are_those_of_a_plain_loop(
+    make: Callable[[], nn.Module],
+    steps: list[Defense],
+    distance: Any,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, defense = client(make), Pipeline(steps)
+    images, labels, observed = trials(model, defense)
+    monkeypatch.setattr(layer_wise_module, "BLOCK", block)
+    matching = Matching(model, defense, distance)
+    found = matching.residual_products(images[:, :, None], labels[:, :, None], stack(observed))
+    known = make in LAYER_BY_LAYER and defense.value_wise(likelihood=False) is not None
+    if not known or not defense.is_smooth:
+        assert found is None
+        return
+    assert found is not None
+    for t, seen in enumerate(observed):
+        rows = []
+        for image, label in zip(images[t], labels[t], strict=True):
+            replica = flat(defense.replicate([plain(model, image, label)], seen)).double()
+            target = flat(seen).double()
+            if distance == "cosine":
+                rows.append((target / target.norm() - replica / replica.norm()) / 2**0.5)
+            else:
+                rows.append((target - replica) / target.norm())
+        table = torch.stack([rows[0], *(row - rows[0] for row in rows[1:])])
+        expected = (table @ table.T).float()
+        scale = float(expected.diagonal().max())
+        torch.testing.assert_close(found[t], expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_residuals_are_compared_by_layers_only_where_they_fit_together() -> None:
+    model = client(lenet)
+    images, labels, observed = many(model, 8)
+    arguments = images[:, :, None], labels[:, :, None], observed
+    plenty, little = Matching(model, Pipeline([]), "l2"), Matching(model, Pipeline([]), "l2", 2**16)
+    assert plenty.residual_products(*arguments) is not None
+    assert little.residual_products(*arguments) is None
+    for own, whole in zip(
+        Residuals(plenty)(*arguments), Residuals(little)(*arguments), strict=True
+    ):
+        torch.testing.assert_close(own, whole, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("readable", [True, False])

@@ -212,11 +212,11 @@ class Matching:
         Returns:
             (t, n).
         """
-        alone = labels.ndim == 2
-        if alone and others is None and self._layer_wise is not None:
-            return self._layer_wise.distances(images, labels, observed)
-        if alone:
+        if labels.ndim == 2:
             images, labels = images[:, :, None], labels[:, :, None]
+        way = self._layer_wise if labels.shape[2] == 1 and others is None else None
+        if way is not None:
+            return way.distances(images[:, :, 0], labels[:, :, 0], observed)
         return self._by_gradients(images, labels, observed, others)
 
     @_in_less_memory

@@ -13,6 +13,7 @@ from torch import nn
 from ggl_audit.attack import layer_wise as layer_wise_module
 from ggl_audit.attack.layers import slices
 from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.residuals import Residuals
 from ggl_audit.defenses import (
     REGISTRY,
@@ -40,6 +41,8 @@ from ggl_audit.defenses import (
 )
 from ggl_audit.gradient import Gradient, each, flat, norm, stack
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.setting import prepare
+from ggl_audit.spec import RegularizerSpec, Spec
 
 SHAPE = (3, 12, 12)
 CLASSES = 5
@@ -266,6 +269,30 @@ def test_every_way_is_the_plain_loop(
         assert (matching._layer_wise is not None) == known
         found = matching.distances(images, labels, stack(observed))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("wants", ["losses", "products"])
+def test_a_search_of_single_images_holds_no_gradients(
+    wants: Any, sample: Callable[..., Spec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = prepare(sample("sparsified"))
+    trials = setting.trials().first(2)
+    observed = setting.client.send(*trials.members, setting.context("release"))
+    matching = Matching(setting.model, setting.defense, "l2")
+    objective = LatentObjective(
+        matching, setting.prior, observed, trials.labels, RegularizerSpec(name="none")
+    )
+    latents = torch.randn(2, 3, setting.prior.size)
+    whole = matching._by_gradients(
+        pictures(
+            setting.prior, latents.flatten(0, 1), trials.labels.repeat_interleave(3)[:, None]
+        ).unflatten(0, (2, 3)),
+        trials.labels[:, None, None].expand(2, 3, 1),
+        observed,
+    )
+    assert matching._layer_wise is not None  # which is tried with whole gradients
+    monkeypatch.delattr(Matching, "gradients")
+    torch.testing.assert_close(objective.evaluate(latents, wants).losses, whole)
 
 
 @pytest.mark.parametrize("block", [2**19, 64])

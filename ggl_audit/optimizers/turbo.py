@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import torch
-from botorch.fit import fit_gpytorch_mll
-from botorch.generation.sampling import MaxPosteriorSampling
-from botorch.models import SingleTaskGP
-from gpytorch.mlls import ExactMarginalLogLikelihood
-from gpytorch.settings import max_cholesky_size
 
 from ggl_audit.optimizers.base import Array, State
 from ggl_audit.optimizers.subspace import Subspace
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what they import and may use no longer
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.generation.sampling import MaxPosteriorSampling
+    from botorch.models import SingleTaskGP
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+    from gpytorch.settings import max_cholesky_size
 
 FIRST_LENGTH, LEAST_LENGTH, MOST_LENGTH = 0.8, 0.5**7, 1.6
 """Of the trust region's side, the box being 1 wide; below the least the search starts anew."""

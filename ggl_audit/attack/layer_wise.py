@@ -94,8 +94,8 @@ class LayerWise:
 
     def residual_products(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
-    ) -> torch.Tensor:
-        """The inner products of what n candidates leave of each of t observed gradients.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compares n candidates with each of t observed gradients, and with each other.
 
         Args:
             images: (t, n, channels, height, width) in [0, 1].
@@ -103,22 +103,24 @@ class LayerWise:
             observed: tensors with a leading dimension t.
 
         Returns:
-            (t, n, n), relative to what was observed: of what the first candidate leaves, and of
-            what the others leave less that.
+            The distances (t, n), and the inner products (t, n, n) of what the first candidate
+            leaves of the observed gradient, and what the others leave less that.
         """
-        count = labels.shape[1]
-        found = torch.empty(*labels.shape, count, dtype=torch.double, device=images.device)
-        for place in _blocks(labels.shape, max(count, self.chunk)):
+        parts = []
+        for place in _blocks(labels.shape, self.chunk):
             seen = {name: tensor[place[0]] for name, tensor in observed.items()}
             with torch.no_grad():
-                found[place] = self._residual_products(images[place], labels[place], seen)
-        return (found / 2 if self._cosine else found).to(images.dtype)
+                parts.append(self._residual_products(images[place], labels[place], seen))
+        distances, products = (
+            torch.cat(column).to(images.dtype) for column in zip(*parts, strict=True)
+        )
+        return distances, products
 
     def _residual_products(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = _lengths(observed)
-        factor = None
+        norms, factor = torch.ones_like(lengths), None
         if self._cosine or self._replica.scalings:
             norms = self._products(images, labels, observed)[0].sqrt()
             directions = lengths / norms.clamp(min=1e-30)
@@ -136,7 +138,11 @@ class LayerWise:
                 left[:, :1] -= seen
                 table[place[0]] += left @ left.mT
             table[:, 0, 0] += part.unseen(observed[part.name])
-        return table / lengths.square()[..., None]
+        table /= (2 if self._cosine else 1) * lengths.square()[..., None]
+        first = table[:, :1, 0]
+        others = table.diagonal(dim1=1, dim2=2)[:, 1:] + 2 * table[:, 0, 1:] + first
+        distances = torch.cat([first, others], dim=1)
+        return distances.where(norms > 0, 1), table  # nothing has no direction
 
     def _of_chunk(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient

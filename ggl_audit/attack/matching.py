@@ -222,8 +222,8 @@ class Matching:
     @_in_less_memory
     def residual_products(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
-    ) -> torch.Tensor | None:
-        """The inner products (t, n, n) of what n candidates leave of t observed gradients.
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Compares n candidates with each of t observed gradients, and with each other.
 
         See :meth:`LayerWise.residual_products`. None where gradients have to be held for that.
 

@@ -50,11 +50,7 @@ class Residuals:
             first candidate, and what those of the others differ from it.
         """
         found = self._matching.residual_products(images, labels, observed)
-        if found is not None:
-            first, along = found[:, :1, 0], found[:, 0]
-            distances = found.diagonal(dim1=1, dim2=2) + 2 * along + first
-            return torch.cat([first, distances[:, 1:]], dim=1), found
-        return self._of_whole_gradients(images, labels, observed)
+        return self._of_whole_gradients(images, labels, observed) if found is None else found
 
     def _of_whole_gradients(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient

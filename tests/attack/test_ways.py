@@ -12,7 +12,7 @@ from torch import nn
 
 from ggl_audit.attack import layer_wise as layer_wise_module
 from ggl_audit.attack.layers import slices
-from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.matching import MEMORY, Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.residuals import Residuals
 from ggl_audit.defenses import (
@@ -316,6 +316,9 @@ def test_residual_products_are_those_of_a_plain_loop(
         assert found is None
         return
     assert found is not None
+    losses, products = found
+    expected_losses = matching.distances(images, labels, stack(observed))
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=1e-6)
     for t, seen in enumerate(observed):
         rows = []
         for image, label in zip(images[t], labels[t], strict=True):
@@ -328,7 +331,18 @@ def test_residual_products_are_those_of_a_plain_loop(
         table = torch.stack([rows[0], *(row - rows[0] for row in rows[1:])])
         expected = (table @ table.T).float()
         scale = float(expected.diagonal().max())
-        torch.testing.assert_close(found[t], expected, rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(products[t], expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("memory", [MEMORY, 1], ids=["layer by layer", "whole gradients"])
+def test_a_candidate_without_a_gradient_has_no_direction(memory: int) -> None:
+    model = client(lenet)
+    images, labels, observed = many(model, 3)
+    model.parameters["5.bias"][labels[0, 1]] += 1e4  # a loss of exactly zero
+    found = Residuals(Matching(model, Pipeline([]), "cosine", memory))(
+        images[:, :, None], labels[:, :, None], observed
+    )
+    assert float(found[0][0, 1]) == 1
 
 
 def test_residuals_are_compared_by_layers_only_where_they_fit_together() -> None:

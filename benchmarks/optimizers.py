@@ -292,8 +292,13 @@ def measure(results: Results, setting: Setting, trials: Trials, cell: Cell) -> O
     distance = candidate_distances(setting.model, None)["pixels"]
     random = setting.random(f"ties {cell.seed}")
     ranks = reconstruction_ranks(pictures, trials, distance, random)
-    psnr = peak_signal_to_noise(pictures, trials.canaries).tolist()
-    return Outcome(cell, meter.evaluations / count, taken / count, psnr, ranks)
+    psnr = rounded(peak_signal_to_noise(pictures, trials.canaries))
+    return Outcome(cell, meter.evaluations / count, round(taken / count, 5), psnr, ranks)
+
+
+def rounded(values: torch.Tensor) -> list[float]:
+    """As they are kept, so that the file of all results is small enough to be published."""
+    return [round(value, 3) for value in values.tolist()]
 
 
 def peak_signal_to_noise(pictures: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
@@ -325,8 +330,7 @@ def best_inversion(setting: Setting, trials: Trials, scale: Scale) -> list[float
         falling.step()
     with torch.no_grad():
         found = peak_signal_to_noise(setting.prior.decode(latents, labels), truths)
-    best: list[float] = found.unflatten(0, (-1, starts)).amax(1).tolist()
-    return best
+    return rounded(found.unflatten(0, (-1, starts)).amax(1))
 
 
 def run(

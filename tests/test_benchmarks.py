@@ -131,3 +131,10 @@ def test_an_image_is_identified_by_most_of_its_seeds(optimizers: ModuleType) -> 
         for ranks in ([1, 1, 2], [1, 2, 2], [5, 1, 1])
     ]
     assert optimizers.identified(seeds, 32).startswith("2/3 ")
+
+
+def test_the_published_tables_are_those_of_the_published_results(optimizers: ModuleType) -> None:
+    docs = BENCHMARKS.parent / "docs"
+    results = optimizers.read_results(docs / "optimizers.json")
+    published = (docs / "optimizers.md").read_text(encoding="utf-8")
+    assert published.endswith("\n".join(optimizers.tables(results)) + "\n")

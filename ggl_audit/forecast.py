@@ -28,7 +28,9 @@ from ggl_audit.optimizers import DERIVATIVE_COST
 from ggl_audit.setting import Setting
 
 TRIALS_TO_PREDICT = 8
-SEARCHES_TO_PREDICT = 8
+SEARCHES_TO_PREDICT = 20
+"""At a time, as many as an audit usually has canaries: few of them take longer each."""
+
 ROUNDS_TO_PREDICT = (1, 3)
 """Of a search, each as long as the latent has coordinates."""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -95,7 +96,14 @@ class Buffered(nn.Module):
 
 
 def scripted(net: nn.Module, images: torch.Tensor, path: Path, **_: Any) -> nn.Module:
-    torch.jit.script(net).save(str(path))
+    try:
+        program = torch.jit.script(net)
+    except RuntimeError as error:
+        # PyTorch knows builtins by their addresses, also of those that are gone. A copy has others.
+        if "builtin cannot be used as a value" not in str(error):
+            raise
+        program = torch.jit.script(copy.deepcopy(net))
+    program.save(str(path))
     return load_torchscript(path)
 
 

@@ -19,9 +19,10 @@ class Residuals:
     """The difference between replica and capture, relative to the capture.
 
     By the smooth replica (:meth:`Pipeline.smooth`), as this is for searches that follow
-    differences. Residuals too long to be held together are compressed: with random signs that never
-    change they are added up to as many values as can be, which keeps inner products on average
-    (Charikar et al., ICALP 2002) and noise as it is.
+    differences. Their inner products are added up layer by layer where that is exact; elsewhere
+    they are held, and those too long to be held together are compressed: with random signs that
+    never change they are added up to as many values as can be, which keeps inner products on
+    average (Charikar et al., ICALP 2002) and noise as it is.
 
     Args:
         matching: computes candidates' gradients. Its distance is ``l2``, or ``cosine`` for the

@@ -142,7 +142,7 @@ class LayerWise:
         first = table[:, :1, 0]
         others = table.diagonal(dim1=1, dim2=2)[:, 1:] + 2 * table[:, 0, 1:] + first
         distances = torch.cat([first, others], dim=1)
-        return distances.where(norms > 0, 1), table  # nothing has no direction
+        return distances.masked_fill(norms == 0, 1), table  # nothing has no direction
 
     def _of_chunk(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient

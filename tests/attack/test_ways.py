@@ -282,7 +282,8 @@ def test_a_search_of_single_images_holds_no_gradients(
     objective = LatentObjective(
         matching, setting.prior, observed, trials.labels, RegularizerSpec(name="none")
     )
-    latents = torch.randn(2, 3, setting.prior.size)
+    random = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 3, setting.prior.size, generator=random)
     whole = matching._by_gradients(
         pictures(
             setting.prior, latents.flatten(0, 1), trials.labels.repeat_interleave(3)[:, None]
@@ -332,6 +333,16 @@ def test_residual_products_are_those_of_a_plain_loop(
         expected = (table @ table.T).float()
         scale = float(expected.diagonal().max())
         torch.testing.assert_close(products[t], expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("distance", ["l2", "cosine"])
+@pytest.mark.parametrize("memory", [MEMORY, 1], ids=["layer by layer", "whole gradients"])
+def test_a_candidate_that_is_not_a_number_has_no_distance(memory: int, distance: Any) -> None:
+    images, labels, observed = many(client(lenet), 3)
+    images[0, 1] = torch.nan
+    matching = Matching(client(lenet), Pipeline([Clip(bound=0.3)]), distance, memory)
+    losses, _ = Residuals(matching)(images[:, :, None], labels[:, :, None], observed)
+    assert losses.isnan().tolist() == [[False, True, False], [False] * 3]
 
 
 @pytest.mark.parametrize("memory", [MEMORY, 1], ids=["layer by layer", "whole gradients"])

@@ -136,12 +136,23 @@ class ModelSpec(_Section):
         "or of the factory, unless given",
     )
     input: ImageFormat
+    output: Annotated[int, Field(ge=0)] | str | None = Field(
+        default=None,
+        description="what of it the loss is of, where it returns more than one tensor: a key or an "
+        "attribute, or a place from 0; unless given, its `logits`, and all of it for a loss of "
+        "one's own",
+    )
     loss: LossSpec = LossSpec()
     frozen: list[str] = Field(
         default=[], description="parameters that are not trained, as names or patterns: features.*"
     )
     mode: Literal["eval", "train"] = Field(
         default="eval", description="train: batch norm uses the statistics of the batch"
+    )
+    eval_modules: list[str] = Field(
+        default=[],
+        description="for mode: train, modules that are in eval mode, with all that is in them, as "
+        "names or patterns: backbone.*",
     )
 
     @model_validator(mode="before")
@@ -158,6 +169,18 @@ class ModelSpec(_Section):
         if self.factory is None and self.kwargs:
             raise ValueError("kwargs are for a factory")
         return self
+
+    @model_validator(mode="after")
+    def _eval_modules_of_a_factory_in_train_mode(self) -> ModelSpec:
+        if self.eval_modules and (self.factory is None or self.mode != "train"):
+            raise ValueError("eval_modules are for a factory in mode: train")
+        return self
+
+    @property
+    def modes(self) -> str:
+        """The mode, and what is in another one, in words."""
+        apart = f" but for {', '.join(self.eval_modules)} in eval mode" if self.eval_modules else ""
+        return f"{self.mode} mode{apart}"
 
     @property
     def source(self) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ggl_audit.errors import Key, SpecError, nearest
+from ggl_audit.inputs.neighbours import Neighbours
+
+_IMPORTED: dict[Path, Neighbours] = {}
 
 
 def build_module(factory: str, kwargs: dict[str, Any], folder: Path, section: str) -> nn.Module:
@@ -81,9 +83,14 @@ def _torchvision(name: str, key: Key) -> Callable[..., Any]:
 
 
 def _named(source: str, name: str, folder: Path, key: Key) -> Callable[..., Any]:
+    beside = None
     try:
         if source.endswith(".py"):
-            module = _import_file(folder / source, key)
+            file = (folder / source).absolute()
+            beside = _neighbours(file, key)
+            # What is drawn while a file is imported, once, is no part of what its callables draw.
+            with torch.random.fork_rng(devices=[]):
+                module = beside.load(file)
         else:
             module = importlib.import_module(source)
     except SpecError:
@@ -96,17 +103,14 @@ def _named(source: str, name: str, folder: Path, key: Key) -> Callable[..., Any]
     if not callable(make):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise SpecError(key, f"{source} has no callable {name!r}", nearest(name, known))
-    return make  # type: ignore[no-any-return]
+    return make if beside is None else beside.runs(make)
 
 
-def _import_file(path: Path, key: Key) -> Any:
-    if not path.is_file():
-        raise SpecError(key, f"{path} is not a file", "A path is relative to the spec's folder.")
-    module_name = f"ggl_audit_user_{path.stem}"
-    specification = importlib.util.spec_from_file_location(module_name, path)
-    if specification is None or specification.loader is None:
-        raise SpecError(key, f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module_name] = module
-    specification.loader.exec_module(module)
-    return module
+def _neighbours(file: Path, key: Key) -> Neighbours:
+    """What was imported from a file's folder so far, unless it has been changed since."""
+    if not file.is_file():
+        raise SpecError(key, f"{file} is not a file", "A path is relative to the spec's folder.")
+    known = _IMPORTED.get(file.parent)
+    if known is None or known.is_stale:
+        known = _IMPORTED[file.parent] = Neighbours(file.parent)
+    return known

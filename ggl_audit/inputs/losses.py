@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,7 +244,7 @@ def _own_function(
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     assert spec.factory is not None
     named = find_callable(spec.factory, folder, (*KEY, "factory"))
-    if not isinstance(named, type):
+    if not isinstance(inspect.unwrap(named), type):
         return functools.partial(named, **spec.kwargs)
     try:
         made = named(**spec.kwargs)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
@@ -442,6 +442,11 @@ class Layers(TorchFunctionMode):
         )
 
 
+def _single(output: Any) -> Any:
+    """What a model returned for one image, as if for a batch of one."""
+    return tree_map_only(torch.Tensor, lambda part: part[None], output)
+
+
 def parts_of(model: ClientModel, images: torch.Tensor, targets: torch.Tensor) -> Iterator[Part]:
     """Each parameter's gradients of n images, each with a loss of its own.
 
@@ -454,12 +459,12 @@ def parts_of(model: ClientModel, images: torch.Tensor, targets: torch.Tensor) ->
         UnknownLayerError: a parameter is used twice, not at all, or by an unknown layer.
     """
     with torch.enable_grad(), Layers(model.parameters, len(images)) as seen:
-        outputs = model.logits(model.parameters, images.detach().requires_grad_())
+        outputs = model.outputs(model.parameters, images.detach().requires_grad_())
     used = [name for call in seen.calls for name in call.names.values()]
     if sorted(used) != sorted(model.parameters):
         raise UnknownLayerError("a parameter is used twice, or not at all")
     with torch.enable_grad():
-        losses = vmap(lambda output, target: model.criterion(output[None], target[None]))
+        losses = vmap(lambda output, target: model.criterion(_single(output), target[None]))
         loss = losses(outputs, targets).sum()
         errors = torch.autograd.grad(loss, [call.edge for call in seen.calls])
     for call, error in zip(seen.calls, errors, strict=True):

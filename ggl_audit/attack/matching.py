@@ -20,6 +20,7 @@ from torch.func import vmap
 from ggl_audit.attack.layer_wise import LayerWise, layer_wise
 from ggl_audit.contribution import Contribution
 from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
+from ggl_audit.environment import is_out_of_memory
 from ggl_audit.errors import SpecError
 from ggl_audit.gradient import (
     Gradient,
@@ -64,15 +65,10 @@ def _in_less_memory(method: Method) -> Method:
             try:
                 return method(self, *args, **kwargs)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or not self.halve_chunks():
+                if not is_out_of_memory(error) or not self.halve_chunks():
                     raise
 
     return tried  # type: ignore[return-value]
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # On a CPU it is "DefaultCPUAllocator: can't allocate memory".
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Matching:
@@ -371,6 +367,7 @@ class Matching:
             self.gradients(images, labels)
         except (Exception, SystemExit) as error:
             # The forward pass is the user's own code.
+            error = error.__cause__ or error if isinstance(error, SpecError) else error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SpecError(
                 ("model", "factory"),

@@ -18,7 +18,7 @@ from ggl_audit.defenses.base import (
 )
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.gradient import Gradient, each, flat, norm
-from ggl_audit.inputs.model import ClientModel, has_batch_norm
+from ggl_audit.inputs.model import ClientModel
 
 ROUNDING = 1e-4
 
@@ -53,8 +53,11 @@ class Clip(Defense):
             return self
         if model.batch_size == 1 and model.local is None:
             return self.model_copy(update={"unit": "client"})
-        if has_batch_norm(model.module) and model.module.training:
-            raise ValueError("clips each sample, but in train mode batch norm mixes the samples")
+        if model.mixes:
+            raise ValueError(
+                "clips each sample, but the model mixes the samples, as batch norm in train mode "
+                "does"
+            )
         bound = self.model_copy()
         bound._shares = model.batch_size if model.loss_sum else 1
         return bound

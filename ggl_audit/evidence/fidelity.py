@@ -79,7 +79,7 @@ def compare(
         reasons["ssim"] = f"images smaller than {SSIM_WINDOW} pixels"
     if lpips is None:
         reasons["lpips"] = "no backbone weights were given (evidence.lpips.weights)"
-    # One by one: in train mode images of a batch share their statistics.
+    # One by one, as images of a batch may share their statistics.
     with torch.no_grad():
         features, true_features = (model.representation(one[None]) for one in (image, truth))
     if features is not None and true_features is not None:
@@ -137,8 +137,8 @@ def candidate_distances(
         return errors
 
     def features(images: torch.Tensor) -> torch.Tensor:
-        # One by one: in train mode images of a batch share their statistics.
-        together = 1 if model.module.training else FEATURES_TOGETHER
+        # One by one, as images of a batch may share their statistics.
+        together = 1 if model.mixes else FEATURES_TOGETHER
         with torch.no_grad():
             parts = [model.representation(part) for part in images.split(together)]
         return torch.cat([part for part in parts if part is not None])

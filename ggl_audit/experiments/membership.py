@@ -15,7 +15,6 @@ from ggl_audit.experiments.attacks import Advance
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE
 from ggl_audit.experiments.measurements import Measurements
 from ggl_audit.gradient import flat, take, unstack
-from ggl_audit.inputs.model import has_batch_norm
 from ggl_audit.setting import Setting
 
 MEMBERSHIP_TRIALS = 100
@@ -71,6 +70,5 @@ def can_identify_members(setting: Setting) -> bool:
     local, batch_size = model.local, model.batch_size
     one = batch_size == 1
     adds_up = setting.defense.adds_up() and (one or (local is None and model.criterion.adds_up))
-    mixed = has_batch_norm(model.module) and model.module.training
     enough = len(setting.reference) // 2 >= setting.members + setting.spec.evidence.candidates
-    return setting.members > 1 and adds_up and enough and not (mixed and batch_size > 1)
+    return setting.members > 1 and adds_up and enough and not (model.mixes and batch_size > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -15,14 +16,18 @@ from torch.func import functional_call, replace_all_batch_norm_modules_
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from ggl_audit.errors import SpecError
+from ggl_audit.environment import is_out_of_memory
+from ggl_audit.errors import SpecError, nearest
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.factories import build_module
 from ggl_audit.inputs.images import Shape
 from ggl_audit.inputs.interpreter import Program, UnsupportedError, recording_of
 from ggl_audit.inputs.losses import Criterion, CrossEntropy, build_criterion
+from ggl_audit.inputs.outputs import Place, candidates, choose, described, first_rows
 from ggl_audit.inputs.programs import load_exported, load_torchscript
 from ggl_audit.inputs.targets import Targets, read_targets
 from ggl_audit.inputs.tensors import Tensors
@@ -31,7 +36,11 @@ from ggl_audit.spec import LocalTrainingSpec, Spec
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 LINEAR = (F.linear, torch.ops.aten.linear.default)
-LOSS_ROUNDING = 1e-3
+LOSS_ROUNDING, OUTPUT_ROUNDING = 1e-3, 1e-4
+
+WITH_MODES = (*DROPOUTS, _BatchNorm, _InstanceNorm)
+COMPILED = "OptimizedModule"
+"""What torch.compile returns, of a module that takes seconds to import."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,11 @@ class ClientModel:
         head: the linear layer that gives the output, or None.
         criterion: the loss of outputs and targets, scale included.
         targets: the table that labels are rows of; None where they are class indices.
+        output: which of what the module returns are the logits; None where that is one tensor.
+        whole: whether the loss is of all that the module returns, and not of the logits alone.
+        mixes: whether an image's output depends on the others of its batch, as with batch norm in
+            train mode.
+        fewest: images that the module takes at a time; fewer are filled up with copies of them.
     """
 
     module: nn.Module
@@ -82,6 +96,10 @@ class ClientModel:
     state: Tensors = field(default_factory=dict)
     criterion: Criterion = field(default_factory=CrossEntropy)
     targets: Targets | None = None
+    output: Place | None = None
+    whole: bool = False
+    mixes: bool = False
+    fewest: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -117,16 +135,18 @@ class ClientModel:
             parameters: by name.
             images: the batch.
             drawn: takes the place of constants of the same name.
+
+        Raises:
+            SpecError: the module does not take so many images.
         """
-        normalized = self.normalize(images)
-        swapped = {name: tensor for name, tensor in (drawn or {}).items() if name in self.constants}
-        constants = {**self.constants, **swapped, **parameters}
-        try:
-            with differentiable_attention():
-                output: torch.Tensor = functional_call(self.module, constants, (normalized,))
-        except UnsupportedError as error:
-            raise SpecError(("model",), f"the program cannot be run: {error}") from None
+        output: torch.Tensor = self._call(parameters, images, drawn, self.output)
         return output
+
+    def outputs(
+        self, parameters: Gradient, images: torch.Tensor, drawn: Tensors | None = None
+    ) -> Any:
+        """What the loss takes of (n, channels, height, width) in [0, 1]; see :meth:`logits`."""
+        return self._call(parameters, images, drawn, None if self.whole else self.output)
 
     def loss(
         self,
@@ -143,7 +163,7 @@ class ClientModel:
             targets: (n, ...), as the loss takes them (:meth:`targets_of`).
             drawn: takes the place of constants of the same name.
         """
-        return self.criterion(self.logits(parameters, images, drawn), targets)
+        return self.criterion(self.outputs(parameters, images, drawn), targets)
 
     def targets_of(self, labels: torch.Tensor) -> torch.Tensor:
         """What the loss takes for labels (n,): these, or their rows of the table."""
@@ -160,14 +180,44 @@ class ClientModel:
         """What the head takes, (n, features), for images (n, channels, height, width)."""
         if self.head is None:
             return None
-        # With batch statistics a copy changes nothing, and one image may not be normalized alone.
-        copies = self.batch_size if self.module.training and len(images) == 1 else len(images)
         with _LinearCalls() as calls:
-            self.logits(self.parameters, images.expand(copies, *images.shape[1:]))
+            self.logits(self.parameters, images)
         weight = self.parameters[self.head.weight]
         head = next(call for call in reversed(calls.seen) if call.weight is weight)
         taken: torch.Tensor = head.taken.flatten(1)[: len(images)]
         return taken
+
+    def _call(
+        self,
+        parameters: Gradient,
+        images: torch.Tensor,
+        drawn: Tensors | None,
+        place: Place | None,
+    ) -> Any:
+        normalized, count = self.normalize(images), len(images)
+        if count < self.fewest:
+            # Whole copies of the batch leave its statistics as they are.
+            normalized = normalized.repeat(-(-self.fewest // count), 1, 1, 1)
+        swapped = {name: tensor for name, tensor in (drawn or {}).items() if name in self.constants}
+        constants = {**self.constants, **swapped, **parameters}
+        try:
+            with differentiable_attention():
+                returned = functional_call(self.module, constants, (normalized,))
+            output = choose(returned, place)
+            filled = len(normalized)
+            return output if filled == count else first_rows(output, count, filled)
+        except UnsupportedError as error:
+            raise SpecError(("model",), f"the program cannot be run: {error}") from None
+        except (Exception, SystemExit) as error:
+            if is_out_of_memory(error):
+                raise
+            # The forward pass is the user's own code; whatever it raises is told in a message.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SpecError(
+                ("model",),
+                f"the model does not take {count} images of {list(self.shape)} at a time "
+                f"({type(error).__name__}: {reason})",
+            ) from error
 
 
 def load_model(
@@ -191,18 +241,17 @@ def load_model(
     declared = spec.model
     key = ("model", declared.source)
     torch.manual_seed(spec.seed)
-    module = _build(spec)
+    module = _unwrapped(_build(spec))
+    _give_shapes(module, spec)
     if wrap is not None:
         module = wrap(module)
-    training = declared.mode == "train"
+    _set_modes(module, spec)
     if declared.weights is not None:
-        fill_weights(module, spec.resolve(declared.weights), declared.origin, training)
+        fill_weights(module, spec.resolve(declared.weights), declared.origin)
     module.to(device=device, dtype=dtype)
-    module.train(training)
     _check_recording(module, spec)
     state = dict(module.state_dict())
-    if training:
-        _prepare_for_training(module)
+    _prepare_for_training(module)
     parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     if not parameters:
         raise SpecError(key, "the model has no parameter that is trained")
@@ -234,12 +283,14 @@ def load_model(
     )
     random = torch.Generator().manual_seed(0)
     images = torch.rand(2, model.batch_size, *model.shape, generator=random).to(mean)
-    outputs, head = _try(model, images[0], spec)
-    if _try(model, images[1], spec)[1] != head:
+    output, whole, outputs, head = _try(model, images[0], spec)
+    model = replace(model, output=output, whole=whole)
+    if _try(model, images[1], spec)[3] != head:
         head = None
-    _try_more(model, images[0], spec)
-    model = replace(model, head=head, classes=_classes(model, outputs, spec))
-    _try_loss(model, outputs, spec)
+    model = replace(model, head=head, mixes=_try_more(model, images, outputs, spec))
+    model = replace(model, fewest=_fewest(model, images[0], outputs))
+    model = replace(model, classes=_classes(model, outputs, spec))
+    _try_loss(model, images[0], spec)
     return model
 
 
@@ -249,6 +300,18 @@ def has_batch_norm(module: nn.Module) -> bool:
     if recording is not None:
         return recording.normalizes
     return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+
+def _mixes_by_statistics(module: nn.Module) -> bool:
+    """Whether the images of a batch share the statistics that they are normalized with."""
+    recording = recording_of(module)
+    if recording is not None:
+        training = "train" in recording.modes or (not recording.modes and module.training)
+        return recording.normalizes and training
+    return any(
+        isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
+        for layer in module.modules()
+    )
 
 
 @contextmanager
@@ -321,13 +384,112 @@ def _check_recording(module: nn.Module, spec: Spec) -> None:
         )
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model in a wrapper that spreads a batch over devices, or compiles it."""
+    while isinstance(module, (nn.DataParallel, DistributedDataParallel)) or (
+        type(module).__name__ == COMPILED
+    ):
+        module = module._orig_mod if type(module).__name__ == COMPILED else module.module
+    for part in module.modules():
+        if isinstance(part, nn.DataParallel):
+            part.device_ids = []  # it then calls what is in it, where that is
+    return module
+
+
+def _give_shapes(module: nn.Module, spec: Spec) -> None:
+    """Has lazy layers take their shapes from what they are given."""
+    if any(map(is_lazy, [*module.parameters(), *module.buffers()])):
+        module.eval()
+        _call_aside(module, spec)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if is_lazy(tensor):
+                raise SpecError(
+                    ("model", spec.model.source),
+                    f"{name} of the model {spec.model.origin} has no shape, and its layer is "
+                    "not called in the forward pass",
+                    "Give the layer its sizes, or leave it out.",
+                )
+
+
+def _set_modes(module: nn.Module, spec: Spec) -> None:
+    """Puts each layer in the mode in which the client's forward pass calls it.
+
+    What the model's own ``train()`` does is left as it is, and what its forward pass does to layers
+    is found by calling it, with copies of all that it could change.
+    """
+    declared = spec.model
+    module.train(declared.mode == "train")
+    parts = dict(module.named_modules())
+    for index, pattern in enumerate(declared.eval_modules):
+        own = fnmatch.filter(parts, pattern)
+        if not own:
+            raise SpecError(
+                ("model", "eval_modules", index),
+                f"{pattern!r} is no module of the model",
+                nearest(pattern, filter(None, parts)),
+            )
+        for name in own:
+            parts[name].eval()
+    if recording_of(module) is not None:
+        return
+    names = {part: name for name, part in parts.items() if isinstance(part, WITH_MODES)}
+    called: dict[nn.Module, set[bool]] = {}
+
+    def note(layer: nn.Module, _arguments: Any) -> None:
+        called.setdefault(layer, set()).add(layer.training)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in names]
+    try:
+        _call_aside(module, spec)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, modes in called.items():
+        if len(modes) > 1:
+            raise SpecError(
+                ("model", declared.source),
+                f"the model {declared.origin} calls {names[layer]} in train mode and in eval mode "
+                "in one forward pass",
+            )
+        layer.training = modes.pop()
+
+
+def _call_aside(module: nn.Module, spec: Spec) -> None:
+    """Calls the module on a batch, with copies of its tensors and of the random state."""
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    copies = {name: one.detach().clone() for name, one in held.items() if not is_lazy(one)}
+    like = next(module.parameters(), torch.zeros(()))
+    shape = (spec.capture.batch_size, *spec.model.input.shape)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(like.device, like.dtype if like.is_floating_point() else None)
+    with torch.random.fork_rng(), torch.no_grad(), differentiable_attention():
+        try:
+            functional_call(module, copies, (images,))
+        except (Exception, SystemExit) as error:
+            raise _not_taken(spec, images, error) from error
+
+
+def _not_taken(spec: Spec, images: torch.Tensor, error: BaseException) -> SpecError:
+    # The forward pass is the user's own code; whatever it raises is told without a traceback.
+    batch = f"{len(images)} images" if len(images) > 1 else "images"
+    return SpecError(
+        ("model", "input", "shape"),
+        f"the model {spec.model.origin} does not take {batch} of {list(spec.model.input.shape)} in "
+        f"mode {spec.model.mode} ({type(error).__name__}: {error})",
+    )
+
+
 def _prepare_for_training(module: nn.Module) -> None:
+    """Has the layers that are in train mode do without running statistics."""
     for name, layer in module.named_modules():
+        if not layer.training:
+            continue
         if isinstance(layer, DROPOUTS) and layer.p > 0:
             raise _random(f"{name} drops units at random", "train")
         if isinstance(layer, _InstanceNorm):
             layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
-    replace_all_batch_norm_modules_(module)
+        if isinstance(layer, _BatchNorm):
+            replace_all_batch_norm_modules_(layer)
 
 
 def _random(what: str, mode: str) -> SpecError:
@@ -339,8 +501,10 @@ def _random(what: str, mode: str) -> SpecError:
     )
 
 
-def _try(model: ClientModel, images: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, Head | None]:
-    """Calls the module on a batch, and once on a larger one; finds the head."""
+def _try(
+    model: ClientModel, images: torch.Tensor, spec: Spec
+) -> tuple[Place | None, bool, torch.Tensor, Head | None]:
+    """Calls the module on a batch; finds the output, whether the loss takes more, and the head."""
     module, declared = model.module, spec.model
     held: dict[str, Tensors] = {
         "parameter": dict(module.named_parameters()),
@@ -354,15 +518,9 @@ def _try(model: ClientModel, images: torch.Tensor, spec: Spec) -> tuple[torch.Te
             return module(model.normalize(images)), calls
 
     try:
-        outputs, calls = call(images)
+        returned, calls = call(images)
     except (Exception, SystemExit) as error:
-        # The forward pass is the user's own code; whatever it raises is told without a traceback.
-        batch = f"{len(images)} images" if len(images) > 1 else "images"
-        raise SpecError(
-            ("model", "input", "shape"),
-            f"the model {declared.origin} does not take {batch} of {list(model.shape)} in mode "
-            f"{declared.mode} ({type(error).__name__}: {error})",
-        ) from error
+        raise _not_taken(spec, images, error) from error
     if not torch.equal(_random_state(model.device), state):
         raise _random(f"the model {declared.origin} draws at random", declared.mode)
     for kind, own in held.items():
@@ -375,21 +533,53 @@ def _try(model: ClientModel, images: torch.Tensor, spec: Spec) -> tuple[torch.Te
                 "Many candidates are evaluated at the same weights; its forward pass must leave "
                 "them as they are.",
             )
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim == 0 or len(outputs) != len(images):
-        found = "a tensor " + str(tuple(outputs.shape)) if isinstance(outputs, torch.Tensor) else ""
-        raise SpecError(
-            ("model", declared.source),
-            f"the model returned {found or type(outputs).__name__} for {len(images)} images; "
-            "expected one tensor with a row for each",
-        )
+    place, whole = _output(returned, images, spec)
+    outputs = choose(returned, place)
     names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
     for linear in reversed(calls.seen):
         weight = names.get(id(linear.weight))
         same = linear.given.shape == outputs.shape and torch.equal(linear.given, outputs)
         reused = sum(call.weight is linear.weight for call in calls.seen) > 1
         if same and weight is not None and not reused:
-            return outputs, Head(weight.rpartition(".")[0], weight, names.get(id(linear.bias)))
-    return outputs, None
+            head = Head(weight.rpartition(".")[0], weight, names.get(id(linear.bias)))
+            return place, whole, outputs, head
+    return place, whole, outputs, None
+
+
+def _output(returned: Any, images: torch.Tensor, spec: Spec) -> tuple[Place | None, bool]:
+    """Which of what the module returned are the logits, and whether the loss takes all of it."""
+    declared, count = spec.model, f"{len(images)} images"
+    if declared.output is not None:
+        try:
+            chosen = choose(returned, declared.output)
+        except LookupError:
+            raise SpecError(
+                ("model", "output"),
+                f"{declared.output!r}, but the model returned {described(returned)} for {count}",
+            ) from None
+        if not candidates(chosen, len(images)) == [None]:
+            raise SpecError(
+                ("model", "output"),
+                f"{declared.output!r}, which is {described(chosen)} for {count}; expected one "
+                "tensor with a row for each",
+            )
+        return declared.output, False
+    places = candidates(returned, len(images))
+    whole = declared.loss.factory is not None and not isinstance(returned, torch.Tensor)
+    if not places:
+        raise SpecError(
+            ("model", declared.source),
+            f"the model returned {described(returned)} for {count}; expected one tensor with a row "
+            "for each",
+        )
+    if len(places) > 1 and not whole:
+        raise SpecError(
+            ("model", "output"),
+            f"not given, but the model returned {described(returned)} for {count}",
+            f"Declare the one that the loss is of, for example output: {places[0]}; or a "
+            "model.loss of your own, which is given all of them.",
+        )
+    return places[0], whole
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -402,22 +592,60 @@ def _random_state(device: torch.device) -> torch.Tensor:
     return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
 
 
-def _try_more(model: ClientModel, images: torch.Tensor, spec: Spec) -> None:
-    """Finds out whether the module takes other numbers of images than that of the capture."""
-    more = torch.cat([images, images[:1]])
+def _try_more(model: ClientModel, images: torch.Tensor, outputs: torch.Tensor, spec: Spec) -> bool:
+    """Finds out whether the module takes more images than the capture has, and mixes them.
+
+    Args:
+        model: without it.
+        images: two batches.
+        outputs: for the first.
+        spec: for messages.
+
+    Returns:
+        Whether the outputs for the first batch are others where one more image is in it.
+    """
+    count = len(images[0])
+    more = torch.cat([images[0], images[1][:1]])
     try:
         with torch.no_grad():
-            model.logits(model.parameters, more)
-    except (Exception, SystemExit) as error:
+            together = model.logits(model.parameters, more)
+    except SpecError as error:
         if isinstance(model.module, Program):
-            model.module.limit_to(len(images))
-            return
+            model.module.limit_to(count)
+            return _mixes_by_statistics(model.module)
+        reason = error.__cause__ or error
         raise SpecError(
             ("model", spec.model.source),
-            f"the model {spec.model.origin} takes {len(images)} images at a time, but not "
-            f"{len(more)} ({type(error).__name__}: {error})",
+            f"the model {spec.model.origin} takes {count} images at a time, but not "
+            f"{len(more)} ({type(reason).__name__}: {reason})",
             "Other numbers are evaluated too: write x.shape[0] or -1 where it has a number.",
         ) from error
+    return _mixes_by_statistics(model.module) or not _alike(together[:count], outputs)
+
+
+def _fewest(model: ClientModel, images: torch.Tensor, outputs: torch.Tensor) -> int:
+    """How many images the module takes at the least.
+
+    A model may squeeze away the dimension of a single image, or refuse to normalize it alone.
+    """
+    for count in range(1, min(3, len(images))):
+        try:
+            with torch.no_grad():
+                alone = model.logits(model.parameters, images[:count])
+        except SpecError:
+            continue
+        expected = outputs[:count]
+        if alone.shape == expected.shape and (model.mixes or _alike(alone, expected)):
+            return count
+    return len(images)
+
+
+def _alike(outputs: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether outputs are the same up to rounding."""
+    if outputs.shape != others.shape:
+        return False
+    away, size = (outputs - others).abs().amax(), others.abs().amax()
+    return bool(away <= OUTPUT_ROUNDING * size)
 
 
 def _classes(model: ClientModel, outputs: torch.Tensor, spec: Spec) -> int:
@@ -434,23 +662,29 @@ def _classes(model: ClientModel, outputs: torch.Tensor, spec: Spec) -> int:
         ) from None
 
 
-def _try_loss(model: ClientModel, outputs: torch.Tensor, spec: Spec) -> None:
-    labels = torch.zeros(len(outputs), dtype=torch.long, device=model.device)
+def _try_loss(model: ClientModel, images: torch.Tensor, spec: Spec) -> None:
+    labels = torch.zeros(len(images), dtype=torch.long, device=model.device)
     targets = model.targets_of(labels)
+    with torch.no_grad():
+        outputs = model.outputs(model.parameters, images)
+        if isinstance(outputs, torch.Tensor):
+            doubled = torch.cat([outputs, outputs])
+        else:
+            doubled = model.outputs(model.parameters, torch.cat([images, images]))
 
-    def loss(times: int) -> float:
-        repeated = (torch.cat([part] * times) for part in (outputs, targets))
+    def loss(outputs: Any, targets: torch.Tensor) -> float:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error", UserWarning)  # targets that are broadcast, for example
-            return float(model.criterion(*repeated))
+            return float(model.criterion(outputs, targets))
 
     try:
-        once, twice = loss(1), loss(2)
+        once, twice = loss(outputs, targets), loss(doubled, torch.cat([targets, targets]))
     except (Exception, SystemExit) as error:
         # The loss may be the user's own code.
+        given = described(outputs).removeprefix("a tensor ")
         raise SpecError(
             ("model", "loss"),
-            f"{spec.model.loss} cannot be taken of outputs {tuple(outputs.shape)} and targets "
+            f"{spec.model.loss} cannot be taken of outputs {given} and targets "
             f"{tuple(targets.shape)} ({type(error).__name__}: {error})",
         ) from error
     declared, factor = spec.model.loss.reduction, 2 if model.loss_sum else 1

@@ -16,27 +16,25 @@ COUNTER = "num_batches_tracked"
 RUNNING = ("running_mean", "running_var")
 
 
-def fill_weights(module: nn.Module, path: Path, model: str, training: bool) -> None:
+def fill_weights(module: nn.Module, path: Path, model: str) -> None:
     """Fills in weights by name, or by order where the file is a list.
 
     Names may have lost or gained a wrapper (:func:`unwrap_names`); what else the file holds beside
     the wrapped model, such as the loss of a Lightning module, is left out. A list is in the order
     of the state dict, or of the parameters where these are all there is. Numbers are converted to
-    the model's own type. What a normalization counts is not needed, nor its running statistics in
-    training.
+    the model's own type. What a normalization counts is not needed, nor the running statistics of
+    one in train mode.
 
     Args:
         module: to be filled.
         path: the file.
         model: what the module is, for messages.
-        training: whether the model is to be in train mode.
 
     Raises:
         InputError: the file is missing or broken, or does not fit.
     """
     found, expected = read_tensors(path), module.state_dict()
-    idle = (COUNTER, *RUNNING) if training else (COUNTER,)
-    needed = [name for name in expected if name.rpartition(".")[2] not in idle]
+    needed = [name for name in expected if not _is_idle(name, module)]
     if is_ordered(found):
         names = _by_order(found, module, needed, path, model)
     else:
@@ -44,6 +42,11 @@ def fill_weights(module: nn.Module, path: Path, model: str, training: bool) -> N
     for name, file in names.items():
         _check(found[file], expected[name], file, path)
     module.load_state_dict({name: found[file] for name, file in names.items()}, strict=False)
+
+
+def _is_idle(name: str, module: nn.Module) -> bool:
+    owner, _, own = name.rpartition(".")
+    return own == COUNTER or (own in RUNNING and module.get_submodule(owner).training)
 
 
 def _by_name(

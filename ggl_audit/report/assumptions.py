@@ -21,7 +21,7 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     said = [
         "The attacker is the server: it sees this gradient, knows the model, its loss, and the "
         "declared defense with its parameters, but not the client's randomness.",
-        f"The capture is {_release(setting)}, model in {spec.model.mode} mode, {_loss(setting)} "
+        f"The capture is {_release(setting)}, model in {spec.model.modes}, {_loss(setting)} "
         f"times {spec.model.loss.scale:g}, images normalized with mean {spec.model.input.mean} and "
         f"std {spec.model.input.std}{_channels(setting)}.",
         *_parts(setting),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from ggl_audit.defenses import (
 from ggl_audit.defenses.sec_adam import last_gradient
 from ggl_audit.doubts import capture_doubts, client_doubts, replica_doubts
 from ggl_audit.environment import choose_device, keep_freed_memory
-from ggl_audit.errors import InputError, Key, NothingToMeasureError, SpecError
+from ggl_audit.errors import AuditError, InputError, Key, NothingToMeasureError, SpecError
 from ggl_audit.evidence.appearance import appearance
 from ggl_audit.evidence.assignment import assign_labels
 from ggl_audit.evidence.consistency import check_truth
+from ggl_audit.evidence.declarations import other_declarations
 from ggl_audit.evidence.fidelity import Perceptual, load_lpips
 from ggl_audit.evidence.guarantee import Guarantee, account
 from ggl_audit.evidence.identification import Trials, captured_trial, draw_trials
@@ -434,7 +436,8 @@ def _check_truths(
     if len(truths) == 1:
         # Of class indices every one is tried; targets of one's own may be too many.
         own = None if model.targets is None else torch.tensor(labels, device=model.device)
-        return known, [check_truth(matching, defense, observed, truths[0], reference.images, own)]
+        check = check_truth(matching, defense, observed, truths[0], reference.images, own)
+        return known, [_hinted(check, spec, model, observed, truths[0], reference, own)]
     ordered = labels
     if not told:
         scale = scale_of_one(model, defense, len(truths))
@@ -442,10 +445,33 @@ def _check_truths(
     of_each = torch.tensor(ordered, device=model.device)
     check = check_truth(matching, defense, observed, truths, reference.images, of_each)
     if told:
-        return labels, [check]
+        return labels, [_hinted(check, spec, model, observed, truths, reference, of_each)]
     if check.outcome == "contradicts":
         return None, []  # the images may be the right ones, with their labels in another order
     return None if defense.is_random() else ordered, [check]
+
+
+def _hinted(
+    check: Check,
+    spec: Spec,
+    model: ClientModel,
+    observed: Gradient,
+    truth: torch.Tensor,
+    reference: ImageSet,
+    labels: torch.Tensor | None,
+) -> Check:
+    """The check of the private images, with the other declaration of the model that fits them."""
+    if check.outcome != "contradicts":
+        return check
+    trained = {name for name, own in model.module.named_parameters() if own.requires_grad}
+    unsent = trained - model.parameters.keys()
+    for cause, changed in other_declarations(spec, model):
+        with suppress(AuditError):  # as it cannot be so
+            defense, other = load_client(changed, model.device, unsent=unsent)
+            matching, images = Matching(other, defense), reference.images
+            if check_truth(matching, defense, observed, truth, images, labels).outcome == "agrees":
+                return replace(check, detail=f"{check.detail}; it would agree if {cause}")
+    return check
 
 
 def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageSet) -> Client:

@@ -367,8 +367,8 @@ class Matching:
             self.gradients(images, labels)
         except (Exception, SystemExit) as error:
             # The forward pass is the user's own code.
-            error = error.__cause__ or error if isinstance(error, SpecError) else error
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raised = error.__cause__ or error if isinstance(error, SpecError) else error
+            reason = (str(raised).strip() or type(raised).__name__).splitlines()[0]
             raise SpecError(
                 ("model", "factory"),
                 f"the model cannot be evaluated for many candidates at a time ({reason})",

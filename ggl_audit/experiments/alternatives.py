@@ -6,59 +6,25 @@ import itertools
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.errors import SpecError
-from ggl_audit.inputs.model import has_batch_norm
+from ggl_audit.errors import AuditError, SpecError
+from ggl_audit.evidence.declarations import other_declarations
 from ggl_audit.loading import load_client
 from ggl_audit.setting import Setting, labels_of
 
-USUAL_NORMALIZATIONS = {
-    1: (([0.0], [1.0]), ([0.5], [0.5]), ([0.1307], [0.3081]), ([0.0], [1 / 255])),
-    3: (
-        ([0.0], [1.0]),
-        ([0.0], [1 / 255]),
-        ([0.5], [0.5]),
-        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
-    ),
-}
 MOST_SWAPS = 10
-COLOURS = 3
 
 
 def other_models(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """Of which other model the capture may be: one declared thing changed at a time, named."""
-    spec = setting.spec
-    declared = spec.model
-
-    def other_model(cause: str, **changes: Any) -> Iterator[tuple[str, Setting]]:
-        changed = spec.model_copy(update={"model": declared.model_copy(update=changes)})
-        try:
+    for cause, changed in other_declarations(setting.spec, setting.model):
+        with suppress(AuditError):  # as it cannot be so
             defense, model = load_client(
                 changed, setting.model.device, unsent=setting.captured.unsent
             )
             Matching(model, defense).try_out()
-        except SpecError:
-            return  # as it cannot be so
-        yield cause, replace(setting, model=model, defense=defense)
-
-    if has_batch_norm(setting.model.module):
-        mode = "train" if declared.mode == "eval" else "eval"
-        yield from other_model(f"the model was in {mode} mode", mode=mode)
-    for mean, std in USUAL_NORMALIZATIONS.get(declared.input.shape[0], ()):
-        own = declared.input  # one value there is of all channels
-        if not (np.allclose(mean, own.mean) and np.allclose(std, own.std)):
-            changed = declared.input.model_copy(update={"mean": mean, "std": std})
-            cause = f"the images were normalized with mean {mean} and std {std}"
-            yield from other_model(cause, input=changed)
-    if declared.input.shape[0] == COLOURS:
-        other = "bgr" if declared.input.channels == "rgb" else "rgb"
-        changed = declared.input.model_copy(update={"channels": other})
-        yield from other_model(f"the channels are in the order {other}", input=changed)
+            yield cause, replace(setting, model=model, defense=defense)
 
 
 def other_layouts(setting: Setting) -> Iterator[tuple[str, Setting]]:

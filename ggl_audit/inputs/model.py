@@ -385,15 +385,26 @@ def _check_recording(module: nn.Module, spec: Spec) -> None:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The model in a wrapper that spreads a batch over devices, or compiles it."""
-    while isinstance(module, (nn.DataParallel, DistributedDataParallel)) or (
-        type(module).__name__ == COMPILED
-    ):
-        module = module._orig_mod if type(module).__name__ == COMPILED else module.module
+    """The model in wrappers that spread a batch over devices, compile it or take it apart."""
+    inner: nn.Module | None = module
+    while inner is not None:
+        module, inner = inner, _inside(inner)
     for part in module.modules():
         if isinstance(part, nn.DataParallel):
             part.device_ids = []  # it then calls what is in it, where that is
     return module
+
+
+def _inside(module: Any) -> nn.Module | None:
+    """What a wrapper holds; None where it is none."""
+    inner = None
+    if isinstance(module, (nn.DataParallel, DistributedDataParallel)):
+        inner = module.module
+    elif type(module).__name__ == COMPILED:
+        inner = module._orig_mod
+    elif hasattr(module, "to_standard_module"):  # of Opacus, for gradients of single samples
+        inner = module.to_standard_module()
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def _give_shapes(module: nn.Module, spec: Spec) -> None:
@@ -432,7 +443,9 @@ def _set_modes(module: nn.Module, spec: Spec) -> None:
             parts[name].eval()
     if recording_of(module) is not None:
         return
-    names = {part: name for name, part in parts.items() if isinstance(part, WITH_MODES)}
+    names: dict[nn.Module, str] = {
+        part: name for name, part in parts.items() if isinstance(part, WITH_MODES)
+    }
     called: dict[nn.Module, set[bool]] = {}
 
     def note(layer: nn.Module, _arguments: Any) -> None:

@@ -177,12 +177,6 @@ class ModelSpec(_Section):
         return self
 
     @property
-    def modes(self) -> str:
-        """The mode, and what is in another one, in words."""
-        apart = f" but for {', '.join(self.eval_modules)} in eval mode" if self.eval_modules else ""
-        return f"{self.mode} mode{apart}"
-
-    @property
     def source(self) -> str:
         """The key that says where the model is from."""
         return next(source for source in MODEL_SOURCES if getattr(self, source) is not None)

@@ -56,10 +56,9 @@ def _modes(declared: ModelSpec, model: ClientModel) -> Iterator[tuple[str, str, 
     """Other modes: of all of the model, of what is frozen, or of all but its first parts."""
     if not has_batch_norm(model.module):
         return
-    if declared.mode == "train" or declared.eval_modules:
-        yield "the model was in eval mode", "eval", []
-    if declared.mode == "eval" or declared.eval_modules:
-        yield "the model was in train mode", "train", []
+    for mode in ("eval", "train"):
+        if declared.mode != mode or declared.eval_modules:
+            yield f"the model was in {mode} mode", mode, []
     if declared.factory is None:
         return  # a saved program has its mode for good
     tried = [declared.eval_modules]

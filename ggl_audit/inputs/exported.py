@@ -6,6 +6,7 @@ it, so that a crafted file can run code. This one knows numbers, names of values
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -49,6 +50,7 @@ MEMORY_FORMATS = {
     4: torch.preserve_format,
 }
 STRIDED = 7
+DICT = "builtins.dict"
 
 ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "_operator.add": operator.add,
@@ -124,15 +126,27 @@ def translate(model: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     # PyTorch 2.6 lists inputs as they are used, but tensors as the model names them.
     kept = {name: kept[name] for name in tensors if name in kept}
     results = [own["user_output"] for own in signature["output_specs"] if "user_output" in own]
-    if len(results) != 1:
+    if not results:
         raise UnsupportedError(f"it returns {len(results)} values")
     recorder = Recorder()
     steps = tuple(_step(node, names, recorder) for node in graph["nodes"])
-    output = _argument(results[0]["arg"], names)
-    body = Block(tuple(inputs), steps, (output,))
+    body = Block(tuple(inputs), steps, tuple(_argument(own["arg"], names) for own in results))
     batch = graph["tensor_values"][inputs[0]]["sizes"][0].get("as_int")
-    recording = Recording(body, frozenset(recorder.modes), recorder.normalizes, batch)
+    keys = _keys(model["graph_module"], len(results))
+    recording = Recording(body, frozenset(recorder.modes), recorder.normalizes, batch, keys)
     return Program(kept, constants, recording)
+
+
+def _keys(graph_module: Mapping[str, Any], results: int) -> tuple[str, ...]:
+    """Those of the dict that it returns, if it returns a dict of tensors and says so."""
+    try:
+        _, returned = json.loads(graph_module["module_call_graph"][0]["signature"]["out_spec"])
+        is_flat = not any(child["children_spec"] for child in returned["children_spec"])
+        keys = json.loads(returned["context"]) if returned["type"] == DICT and is_flat else ()
+    except (LookupError, TypeError, ValueError):
+        return ()
+    named = len(keys) == results and all(isinstance(key, str) for key in keys)
+    return tuple(keys) if named else ()
 
 
 def _step(node: Mapping[str, Any], names: Mapping[str, Value], recorder: Recorder) -> Step:

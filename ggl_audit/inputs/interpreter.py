@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Mode = Literal["train", "eval"]
 Values = dict[str, Any]
@@ -160,17 +161,19 @@ class Recording:
     """What a program does.
 
     Attributes:
-        body: its inputs are the program's; its one output is the program's.
+        body: its inputs are the program's, and so are its outputs.
         modes: the modes that it was saved in, where that makes a difference: of dropouts, and of
             normalizations with running statistics. Empty if none is, or it follows ``train()``.
         normalizes: whether there is a normalization with running statistics.
         batch: the number of images that it was saved for, None for any.
+        keys: of the outputs, where it returns a dict; without, several come as a tuple.
     """
 
     body: Block
     modes: frozenset[Mode]
     normalizes: bool
     batch: int | None = None
+    keys: tuple[str, ...] = ()
 
 
 class Program(nn.Module):
@@ -216,7 +219,13 @@ class Program(nn.Module):
             raise UnsupportedError(f"it was saved in train mode for {batch} images, not {count}")
         wanted = torch.arange(-(-count // batch) * batch, device=inputs[0].device) % count
         parts = [[one[part] for one in inputs] for part in wanted.split(batch)]
-        return torch.cat([self._run(part) for part in parts])[:count]
+        returned = [tree_flatten(self._run(part)) for part in parts]
+        leaves = zip(*(own for own, _ in returned), strict=True)
+        together = [
+            torch.cat(own)[:count] if isinstance(own[0], torch.Tensor) and own[0].ndim else own[0]
+            for own in leaves
+        ]
+        return tree_unflatten(together, returned[0][1])
 
     def limit_to(self, batch: int) -> None:
         """Has it run with so many images at a time from now on, whatever it is given."""
@@ -235,7 +244,10 @@ class Program(nn.Module):
             step.run(values)
             for name in done:
                 values.pop(name, None)
-        return _filled(body.outputs, values)[0]
+        outputs = _filled(body.outputs, values)
+        if self._recording.keys:
+            return dict(zip(self._recording.keys, outputs, strict=True))
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def _tensor(self, name: str) -> torch.Tensor:
         path, _, own = name.rpartition(".")

@@ -251,7 +251,7 @@ def load_model(
     module.to(device=device, dtype=dtype)
     _check_recording(module, spec)
     state = dict(module.state_dict())
-    _prepare_for_training(module)
+    _prepare_for_training(module, declared.mode)
     parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     if not parameters:
         raise SpecError(key, "the model has no parameter that is trained")
@@ -300,6 +300,15 @@ def has_batch_norm(module: nn.Module) -> bool:
     if recording is not None:
         return recording.normalizes
     return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+
+def in_other_mode(module: nn.Module, mode: str) -> list[str]:
+    """The layers, of those that a mode makes a difference to, that are not in it."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, WITH_MODES) and layer.training != (mode == "train")
+    ]
 
 
 def _mixes_by_statistics(module: nn.Module) -> bool:
@@ -492,13 +501,13 @@ def _not_taken(spec: Spec, images: torch.Tensor, error: BaseException) -> SpecEr
     )
 
 
-def _prepare_for_training(module: nn.Module) -> None:
+def _prepare_for_training(module: nn.Module, mode: str) -> None:
     """Has the layers that are in train mode do without running statistics."""
     for name, layer in module.named_modules():
         if not layer.training:
             continue
         if isinstance(layer, DROPOUTS) and layer.p > 0:
-            raise _random(f"{name} drops units at random", "train")
+            raise _random(f"{name} drops units at random", mode)
         if isinstance(layer, _InstanceNorm):
             layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
         if isinstance(layer, _BatchNorm):

@@ -45,7 +45,7 @@ class Neighbours:
         """Imports a file of the folder, once.
 
         Raises:
-            Exception: whatever the file raises; ImportError where it is none that can be imported.
+            Exception: whatever the file raises.
         """
         with self.seen():
             names = (file.stem, f"{OURS}_user_{file.stem}")
@@ -55,8 +55,8 @@ class Neighbours:
             taken = file.stem in sys.modules or file.stem in sys.stdlib_module_names
             name = names[1] if taken else names[0]
             specification = importlib.util.spec_from_file_location(name, file)
-            if specification is None or specification.loader is None:
-                raise ImportError("it is no Python file")
+            assert specification is not None
+            assert specification.loader is not None
             module = importlib.util.module_from_spec(specification)
             sys.modules[name] = module
             try:

@@ -164,6 +164,7 @@ def _number_of(dtype: torch.dtype) -> int:
 
 
 PRIMITIVES: dict[str, Callable[..., Any]] = {
+    "prim::DictConstruct": lambda *values: dict(zip(values[::2], values[1::2], strict=True)),
     "prim::ListConstruct": lambda *values: list(values),
     "prim::NumToTensor": torch.tensor,
     "prim::Print": lambda *_: None,

@@ -7,6 +7,7 @@ from ggl_audit.defenses import Encryption
 from ggl_audit.evidence.last_layer import MODEL_AND_LOSS
 from ggl_audit.experiments.attacks import searched_by
 from ggl_audit.experiments.measurements import Measurements
+from ggl_audit.inputs.model import in_other_mode
 from ggl_audit.setting import Setting
 
 MOST_NAMES = 5
@@ -21,9 +22,9 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     said = [
         "The attacker is the server: it sees this gradient, knows the model, its loss, and the "
         "declared defense with its parameters, but not the client's randomness.",
-        f"The capture is {_release(setting)}, model in {spec.model.modes}, {_loss(setting)} "
-        f"times {spec.model.loss.scale:g}, images normalized with mean {spec.model.input.mean} and "
-        f"std {spec.model.input.std}{_channels(setting)}.",
+        f"The capture is {_release(setting)}, model in {spec.model.mode} mode{_apart(setting)}, "
+        f"{_loss(setting)} times {spec.model.loss.scale:g}, images normalized with mean "
+        f"{spec.model.input.mean} and std {spec.model.input.std}{_channels(setting)}.",
         *_parts(setting),
         *_training(setting),
         *_cohort(setting),
@@ -109,7 +110,18 @@ def _loss(setting: Setting) -> str:
     loss = setting.spec.model.loss
     more = {"label smoothing": loss.label_smoothing, "weights": loss.weight or loss.pos_weight}
     given = [f"{name} {value}" for name, value in more.items() if value]
-    return f"{loss} with {' and '.join(given)}" if given else str(loss)
+    said = f"{loss} with {' and '.join(given)}" if given else str(loss)
+    if setting.model.whole:
+        return f"{said} of all that it returns"
+    place = setting.model.output
+    return said if place is None else f"{said} of {place!r} of what it returns"
+
+
+def _apart(setting: Setting) -> str:
+    """The layers that are in another mode than the model, whoever put them there."""
+    mode = setting.spec.model.mode
+    names = in_other_mode(setting.model.module, mode)
+    return f" (but for {_listed(names)})" if names else ""
 
 
 def _alike(setting: Setting) -> str:

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ggl_audit.inputs.model import ClientModel, has_batch_norm
+from ggl_audit.inputs.model import NORMALIZATIONS, ClientModel
 from ggl_audit.spec import ImageFormat, ModelSpec, Spec
 
 USUAL_NORMALIZATIONS = {
@@ -23,6 +22,7 @@ USUAL_NORMALIZATIONS = {
     ),
 }
 COLOURS = 3
+RUNNING = "running_mean"
 MOST_PARTS = 6
 """Of a model, of which the first may be in eval mode."""
 
@@ -54,8 +54,8 @@ def other_declarations(spec: Spec, model: ClientModel) -> Iterator[tuple[str, Sp
 
 def _modes(declared: ModelSpec, model: ClientModel) -> Iterator[tuple[str, str, list[str]]]:
     """Other modes: of all of the model, of what is frozen, or of all but its first parts."""
-    if not has_batch_norm(model.module):
-        return
+    if not any(name.endswith(RUNNING) for name in model.state):
+        return  # no statistics that a mode makes a difference to
     for mode in ("eval", "train"):
         if declared.mode != mode or declared.eval_modules:
             yield f"the model was in {mode} mode", mode, []
@@ -70,24 +70,31 @@ def _modes(declared: ModelSpec, model: ClientModel) -> Iterator[tuple[str, str, 
 
 
 def _frozen(model: ClientModel) -> list[str]:
-    """The batch norms that are not trained, if others are."""
-    names = [n for n, layer in model.module.named_modules() if isinstance(layer, _BatchNorm)]
-    fixed = [
-        name
-        for name in names
-        if f"{name}.weight" in model.constants and f"{name}.bias" in model.constants
-    ]
-    return fixed if len(fixed) < len(names) else []
+    """The largest parts all of whose normalizations are not trained, if others are."""
+
+    def within(module: nn.Module, prefix: str) -> Iterator[str]:
+        names = [
+            ".".join(filter(None, (prefix, own)))
+            for own, layer in module.named_modules()
+            if isinstance(layer, NORMALIZATIONS)
+        ]
+        if names and all(f"{name}.weight" in model.constants for name in names):
+            yield prefix
+        elif names:
+            for own, part in module.named_children():
+                yield from within(part, ".".join(filter(None, (prefix, own))))
+
+    return [name for name in within(model.module, "") if name]
 
 
 def _first_parts(module: nn.Module) -> Iterator[list[str]]:
-    """The first of the parts that have batch norm, the first two, and so on, but for all."""
+    """The first of the parts with normalizations, the first two, and so on, but for all."""
     prefix = ""
     while True:
         parts = [
             (name, part)
             for name, part in module.named_children()
-            if any(isinstance(layer, _BatchNorm) for layer in part.modules())
+            if any(isinstance(layer, NORMALIZATIONS) for layer in part.modules())
         ]
         if len(parts) != 1:
             break

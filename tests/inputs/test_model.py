@@ -117,6 +117,65 @@ class PairsOnly(Layers):
     def forward(self, x):
         return self.last(x.reshape(2, 256))
 
+class Squeezing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1))
+        self.fc = nn.Linear(8, 10)
+    def forward(self, x):
+        return self.fc(self.body(x).squeeze())
+
+class Few(Layers):
+    def forward(self, x):
+        assert len(x) < 20, "too many at a time"
+        return super().forward(x)
+
+class Weighing(Layers):
+    "Weighs the images of a batch against each other."
+    def forward(self, x):
+        return super().forward(x) * len(x) * x.flatten(1).sum(1, keepdim=True).softmax(0)
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.other = nn.LazyLinear(10), nn.LazyLinear(3)
+    def forward(self, x):
+        return self.used(x.flatten(1))
+
+def narrow():
+    layers = nn.Flatten(), nn.Linear(256, 4), nn.GroupNorm(4, 4), nn.Tanh(), nn.Linear(4, 10)
+    return nn.Sequential(*layers)
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 10)
+    )
+
+def lazy():
+    return nn.Sequential(
+        nn.LazyConv2d(4, 3, 4), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(10)
+    )
+
+def parallel():
+    return nn.DataParallel(convolutional())
+
+def partly_parallel():
+    net = convolutional()
+    return nn.Sequential(nn.DataParallel(net[:3]), net[3])
+
+def twice():
+    return torch.compile(parallel(), backend="eager")
+
+def compiled():
+    return torch.compile(convolutional(), backend="eager")
+
+def distributed():
+    return nn.parallel.DistributedDataParallel(convolutional())
+
+def sampled():
+    from opacus import GradSampleModule
+    return GradSampleModule(Layers())
+
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
@@ -153,8 +212,7 @@ def user(tmp_path: Path, sample: Callable[..., Spec]) -> Callable[..., Spec]:
         return sample(
             "undefended",
             model__factory=f"{tmp_path / 'nets.py'}:{factory}",
-            model__weights=None,
-            **overrides,
+            **{"model__weights": None, **overrides},
         )
 
     return read
@@ -346,6 +404,96 @@ def test_a_model_that_knows_its_batch_is_refused(user: Callable[..., Spec]) -> N
         load_model(user("PairsOnly", capture__batch_size=2), CPU)
     with pytest.raises(SpecError, match="does not take images"):
         load_model(user("PairsOnly"), CPU)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("factory", ["parallel", "compiled", "twice", "partly_parallel", "sampled"])
+def test_wrappers_are_taken_off(user: Callable[..., Spec], factory: str, mode: str) -> None:
+    model = load_model(user(factory, model__mode=mode, capture__batch_size=2), CPU)
+    inner = {"sampled": "last.weight", "partly_parallel": "0.module.0.weight"}
+    assert inner.get(factory, "0.weight") in model.parameters
+    _gradients_agree(model, copy.deepcopy(model.module), model.shape)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without processes")
+def test_a_wrapper_of_a_group_of_processes_is_taken_off(
+    user: Callable[..., Spec], tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match="process group has not been initialized"):
+        load_model(user("distributed"), CPU)
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        for mode in ("eval", "train"):
+            model = load_model(user("distributed", model__mode=mode), CPU)
+            _gradients_agree(model, copy.deepcopy(model.module), model.shape)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_lazy_layers_take_their_shapes_from_the_images(
+    user: Callable[..., Spec], tmp_path: Path
+) -> None:
+    plain = load_model(user("convolutional"), CPU)
+    path = tmp_path / "weights.safetensors"
+    save_file({n: t for n, t in plain.state.items() if t.ndim}, path)
+    for mode in ("eval", "train"):
+        spec = user("lazy", model__weights=str(path), model__mode=mode)
+        model = load_model(spec, CPU)
+        assert {n: t.shape for n, t in model.parameters.items()} == {
+            n: t.shape for n, t in plain.parameters.items()
+        }
+        assert all(torch.equal(model.parameters[n], t) for n, t in plain.parameters.items())
+        _gradients_agree(model, copy.deepcopy(model.module), model.shape)
+    fresh = load_model(user("lazy"), CPU).state
+    assert torch.equal(fresh["1.running_mean"], torch.zeros(4))
+    with pytest.raises(SpecError, match=r"other.weight of the model .* has no shape, and its"):
+        load_model(user("Unused"), CPU)
+
+
+@pytest.mark.parametrize("factory", ["Squeezing", "narrow"])
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_models_that_take_no_single_image(
+    user: Callable[..., Spec], factory: str, batch_size: int
+) -> None:
+    model = load_model(user(factory, capture__batch_size=batch_size), CPU, torch.float64)
+    assert (model.fewest, model.mixes) == (2, False)
+    _gradients_agree(model, copy.deepcopy(model.module), model.shape)
+    images, labels = torch.rand(3, *model.shape).double(), torch.tensor([4, 7, 1])
+    found = Matching(model, Pipeline()).gradients(images, labels)
+    features = [model.representation(image[None]) for image in images]
+    for index, image in enumerate(images):
+        # A mean over two copies is what one image would give.
+        module = copy.deepcopy(model.module)
+        outputs = module(model.normalize(torch.stack([image, image])))
+        F.cross_entropy(outputs, labels[index].repeat(2)).backward()
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(found[name][index], parameter.grad, rtol=1e-4, atol=1e-7)
+        feature = features[index]
+        assert feature is not None
+        weight, bias = list(model.parameters.values())[-2:]
+        torch.testing.assert_close(feature @ weight.T + bias, outputs[:1].detach())
+
+
+def test_a_model_that_takes_no_single_image_of_a_single_one(user: Callable[..., Spec]) -> None:
+    with pytest.raises(SpecError, match=r"returned a tensor \(10,\) for 1 images"):
+        load_model(user("Squeezing"), CPU)
+    with pytest.raises(SpecError, match=r"does not take images .* more than 1 value per channel"):
+        load_model(user("narrow"), CPU)
+
+
+def test_a_number_of_images_that_is_not_taken_is_told(user: Callable[..., Spec]) -> None:
+    model = load_model(user("Few"), CPU)
+    with pytest.raises(SpecError, match=r"does not take 20 images of \[1, 16, 16\] at a time") as e:
+        model.representation(torch.rand(20, *model.shape))
+    assert "AssertionError: too many at a time" in str(e.value)
+
+
+def test_a_model_that_weighs_images_against_each_other_is_found(user: Callable[..., Spec]) -> None:
+    for batch_size in (1, 2, 64):
+        assert load_model(user("Weighing", capture__batch_size=batch_size), CPU).mixes
+        assert not load_model(user("Layers", capture__batch_size=batch_size), CPU).mixes
 
 
 def test_a_head_by_function_is_found(user: Callable[..., Spec]) -> None:

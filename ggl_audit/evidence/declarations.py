@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ggl_audit.inputs.model import NORMALIZATIONS, ClientModel
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.weights import NORMALIZATIONS
 from ggl_audit.spec import ImageFormat, ModelSpec, Spec
 
 USUAL_NORMALIZATIONS = {

@@ -31,7 +31,7 @@ from ggl_audit.inputs.outputs import Place, candidates, choose, described, first
 from ggl_audit.inputs.programs import load_exported, load_torchscript
 from ggl_audit.inputs.targets import Targets, read_targets
 from ggl_audit.inputs.tensors import Tensors
-from ggl_audit.inputs.weights import fill_weights
+from ggl_audit.inputs.weights import NORMALIZATIONS, fill_weights
 from ggl_audit.spec import LocalTrainingSpec, Spec
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -39,7 +39,6 @@ LINEAR = (F.linear, torch.ops.aten.linear.default)
 LOSS_ROUNDING, OUTPUT_ROUNDING = 1e-3, 1e-2
 """Relative; a GPU computes another number of images in another way, with short factors."""
 
-NORMALIZATIONS = (_BatchNorm, _InstanceNorm)
 WITH_MODES = (*DROPOUTS, *NORMALIZATIONS)
 COMPILED = "OptimizedModule"
 """What torch.compile returns, of a module that takes seconds to import."""

@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 LOGITS = "logits"
+MOST_SHOWN = 8
 
 Place = int | str
 """Of one of several: a key or an attribute, or a place from 0."""
@@ -67,7 +68,9 @@ def described(returned: Any) -> str:
     parts = _parts(returned)
     if not parts:
         return f"a {kind}"
-    return f"a {kind} of " + ", ".join(f"{name!r} {_shown(part)}" for name, part in parts.items())
+    shown = [f"{name!r} {_shown(part)}" for name, part in parts.items()]
+    more = [f"{len(shown) - MOST_SHOWN} more"] if len(shown) > MOST_SHOWN else []
+    return f"a {kind} of {', '.join(shown[:MOST_SHOWN] + more)}"
 
 
 def first_rows(returned: Any, count: int, images: int) -> Any:

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ggl_audit.errors import InputError, nearest
+from ggl_audit.inputs.interpreter import recording_of
 from ggl_audit.inputs.names import unwrap_names
 from ggl_audit.inputs.tensors import Tensors, is_ordered, read_tensors
 
 COUNTER = "num_batches_tracked"
 RUNNING = ("running_mean", "running_var")
+NORMALIZATIONS = (_BatchNorm, _InstanceNorm)
+"""Layers that use running statistics in eval mode, and those of the batch in train mode."""
 
 
 def fill_weights(module: nn.Module, path: Path, model: str) -> None:
@@ -45,8 +50,10 @@ def fill_weights(module: nn.Module, path: Path, model: str) -> None:
 
 
 def _is_idle(name: str, module: nn.Module) -> bool:
-    owner, _, own = name.rpartition(".")
-    return own == COUNTER or (own in RUNNING and module.get_submodule(owner).training)
+    path, _, own = name.rpartition(".")
+    owner = module.get_submodule(path)
+    follows = recording_of(module) is not None or isinstance(owner, NORMALIZATIONS)
+    return own == COUNTER or (own in RUNNING and follows and owner.training)
 
 
 def _by_name(

@@ -76,7 +76,8 @@ def _generator(spec: Spec) -> tuple[nn.Module, str]:
     generator = build_module(declared.factory, declared.kwargs, spec.folder, "prior")
     if declared.weights is not None:
         path = spec.resolve(declared.weights)
-        fill_weights(generator.eval(), path, declared.factory)
+        generator.eval()
+        fill_weights(generator, path, declared.factory)
     return generator, declared.factory
 
 

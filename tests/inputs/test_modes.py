@@ -80,6 +80,19 @@ def instance(kind="Net"):
 def dropping(kind="Stays"):
     return globals()[kind](drop=0.5)
 
+class Returning(Net):
+    "As some write it: train() returns nothing."
+    def train(self, mode=True):
+        super().train(mode)
+        self.apply(lambda layer: layer.eval() if "BatchNorm" in type(layer).__name__ else None)
+
+def fixed():
+    return Net(torchvision_like)
+
+def torchvision_like(channels, affine, track_running_stats):
+    from torchvision.ops import FrozenBatchNorm2d
+    return FrozenBatchNorm2d(channels)
+
 def frozen():
     net = Net()
     net.backbone.requires_grad_(False)
@@ -105,9 +118,9 @@ def user(tmp_path: Path, sample: Callable[..., Spec]) -> Callable[..., Spec]:
 def the_clients_own(spec: Spec) -> nn.Module:
     """The model as a client has it, who calls ``train()`` and no code of this project."""
     torch.manual_seed(spec.seed)
-    return build_module(spec.model.factory or "", spec.model.kwargs, spec.folder, "model").train(
-        spec.model.mode == "train"
-    )
+    net = build_module(spec.model.factory or "", spec.model.kwargs, spec.folder, "model")
+    net.train(spec.model.mode == "train")
+    return net
 
 
 def plain(net: nn.Module, model: ClientModel, images: torch.Tensor, labels: list[int]) -> Gradient:
@@ -135,6 +148,8 @@ MIXTURES = [
     ("LastTrains", {}, []),
     ("LastTrains", {"model__mode": "eval"}, []),
     ("Inside", {}, []),
+    ("Returning", {}, []),
+    ("fixed", {}, []),
     ("dropping", {}, []),
     ("instance", {}, []),
     ("instance", {"model__kwargs": {"kind": "Stays"}}, []),
@@ -230,6 +245,8 @@ def test_running_statistics_are_needed_where_they_are_used(
     load_model(user("Net", **given), CPU)
     for factory, declared in (
         ("Stays", {}),
+        ("Returning", {}),
+        ("fixed", {}),
         ("Inside", {}),
         ("Net", {"model__eval_modules": ["backbone"]}),
     ):
@@ -307,7 +324,8 @@ def test_the_mode_of_a_right_capture_is_found(
     cause: str,
 ) -> None:
     spec = user(factory, **declared)
-    net = the_clients_own(spec).train()
+    net = the_clients_own(spec)
+    net.train()
     for name in evaluated:
         net.get_submodule(name).eval()
     images, labels = digits("private").images[:1], digits("private").labels[:1].tolist()

@@ -312,6 +312,8 @@ def test_places_of_what_is_returned() -> None:
         with pytest.raises(LookupError):
             choose(returned, place)
     assert described((rows, None)) == "a tuple of 0 (3, 10), 1 NoneType"
+    assert described(range(3)) == "a range"
+    assert described([rows] * 12).endswith("7 (3, 10), 4 more")
     cut = first_rows({"a": rows, "b": [other, 2.0, None]}, 2, 3)
     assert cut["a"].shape == (2, 10)
     assert cut["b"][0] is other

@@ -165,7 +165,7 @@ def make(
 @pytest.mark.parametrize("factory", ["Squeezing", "narrow", "parallel", "Stays"])
 def test_models_that_take_no_single_image_or_have_wrappers(tmp_path: Path, factory: str) -> None:
     spec = make(tmp_path, factory, 2)
-    for command in ("check", "run"):
+    for command in ("check", "run") if factory == "narrow" else ("run",):
         said = ends_well(call(command, spec))
         assert "private image" in said
         assert "contradicts" not in said

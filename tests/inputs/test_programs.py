@@ -341,6 +341,60 @@ def test_the_head_of_a_program_is_found(
     torch.testing.assert_close(model.representation(images), net[:5](images))  # type: ignore[index]
 
 
+class Several(nn.Module):
+    """Returns two tensors, in a tuple or a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux, self.last = nn.Linear(256, 10), nn.Linear(256, 10)
+
+    def both(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = images.flatten(1)
+        return self.aux(seen), self.last(seen)
+
+
+class InATuple(Several):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.both(images)
+
+
+class InADict(Several):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        aux, logits = self.both(images)
+        return {"aux": aux, "logits": logits}
+
+
+@pytest.mark.parametrize("kind", [InATuple, InADict])
+@pytest.mark.parametrize("save", [scripted, exported, taken_apart])
+def test_a_program_that_returns_several_tensors(
+    save: Any, kind: type[Several], declare: Callable[..., Spec], tmp_path: Path
+) -> None:
+    net = kind()
+    save(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
+    source = "torchscript" if save is scripted else "exported"
+    declared = {"model__output": 1} if kind is InATuple else {}
+    model = load_model(declare(source, **declared), CPU)
+    assert model.output == (1 if kind is InATuple else "logits")
+    assert model.head is not None
+    assert model.head.weight == "last.weight"
+    images = torch.rand(3, *GREY)
+    torch.testing.assert_close(model.logits(model.parameters, images), net.both(images)[1])
+    if kind is InATuple:
+        with pytest.raises(SpecError, match="not given, but the model returned a tuple of 0"):
+            load_model(declare(source), CPU)
+
+
+@pytest.mark.parametrize("kind", [InATuple, InADict])
+def test_other_numbers_of_images_where_several_tensors_are_returned(
+    kind: type[Several], tmp_path: Path
+) -> None:
+    net = kind()
+    program = exported(net, torch.rand(2, *GREY), tmp_path / "p.pt2", fixed=True)
+    for count in (1, 2, 3):
+        images = torch.rand(count, *GREY)
+        torch.testing.assert_close(program(images), net(images))
+
+
 @pytest.mark.parametrize("kind", ["torchscript", "exported"])
 def test_an_audit_of_a_program(
     kind: str, declare: Callable[..., Spec], sample: Callable[..., Spec], tmp_path: Path

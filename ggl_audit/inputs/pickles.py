@@ -1,5 +1,8 @@
 """What a pickle of tensors describes, found without calling anything that the pickle names.
 
+What it describes beside tensors, such as the hyperparameters of a checkpoint, stays closed: only
+where an object of a class that plain files of tensors do not name is needed is the file refused.
+
 ``torch.load(weights_only=True)`` runs no code either, but it believes the file: it allocates what
 a storage claims to hold (in the format before PyTorch 1.6), and hashes for hours a tuple of tuples
 of tuples that two hundred bytes describe. Here the instructions of the pickle are followed on plain
@@ -164,6 +167,24 @@ class Array:
         return flat.reshape(self.shape, order="F" if self.column_major else "C").copy()
 
 
+@dataclass(frozen=True)
+class Closed:
+    """An object of a class, or a call, that plain files of tensors do not have.
+
+    Attributes:
+        text: the name of the class or the function: ``pathlib PosixPath``.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class OddKey:
+    """The key of a dictionary that is neither text nor a number; ``kind`` is its type."""
+
+    kind: str
+
+
 OTHER = object()
 """Stands for a value that holds no tensor."""
 
@@ -180,10 +201,11 @@ def describe(
 
     Returns:
         Dicts, lists, tuples and plain values; :class:`StoredTensor`, :class:`Array` and
-        :class:`Valueless` for tensors, :class:`Name` and :data:`OTHER` for the rest.
+        :class:`Valueless` for tensors, :class:`Closed` for what plain files of tensors do not name,
+        :class:`Name` and :data:`OTHER` for the rest.
 
     Raises:
-        AuditError: it names what plain files of tensors do not, or is too long.
+        AuditError: it is too long.
         Exception: of several kinds, where the pickle is broken.
     """
     stack: list[Any] = []
@@ -229,16 +251,20 @@ def describe(
                 stack[-length:] = [tuple(stack[-length:])]
             case "APPEND":
                 item = stack.pop()
-                stack[-1].append(item)
+                if not isinstance(stack[-1], Closed):
+                    stack[-1].append(item)
             case "APPENDS":
                 items = since_mark()
-                stack[-1].extend(items)
+                if not isinstance(stack[-1], Closed):
+                    stack[-1].extend(items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _set_items(stack[-1], [(key, value)])
+                if not isinstance(stack[-1], Closed):
+                    _set_items(stack[-1], [(key, value)])
             case "SETITEMS":
                 items = since_mark()
-                _set_items(stack[-1], list(zip(items[::2], items[1::2], strict=True)))
+                if not isinstance(stack[-1], Closed):
+                    _set_items(stack[-1], list(zip(items[::2], items[1::2], strict=True)))
             case "BINPUT" | "LONG_BINPUT":
                 if argument > count:
                     raise ValueError("its pickle numbers more than it has")
@@ -246,9 +272,10 @@ def describe(
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                stack.append(Name(argument) if program else _name(argument))
-            case "NEWOBJ" if program:
-                stack[-2:] = [OTHER]
+                known = program or _is_known(argument)
+                stack.append(Name(argument) if known else Closed(argument))
+            case "NEWOBJ" if program or isinstance(stack[-2], Closed):
+                stack[-2:] = [OTHER if program else stack[-2]]
             case "BINPERSID":
                 storage = _storage(stack.pop())
                 stack.append(storage)
@@ -256,11 +283,14 @@ def describe(
                     raise ValueError(f"its storage {storage.key} is described in two ways")
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                own = program and not _is_known(function.text)
-                stack.append(OTHER if own else _result(function.text, arguments))
+                if isinstance(function, Closed):
+                    stack.append(function)
+                else:
+                    own = program and not _is_known(function.text)
+                    stack.append(OTHER if own else _result(function.text, arguments))
             case "BUILD":
                 state = stack.pop()
-                if not (program and stack[-1] is OTHER):
+                if not (isinstance(stack[-1], Closed) or (program and stack[-1] is OTHER)):
                     _fill(stack[-1], state)
             case other:
                 raise ValueError(f"its pickle has the instruction {other}")
@@ -272,17 +302,6 @@ def _is_known(name: str) -> bool:
     return known or _dtype(name) is not None
 
 
-def _name(argument: str) -> Name:
-    if not _is_known(argument):
-        raise AuditError(
-            "not a plain file of tensors: the pickle in it names "
-            f"{argument.replace(' ', '.')[:80]!r}, which could run code, so it was not opened",
-            "Save the tensors alone, for example torch.save(model.state_dict(), path), best as "
-            ".safetensors.",
-        )
-    return Name(argument)
-
-
 def _dtype(argument: str) -> torch.dtype | None:
     module, _, name = argument.partition(" ")
     found = getattr(torch, name, None) if module == "torch" else None
@@ -292,9 +311,8 @@ def _dtype(argument: str) -> torch.dtype | None:
 def _set_items(target: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
     for key, value in items:
         # A tuple of tuples of tuples, each twice the same, takes for ever to hash.
-        if not isinstance(key, (str, int, float, type(None))):
-            raise ValueError(f"a dictionary in it has a key that is a {type(key).__name__}")
-        target[key] = value
+        plain = isinstance(key, (str, int, float, type(None)))
+        target[key if plain else OddKey(type(key).__name__)] = value
 
 
 def _storage(identifier: Any) -> Storage:

@@ -37,6 +37,13 @@ NUMBERS = (
 def read_tensors(
     path: Path, *, most_bytes: int = MOST_BYTES, may_be_empty: bool = False
 ) -> Tensors:
+    """Reads the tensors of a file, as :func:`read_file`."""
+    return read_file(path, most_bytes=most_bytes, may_be_empty=may_be_empty)[0]
+
+
+def read_file(
+    path: Path, *, most_bytes: int = MOST_BYTES, may_be_empty: bool = False
+) -> tuple[Tensors, list[str]]:
     """Reads a file of tensors, by name or in order.
 
     Args:
@@ -48,7 +55,8 @@ def read_tensors(
 
     Returns:
         The tensors by name, on the CPU, in the file's dtypes. Those of a list are named "0", "1",
-        ..., in this order: see :func:`is_ordered`.
+        ..., in this order: see :func:`is_ordered`. And the places of what else is in the file, as
+        in a checkpoint around a state dict: other tensors, and lists of many numbers.
 
     Raises:
         InputError: missing, of another format, truncated, a pickle that wants to run code, or
@@ -61,11 +69,11 @@ def read_tensors(
         size = path.stat().st_size
         if size > most_bytes:
             raise AuditError(f"has {size:,} bytes; at most {most_bytes:,} are read")
-        tensors = READERS[suffix](path, most_bytes)
+        tensors, beside = READERS[suffix](path, most_bytes)
         if not tensors and not may_be_empty:
             raise AuditError("holds no tensors")
         _check_numbers(tensors)
-    return _in_order(tensors)
+    return _in_order(tensors), beside
 
 
 def read_npz(path: Path, only: Collection[str], *, most_bytes: int = MOST_BYTES) -> Tensors:
@@ -142,16 +150,16 @@ def _check_numbers(tensors: Tensors) -> None:
             raise AuditError(f"{name!r} is {kind}; expected real numbers of 8 to 64 bits")
 
 
-def _read_safetensors(path: Path, _: int) -> Tensors:
+def _read_safetensors(path: Path, _: int) -> tuple[Tensors, list[str]]:
     with safe_open(path, framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, []  # noqa: SIM118
 
 
-def _read_npz(path: Path, most_bytes: int) -> Tensors:
+def _read_npz(path: Path, most_bytes: int) -> tuple[Tensors, list[str]]:
     tensors = _read_arrays(path, most_bytes)
     if set(tensors) == {f"arr_{place}" for place in range(len(tensors))}:
-        return {name.removeprefix("arr_"): tensor for name, tensor in tensors.items()}
-    return tensors
+        tensors = {name.removeprefix("arr_"): tensor for name, tensor in tensors.items()}
+    return tensors, []
 
 
 def _read_arrays(path: Path, most_bytes: int, only: Collection[str] | None = None) -> Tensors:
@@ -169,9 +177,9 @@ def _read_arrays(path: Path, most_bytes: int, only: Collection[str] | None = Non
     return tensors
 
 
-def _read_npy(path: Path, _: int) -> Tensors:
+def _read_npy(path: Path, _: int) -> tuple[Tensors, list[str]]:
     with path.open("rb") as stream:
-        return {"0": _read_array(stream, path.stat().st_size, "0")}
+        return {"0": _read_array(stream, path.stat().st_size, "0")}, []
 
 
 def _read_array(stream: io.BufferedIOBase, size: int, name: str) -> torch.Tensor:
@@ -193,7 +201,7 @@ def _read_array(stream: io.BufferedIOBase, size: int, name: str) -> torch.Tensor
     return torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
 
 
-READERS: dict[str, Callable[[Path, int], Tensors]] = {
+READERS: dict[str, Callable[[Path, int], tuple[Tensors, list[str]]]] = {
     ".safetensors": _read_safetensors,
     ".pt": read_torch,
     ".pth": read_torch,

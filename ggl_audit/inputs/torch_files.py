@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,15 @@ import torch
 
 from ggl_audit.errors import AuditError
 from ggl_audit.inputs.archives import open_archive, read_bytes
-from ggl_audit.inputs.pickles import Array, Storage, StoredTensor, Valueless, describe
+from ggl_audit.inputs.pickles import (
+    Array,
+    Closed,
+    OddKey,
+    Storage,
+    StoredTensor,
+    Valueless,
+    describe,
+)
 
 LARGEST_PICKLE = 16 * 2**20
 """Bytes; the values of PyTorch's tensors lie outside, those of NumPy's arrays inside."""
@@ -37,16 +45,19 @@ WRAPPERS = (
     "update",
 )
 MOST_WRAPPERS = 4
+FEW_NUMBERS = 32
+"""Of a list in a file, such as settings are; more may be an image."""
 
 Leaf = StoredTensor | Array | Valueless
 LEAVES = (StoredTensor, Array, Valueless)
 
 
-def read_torch(path: Path, most_bytes: int) -> dict[str, torch.Tensor]:
+def read_torch(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Reads the tensors of a file of ``torch.save``; see :func:`describe` for what is not run.
 
     Returns:
-        Tensors by name, or "0", "1", ... for a list.
+        Tensors by name, or "0", "1", ... for a list; and the places of what else there is in the
+        file, other tensors and lists of many numbers.
 
     Raises:
         AuditError: it holds something else, or tensors without values, or more than ``most_bytes``.
@@ -59,7 +70,7 @@ def read_torch(path: Path, most_bytes: int) -> dict[str, torch.Tensor]:
     return _read_legacy(path, most_bytes)
 
 
-def _read_archive(path: Path, most_bytes: int) -> dict[str, torch.Tensor]:
+def _read_archive(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor], list[str]]:
     with open_archive(path, {zipfile.ZIP_STORED}, most_bytes) as archive:
         names = archive.members
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -91,7 +102,7 @@ def _read_archive(path: Path, most_bytes: int) -> dict[str, torch.Tensor]:
         return _tensors(described, stored, most_bytes)
 
 
-def _read_legacy(path: Path, most_bytes: int) -> dict[str, torch.Tensor]:
+def _read_legacy(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor], list[str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         # A length in a pickle is believed by a file, which makes room for it, but not by a buffer.
@@ -138,7 +149,7 @@ def _check_byte_order(little: bool) -> None:
 
 def _tensors(
     described: Any, stored: Callable[[Storage], torch.Tensor], most_bytes: int
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     leaves = find_tensors(described)
     for name, leaf in leaves.items():
         if isinstance(leaf, Valueless):
@@ -167,7 +178,26 @@ def _tensors(
             whole = storage.nbytes // leaf.dtype.itemsize * leaf.dtype.itemsize
             numbers = contents[storage.key][:whole].view(leaf.dtype)
             tensors[name] = numbers.as_strided(leaf.shape, leaf.strides, leaf.offset)
-    return tensors
+    return tensors, list(_beside(described, leaves))
+
+
+def _beside(described: Any, leaves: dict[str, Leaf]) -> Iterator[str]:
+    """The places of other tensors, and of other lists of many numbers, in what a file holds."""
+    seen = {id(leaf) for leaf in leaves.values()}
+    parts: list[tuple[str, Any]] = [("", described)]
+    while parts:
+        place, part = parts.pop()
+        if id(part) in seen:
+            continue
+        if isinstance(part, LEAVES):
+            yield place
+        elif isinstance(part, (dict, list, tuple)):
+            seen.add(id(part))
+            inside = part.items() if isinstance(part, dict) else enumerate(part)
+            own = [(f"{place}.{key}".lstrip("."), one) for key, one in inside]
+            if sum(isinstance(one, (int, float)) for _, one in own) > FEW_NUMBERS:
+                yield place
+            parts += reversed(own)
 
 
 def find_tensors(described: Any, depth: int = 0) -> dict[str, Leaf]:
@@ -201,6 +231,7 @@ def find_tensors(described: Any, depth: int = 0) -> dict[str, Leaf]:
         for key in WRAPPERS:
             if isinstance(described.get(key), (dict, list)) and depth < MOST_WRAPPERS:
                 return find_tensors(described[key], depth + 1)
+    _refuse_closed(described)
     raise AuditError(f"expected tensors by name or in order, found {_what_is(described)}")
 
 
@@ -261,6 +292,30 @@ def _by_name(entries: list[tuple[Any, Leaf | None]]) -> dict[str, Leaf]:
             )
         named[name] = leaf
     return named
+
+
+def _refuse_closed(described: Any) -> None:
+    """Names what may hold the tensors and is not opened."""
+    parts = [described]
+    if isinstance(described, dict):
+        parts += described.values()
+        for key in described:
+            if isinstance(key, OddKey):
+                raise ValueError(f"a dictionary in it has a key that is a {key.kind}")
+    elif isinstance(described, (list, tuple)):
+        parts += described
+    for part in parts:
+        if isinstance(part, Closed):
+            raise _closed(part)
+
+
+def _closed(part: Closed) -> AuditError:
+    return AuditError(
+        "not a plain file of tensors: the pickle in it names "
+        f"{part.text.replace(' ', '.')[:80]!r}, which could run code, so it was not opened",
+        "Save the tensors alone, for example torch.save(model.state_dict(), path), best as "
+        ".safetensors.",
+    )
 
 
 def _what_is(part: Any) -> str:

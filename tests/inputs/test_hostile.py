@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import datetime
+import functools
 import importlib.util
 import io
 import json
@@ -18,7 +20,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -278,6 +280,61 @@ def test_a_name_that_could_be_code_is_named(tmp_path: Path) -> None:
     path.write_bytes(pickled(b"cposix\nsystem\n" + text("touch it") + b"\x85R"))
     with pytest.raises(InputError, match=r"names 'posix\.system', which could run code"):
         read_tensors(path)
+
+
+class Touch:
+    """Touches a file when it is unpickled, in one of the ways that pickles have."""
+
+    def __init__(self, way: str, marker: Path) -> None:
+        self.way, self.marker = way, marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        touch = (Path.touch, (self.marker,))
+        return {
+            "a call": touch,
+            "a state": (Path, ("x",), self.marker),
+            "items": (list, (), None, iter([self.marker])),
+            "pairs": (dict, (), None, None, iter([(self.marker, Touch("a call", self.marker))])),
+        }[self.way]
+
+
+BESIDE = {
+    "paths": {"data_dir": Path("/data/train"), "logs": {Path("a"): 1}},
+    "a namespace": SimpleNamespace(lr=0.1, seen={(1, 2): "a tuple"}, inner=[range(3)]),
+    "a path as a key": {Path("a"): {"b": Path("c")}},
+    "a partial": functools.partial(min, 3, key=abs),
+    "a date": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+    "an enumeration": re.RegexFlag.IGNORECASE,
+    **{way: way for way in ("a call", "a state", "items", "pairs")},
+}
+
+
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_a_state_dict_stays_closed(
+    tmp_path: Path, name: str, archive: bool
+) -> None:
+    marker = tmp_path / "was_here"
+    beside = Touch(name, marker) if name == BESIDE[name] else BESIDE[name]
+    state = {"0.weight": torch.rand(3, 2), "criterion.pos_weight": torch.ones(1)}
+    checkpoint = {
+        "epoch": 1,
+        "hyper_parameters": {"given": beside},
+        "state_dict": state,
+        "callbacks": {"ModelCheckpoint": {"dirpath": beside, "best": torch.ones(())}},
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.ones(3, 2)}}}],
+    }
+    path = tmp_path / "x.ckpt"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=archive)
+    read = read_tensors(path)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    assert not marker.exists()
+    for whole in (beside, {"state_dict": beside}, {**state, "more": beside}, [beside]):
+        torch.save(whole, path, _use_new_zipfile_serialization=archive)
+        with pytest.raises(InputError):
+            read_tensors(path)
+    assert not marker.exists()
 
 
 # What is allocated

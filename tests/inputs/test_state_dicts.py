@@ -148,9 +148,23 @@ def test_what_does_not_fit_is_named(
     two = {f"net.{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
     with pytest.raises(InputError, match=r"'model\.0\.\w+' and 'net\.0\.\w+'"):
         load(_saved({**wrapped, **two}, tmp_path))
-    other = {f"backbone.{name}": t for name, t in trained.state_dict().items()}
+    other = {f"layers_{name}": t for name, t in trained.state_dict().items()}
     with pytest.raises(InputError, match=r"has no '0\.weight'"):
         load(_saved(other, tmp_path))
+
+
+def test_a_module_calls_its_model_what_it_likes(
+    trained: nn.Sequential, load: Callable[..., ClientModel], tmp_path: Path
+) -> None:
+    student = {f"student.net.{name}": t for name, t in trained.state_dict().items()}
+    beside = {"criterion.pos_weight": torch.ones(1), "student.extra": torch.ones(1)}
+    _is(load(_saved({**student, **beside}, tmp_path)), trained)
+    teacher = {name.replace("student", "teacher"): t.clone() for name, t in student.items()}
+    with pytest.raises(InputError, match=r"'student\.net\.\S+' and 'teacher\.net\.\S+'"):
+        load(_saved({**student, **teacher}, tmp_path))
+    lacking = {name: tensor for name, tensor in student.items() if "4.bias" not in name}
+    with pytest.raises(InputError, match=r"has no '0\.weight'"):
+        load(_saved(lacking, tmp_path))
 
 
 def test_a_list_is_in_the_order_of_the_state_dict(
@@ -169,7 +183,9 @@ def test_a_list_of_parameters_is_enough_where_there_are_no_statistics(
     trained: nn.Sequential, load: Callable[..., ClientModel], tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "w.npz", *[p.detach().numpy() for p in trained.parameters()])
-    with pytest.raises(InputError, match=r"a list of 6 tensors; the model .* has 9 \(the state"):
+    with pytest.raises(
+        InputError, match=r"has no '1\.running_mean' \(4,\), which the model .* needs"
+    ):
         load(tmp_path / "w.npz")
     model = load(tmp_path / "w.npz", model__mode="train")
     for name, parameter in trained.named_parameters():
@@ -178,7 +194,8 @@ def test_a_list_of_parameters_is_enough_where_there_are_no_statistics(
 
 def test_a_list_in_another_order_is_named(load: Callable[..., ClientModel], tmp_path: Path) -> None:
     torch.save([torch.zeros(s) for s in ((8,), (8, 256), (10, 8), (10,))], tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"tensor 0 has the shape \(8,\).*'1.weight' \(8, 256\)"):
+    words = r"another order than the trained parameters.* at 0 has the shape \(8,\).*'1.weight'"
+    with pytest.raises(InputError, match=words):
         load(tmp_path / "w.pt", "plain")
 
 

@@ -1,0 +1,85 @@
+"""Whether square matrices are as PyTorch has them, (out, in), or transposed.
+
+Their shape does not tell. But the gradients of a linear layer's weight and bias are sums over
+images of d x^T and d, with what the layer takes, x, and the loss' derivative by what it gives, d
+(the equation of :mod:`ggl_audit.evidence.last_layer`, which holds in every linear layer). So the
+bias' gradient is in the space of the weight's columns, and in that of its rows by chance alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ggl_audit.defenses import Check, Pipeline
+from ggl_audit.gradient import Gradient
+
+LAYOUT = "the layout"
+
+INSIDE, OUTSIDE = 0.01, 0.3
+"""Of the norm of the bias' gradient, what may be left and what must be left of it out of a space.
+"""
+
+LEAST_SIZE, ROUNDINGS = 1e-5, 25
+"""Of singular values, relative to the largest; and in roundings of the file's numbers."""
+
+
+def square_layers(gradient: Gradient) -> list[str]:
+    """The names of the square matrices in a gradient."""
+    return [n for n, t in gradient.items() if t.ndim == 2 and t.shape[0] == t.shape[1] > 1]
+
+
+def check_square_layers(defense: Pipeline, observed: Gradient, rounding: float) -> Check | None:
+    """Compares the gradient of each square layer with that of its bias.
+
+    A transposed one is accused where the bias' gradient is in the space of its rows, which has at
+    most half of all dimensions, and not in that of its columns: by chance, a vector in n dimensions
+    is within 0.01 of a space of n/2 with a probability below 0.01 to the power of n/2.
+
+    Args:
+        defense: what the client did to the gradient.
+        observed: the gradient.
+        rounding: of the file's numbers, relative.
+
+    Returns:
+        None where it cannot be told of any: the defense does more than to scale the gradient, the
+        layer has no bias, or too many images are in it.
+    """
+    if not defense.only_scales() or ROUNDINGS * rounding > INSIDE:
+        return None
+    told = {
+        name: transposed
+        for name in square_layers(observed)
+        if (transposed := _is_transposed(name, observed, rounding)) is not None
+    }
+    wrong = [name for name, transposed in told.items() if transposed]
+    if wrong:
+        return Check(
+            LAYOUT,
+            "contradicts",
+            f"{', '.join(wrong)} is transposed, as its bias' gradient is in the space of its rows "
+            "and not of its columns; see capture.layout",
+        )
+    if not told:
+        return None
+    return Check(LAYOUT, "agrees", f"{', '.join(told)} is (out, in), as its bias' gradient tells")
+
+
+def _is_transposed(name: str, observed: Gradient, rounding: float) -> bool | None:
+    bias = observed.get(f"{name.removesuffix('weight')}bias")
+    weight = observed[name].double()
+    if bias is None or bias.shape != weight.shape[:1] or not bool(bias.any()):
+        return None
+    out, sizes, taken = torch.linalg.svd(weight)
+    rank = int((sizes > max(LEAST_SIZE, ROUNDINGS * rounding) * sizes[0]).sum())
+    if not 0 < rank <= len(sizes) // 2:
+        return None
+    direction = bias.double() / bias.double().norm()
+    columns, rows = out[:, :rank], taken[:rank].T
+    from_columns, from_rows = (
+        float((direction - space @ (space.T @ direction)).norm()) for space in (columns, rows)
+    )
+    if from_columns < INSIDE and from_rows > OUTSIDE:
+        return False
+    if from_rows < INSIDE and from_columns > OUTSIDE:
+        return True
+    return None

@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NUMBERS := $(addprefix tests/,attack defenses evidence optimizers priors)
 SPECS := $(wildcard sample_specs/digits_*.yaml)
 
-.PHONY: audit test samples pneumonia clean
+.PHONY: audit test test-processors samples pneumonia clean
 
 audit: $(VENV)/installed
 	$(BIN)/ggl-audit run sample_specs/digits_sparsified.yaml --exit-zero -o report.html -o report.json
@@ -14,6 +15,17 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The tests of numbers as other processors compute them: without vector instructions, with those of
+# ten years ago, with sums over two threads. A bound that fails in one of them held here by luck.
+test-processors: $(VENV)/installed
+	for processor in \
+		"ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott" \
+		"ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell" \
+		"OMP_NUM_THREADS=2"; \
+	do \
+		echo "$$processor" && env $$processor $(BIN)/pytest $(NUMBERS) || failed=yes; \
+	done; test -z "$$failed"
 
 # Makes the weights and captures of the digits below sample_specs/ again, bit for bit.
 samples: $(VENV)/installed

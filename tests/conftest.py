@@ -21,9 +21,10 @@ from ggl_audit.spec import Spec
 settings.register_profile("gate", derandomize=True, deadline=None)
 settings.load_profile("gate")
 
-# As many processes as cores, a thread each, also in the programs that tests start.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
+# As many processes as cores, a thread each unless told, also in the programs that tests start.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 SAMPLES = Path(__file__).parent.parent / "sample_specs"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -25,10 +25,11 @@ class Bayesian:
     """One search of a subspace: Gaussian process, lower confidence bound, batches by lies.
 
     Each batch fits a process (Matern 5/2, a length for each direction) to the best and the latest
-    points, half of each, beginning at the kernel of the batch before. The kernel then stays as it
-    is while the candidates are chosen one after the other, each being told to the process with the
-    least loss so far in place of its own (the constant liar of Ginsbourger, Le Riche and Carraro,
-    2010).
+    points, half of each. The fit begins at the kernel of the batch before and, since one that takes
+    every loss for noise is a maximum of the likelihood that is never left, also anew; the likelier
+    is taken. The kernel then stays as it is while the candidates are chosen one after the other,
+    each being told to the process with the least loss so far in place of its own (the constant liar
+    of Ginsbourger, Le Riche and Carraro, 2010).
     """
 
     def __init__(self, subspace: Subspace, population: int, seed: int) -> None:
@@ -89,9 +90,8 @@ class Bayesian:
         self._parameters = state["parameters"].numpy()
 
     def _chosen(self, seed: int) -> Array:
-        kernel = self._kernel.clone_with_theta(self._parameters)
-        process = GaussianProcessRegressor(kernel, NOISE, normalize_y=True)
-        fitted = process.fit(self._places, self._losses).kernel_
+        fits = [self._fit(begin) for begin in (self._kernel.theta, self._parameters)]
+        fitted = max(fits, key=lambda fit: fit.log_marginal_likelihood_value_).kernel_
         self._parameters = fitted.theta
         optimizer = Optimizer(
             [(0.0, 1.0)] * self._subspace.dimension,
@@ -104,3 +104,8 @@ class Bayesian:
         )
         optimizer.tell(self._places.tolist(), self._losses.tolist())
         return np.array(optimizer.ask(self._population, "cl_min"))
+
+    def _fit(self, begin: Array) -> GaussianProcessRegressor:
+        kernel = self._kernel.clone_with_theta(begin)
+        process = GaussianProcessRegressor(kernel, NOISE, normalize_y=True)
+        return process.fit(self._places, self._losses)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load, save
+from scipy.stats import kstest, ncx2
 
 from ggl_audit.errors import SpecError
 from ggl_audit.optimizers import FAMILIES, Evaluation, Optimizer, start_optimizer
@@ -22,13 +23,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer, and how much of it is tried."""
+    """An optimizer, how much of it is tried, and how many of its searches may be lost."""
 
     name: str
     dimension: int = 8
     evaluations: int = 2004
     population: int = 12
     more: dict[str, Any] = field(default_factory=dict)
+    searches: int = 5
+    lost: int = 2
 
     def start(self, seeds: list[int]) -> Optimizer:
         attack = AttackSpec(
@@ -45,17 +48,17 @@ CASES = [
     Case("pycma:full"),
     Case("pycma:diagonal"),
     Case("pycma:vkd"),
-    Case("nevergrad:OldCMA", 8, 1200),
+    Case("nevergrad:OldCMA", 8, 600),
     Case("nevergrad:DE", 8, 1200),
     Case("nevergrad:PSO", 8, 1200),
-    Case("nevergrad:NGOpt", 8, 1200),
-    Case("bayesian", 4, 48, 6, {"subspace": {"dimension": 4}}),
+    Case("nevergrad:NGOpt", 8, 600),
+    Case("bayesian", 4, 36, 6, {"subspace": {"dimension": 4}}, searches=8, lost=1),
     pytest.param(
-        Case("turbo", 6, 96),
+        Case("turbo", 4, 72, 6),
         marks=pytest.mark.skipif(find_spec("botorch") is None, reason="BoTorch is not installed"),
     ),
     Case("adam"),
-    Case("random"),
+    Case("random", searches=100),
 ]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -77,7 +80,13 @@ def step(optimizer: Optimizer, seeds: list[int]) -> tuple[torch.Tensor, torch.Te
 
 @every
 def test_every_family_beats_random_search(case: Case) -> None:
-    seeds = [0] if case.evaluations < 2000 else [0, 1, 2]
+    """A search is lost where random search gets as near in more than one of 100 attempts.
+
+    Over 24 to 300 seeds none was, but one of differential evolution's 40: more than two of five are
+    in one of 6,000 draws. Of Bayesian optimization, where one in five once was, none of 60 under
+    either of two kernels of linear algebra.
+    """
+    seeds = list(range(case.searches))
     optimizer = case.start(seeds)
     best = torch.full((len(seeds),), torch.inf)
     for _ in range(case.evaluations // case.population):
@@ -85,12 +94,14 @@ def test_every_family_beats_random_search(case: Case) -> None:
         assert candidates.shape == (len(seeds), case.population, case.dimension)
         assert candidates.dtype == torch.float32
         best = torch.minimum(best, losses.amin(1))
-    drawn = torch.randn(len(seeds), case.evaluations, case.dimension)
-    by_chance = (drawn - targets(seeds, case.dimension)).square().sum(2).amin(1)
+    # How likely one draw, and the nearest of all draws, is to be as near: a noncentral chi-square.
+    from_origin = targets(seeds, case.dimension)[:, 0].square().sum(1)
+    by_one_draw = ncx2.cdf(best.double(), case.dimension, from_origin.double())
+    by_chance = -np.expm1(case.evaluations * np.log1p(-by_one_draw))
     if case.name == "random":
-        assert ((best > by_chance / 5) & (best < by_chance * 5)).all()
+        assert kstest(by_chance, "uniform").pvalue > 1e-4
     else:
-        assert (best < by_chance / 5).all()
+        assert np.count_nonzero(by_chance > 0.01) <= case.lost
     if case.name in ("bayesian", "turbo", "random"):
         recommended = optimizer.recommend() - targets(seeds, case.dimension)[:, 0]
         torch.testing.assert_close(recommended.square().sum(1), best)

@@ -101,6 +101,20 @@ def test_a_process_learns_from_the_best_and_the_latest_points_alone() -> None:
         np.testing.assert_array_equal(place, told_at[loss])
 
 
+def test_a_process_that_takes_every_loss_for_noise_is_left() -> None:
+    """Where all lengths are the shortest, the likelihood is flat: a fit from there ends there."""
+    subspace = make_subspace(None, 4, 0, None)
+    optimizer = SideBySide(lambda seed: Bayesian(subspace, 6, seed), [0], CPU)
+    places = torch.rand(48, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    losses = (torch.as_tensor(subspace.latents(places.numpy())) - 0.5).square().sum(1)
+    noise = torch.tensor([1.0, *[0.01] * 4], dtype=torch.float64).log()
+    told = {"places": places, "losses": losses, "parameters": noise, "batch": torch.tensor(8)}
+    optimizer.restore(optimizer.state() | {f"0.{name}": value for name, value in told.items()})
+    asked = optimizer.ask()[0]
+    assert float((asked - 0.5).square().sum(1).min()) < losses.min() / 5
+    assert float(optimizer.state()["0.parameters"][1:].exp().min()) > 0.1
+
+
 @needs_botorch
 def test_the_trust_region_shrinks_where_nothing_is_better_and_starts_anew() -> None:
     from ggl_audit.optimizers.turbo import LEAST_LENGTH, SUCCESSES, Turbo

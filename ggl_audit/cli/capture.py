@@ -28,9 +28,12 @@ def capture(
     ] = None,
     defense: options.Defense = None,
     seed: options.Seed = None,
+    threads: options.Threads = None,
+    verbose: options.Verbose = False,
     settings: options.Set = None,
 ) -> None:
     """Write what clients of the declared model and defense send, as safetensors."""
+    options.begin(threads=threads, verbose=verbose)
     from ggl_audit.capturing import capture_gradient
     from ggl_audit.errors import SpecError
     from ggl_audit.inputs.capture import write_capture

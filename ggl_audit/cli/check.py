@@ -27,16 +27,22 @@ def check(
     attack: options.Attack = None,
     device: options.Device = None,
     memory: options.Memory = None,
+    threads: options.Threads = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     settings: options.Set = None,
 ) -> None:
     """Load everything, compare the capture with the model and the defense, and predict the cost."""
+    options.begin(threads=threads, verbose=verbose, quiet=quiet)
     import typer
     from rich.console import Console
     from rich.markup import escape
 
+    from ggl_audit.cli.progress import AuditProgress
     from ggl_audit.errors import printable
     from ggl_audit.experiments.attacks import choose_attacks
     from ggl_audit.forecast import forecast, planned_evaluations
+    from ggl_audit.report.assumptions import beside
     from ggl_audit.setting import prepare
 
     declared = options.load_spec(
@@ -53,15 +59,16 @@ def check(
         memory=memory,
         settings=settings,
     )
-    with options.located(declared):
+    with options.located(declared), AuditProgress(shown=not quiet):
         setting = prepare(declared)
     console = Console()
     console.print(_parameters(setting))
     captured = setting.captured
     console.print(escape(printable(f"matched by {captured.how}")))
-    for what, names in (("not in the file", captured.unsent), ("not used", [*captured.unused])):
-        if names:
-            console.print(escape(printable(f"{what}: {', '.join(names)}")))
+    if captured.unsent:
+        console.print(escape(printable(f"not in the file: {', '.join(captured.unsent)}")))
+    for sentence in beside(setting):
+        console.print(escape(printable(sentence)))
     for one in (setting, *setting.others):
         if one is not setting:
             console.print()
@@ -70,8 +77,11 @@ def check(
             console.print(escape(sentence))
         how = "inferred" if one.spec.capture.labels == "infer" else "declared"
         labels = ", ".join(map(str, one.labels))
+        how += ", in doubt" if one.labels_in_doubt else ""
         label = f"label {labels}, {how}" if one.model.targets is None else f"targets {how}"
         console.print(f"{label}; device {one.model.device}")
+        for doubt in one.labels_in_doubt:
+            console.print(escape(doubt))
         for step in one.checks:
             console.print(f"{escape(step.step)}: {step.outcome} ({escape(step.detail)})")
     guarantee = setting.guarantee
@@ -82,8 +92,10 @@ def check(
         f"{guarantee.unit}, mu {guarantee.mu:.3g} in one release"
     )
     console.print(f"guarantee: {promise}")
-    suite = choose_attacks(setting)
-    predicted = forecast(setting, suite)
+    with AuditProgress(shown=not quiet) as progress:
+        progress.stage("a few candidates, to predict the cost")
+        suite = choose_attacks(setting)
+        predicted = forecast(setting, suite)
     console.print()
     console.print(_needs(predicted))
     console.print(f"attacks: {', '.join(suite.names)}")
@@ -109,7 +121,7 @@ def _parameters(setting: Setting) -> Table:
     for column in ("parameter", "in the file", "shape", "norm", "zeros", "values"):
         table.add_column(column, justify="left" if column in TEXT else "right")
     for name, tensor in setting.observed.items():
-        source = setting.captured.sources[name]
+        source = setting.captured.sources.get(name, name)
         values = distinct_values(tensor)
         table.add_row(
             escape(name),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 
 from ggl_audit.errors import SpecError
@@ -59,6 +60,16 @@ Memory = Annotated[
         "--memory", envvar="GGL_AUDIT_MEMORY", help="MiB for candidates' gradients at a time."
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        envvar="GGL_AUDIT_THREADS",
+        help="Threads to compute with; else OMP_NUM_THREADS, else one for each core that may be "
+        "used.",
+    ),
+]
 TimeLimit = Annotated[
     float | None,
     typer.Option(
@@ -74,10 +85,33 @@ FailOn = Annotated[
     str | None,
     typer.Option("--fail-on", envvar="GGL_AUDIT_FAIL_ON", help="Exit 1 at this grade or worse."),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show what libraries warn of, each once.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any key of the spec: --set attack.evaluations=500."),
 ]
+
+
+def begin(*, threads: int | None, verbose: bool, quiet: bool = False) -> None:
+    """Decides what has to be decided before a command loads the libraries that compute.
+
+    Args:
+        threads: to compute with, where that was asked for.
+        verbose: whether warnings of libraries are shown, while the command runs.
+        quiet: whether it is not even said that there were any.
+
+    Raises:
+        AuditError: there are not so many threads.
+    """
+    from ggl_audit.cli.logs import library_warnings
+    from ggl_audit.threads import limit_threads
+
+    limit_threads(threads)
+    log = library_warnings(shown=verbose, told=not quiet)
+    click.get_current_context().with_resource(log)
 
 
 def load_spec(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ggl_audit.cli import options
+
 if TYPE_CHECKING:
     from ggl_audit.inputs.images import ImageSet, Part
     from ggl_audit.priors.generator import Architecture
@@ -81,8 +83,12 @@ def train(
     device: Annotated[
         str, typer.Option("--device", envvar="GGL_AUDIT_DEVICE", help="auto, cpu, cuda or cuda:N.")
     ] = "auto",
+    threads: options.Threads = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Train a GAN on images, as a prior for `run`; an interrupted training can be resumed."""
+    options.begin(threads=threads, verbose=verbose, quiet=quiet)
     from ggl_audit.cli.progress import AuditProgress
     from ggl_audit.environment import choose_device
     from ggl_audit.priors.checkpoint import CHECKPOINT_NAME
@@ -102,7 +108,7 @@ def train(
         steps=steps, seed=seed, reconstruction=reconstruction, augmentation=augmentation
     )
     done = 0
-    with AuditProgress(shown=True) as progress, _interruptible() as check_interrupt:
+    with AuditProgress(shown=not quiet) as progress, _interruptible() as check_interrupt:
         progress.start(steps + (INVERSION_STEPS if unseen is not None else 0))
         progress.stage("training")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -14,9 +16,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SILENT_SECONDS = 30.0
+"""After so long a line says that it goes on, where there is no bar to see."""
+
 
 class AuditProgress:
-    """A progress bar on a terminal; a line for each stage elsewhere."""
+    """A progress bar on a terminal; elsewhere a line for each stage, and one every half minute."""
 
     def __init__(self, *, shown: bool) -> None:
         self._console = Console(stderr=True, quiet=not shown)
@@ -31,9 +36,15 @@ class AuditProgress:
             speed_estimate_period=10,
         )
         self._task: TaskID = self._bar.add_task("loading", total=None)
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._lines = threading.Thread(target=self._go_on, daemon=True)
+        self._is_silent = shown and not self._console.is_terminal
 
     def __enter__(self) -> AuditProgress:
         self._bar.start()
+        if self._is_silent:
+            self._lines.start()
         return self
 
     def __exit__(
@@ -42,11 +53,15 @@ class AuditProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._ended.set()
         self._bar.stop()
+        if self._is_silent:
+            self._lines.join()
 
     def start(self, evaluations: int) -> None:
         """The audit begins; it will evaluate this many candidates."""
         self._bar.update(self._task, total=evaluations)
+        self._began = time.monotonic()
 
     def stage(self, name: str) -> None:
         """A part of the audit begins."""
@@ -57,3 +72,19 @@ class AuditProgress:
     def advance(self, evaluations: int) -> None:
         """This many candidates were evaluated."""
         self._bar.advance(self._task, evaluations)
+
+    def _go_on(self) -> None:
+        # A thread of its own, as nothing else is heard of while one step takes minutes.
+        while not self._ended.wait(SILENT_SECONDS):
+            task = self._bar.tasks[0]
+            seconds = time.monotonic() - self._began
+            line = f"{task.description}, {_duration(seconds)} so far"
+            if task.total and task.completed:
+                share = min(task.completed / task.total, 1.0)
+                line += f", {share:.0%} of all, about {_duration(seconds / share - seconds)} left"
+            self._console.print(line, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min"

@@ -26,6 +26,7 @@ def run(
     attack: options.Attack = None,
     device: options.Device = None,
     memory: options.Memory = None,
+    threads: options.Threads = None,
     time_limit: options.TimeLimit = None,
     seed: options.Seed = None,
     fail_on: options.FailOn = None,
@@ -39,16 +40,18 @@ def run(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress, and only the verdict.")
     ] = False,
+    verbose: options.Verbose = False,
     settings: options.Set = None,
 ) -> None:
     """Audit a captured gradient: how much does it give away under the declared defense?"""
     started = time.perf_counter()
+    options.begin(threads=threads, verbose=verbose, quiet=quiet)
     from rich.console import Console
 
     from ggl_audit.audit import run_audit
     from ggl_audit.cli.progress import AuditProgress
     from ggl_audit.clock import Clock
-    from ggl_audit.evidence.grade import IN_WORDS
+    from ggl_audit.evidence.grade import in_words
     from ggl_audit.report.console import render_console
     from ggl_audit.report.formats import check_outputs, write_report
 
@@ -81,8 +84,9 @@ def run(
         write_report(report, path)
         typer.echo(f"wrote {path}", err=True)
     if quiet:
-        grade = report.verdict.grade
-        typer.echo(f"{grade}: {IN_WORDS[grade]}. {report.verdict.reason}")
+        verdict = report.verdict
+        words = in_words(verdict.grade, report.evidence.ceiling)
+        typer.echo(" ".join([f"{verdict.grade}: {words}.", verdict.reason, *verdict.left_open]))
     else:
         render_console(report, Console())
     code = report.verdict.exit_code

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jsonschema
@@ -93,6 +94,54 @@ def test_flags_alone_declare_an_audit(samples: Path) -> None:
     assert "epsilon 4.38" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["run"], ["check"], ["capture", "--image=none.png"], ["prior", "train", "--data=digits"]],
+    ids=lambda command: command[0],
+)
+def test_no_command_computes_with_more_threads_than_there_are(
+    spec: Path, tmp_path: Path, command: list[str]
+) -> None:
+    place = tmp_path / "prior" if command[0] == "prior" else spec
+    message = refused(call(*command, place, "--threads", 10**6))
+    assert "--threads 1000000, but this process may use" in message
+
+
+WARNS = """
+import warnings
+from models import small_cnn as quiet
+def small_cnn():
+    warnings.warn("the building takes long")
+    model = quiet()
+    model.register_forward_pre_hook(lambda *_: warnings.warn("the forward pass takes long"))
+    return model
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("flag", [None, "-q", "-v"])
+def test_what_libraries_warn_of_is_counted_or_shown_once(
+    samples: Path, tmp_path: Path, command: str, flag: str | None
+) -> None:
+    shutil.copytree(samples, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "models.py").rename(tmp_path / "quiet_models.py")
+    (tmp_path / "models.py").write_text(WARNS.replace("from models", "from quiet_models"))
+    arguments = [*SMALL, "--set=evidence.reconstruction_trials=0"] if command == "run" else []
+    arguments += [] if flag is None else [flag]
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        warnings.simplefilter("always")
+        result = call(command, tmp_path / "digits_undefended.yaml", *arguments)
+    assert result.exit_code in (0, 1, 3), result.output
+    shown = {None: 0, "-q": 0, "-v": 1}[flag]
+    for text in ("the building takes long", "the forward pass takes long"):
+        assert result.output.count(text) == shown
+    told = re.findall(r"(\d+) warnings of libraries; -v shows them", result.stderr)
+    assert len(told) == (flag is None)
+    if flag == "-q":
+        assert result.stderr == ""
+
+
 def test_relative_flags_start_at_the_current_folder(
     samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +167,8 @@ def bad(samples: Path, tmp_path: Path) -> Path:
         "nan": {"0.bias": torch.full((16,), torch.nan)},
         "zero": zero,
     }.items():
-        save_file({**good, **changes}, folder / f"{name}.safetensors")
+        kept = {n: t for n, t in good.items() if name != "renamed" or n != "0.weight"}
+        save_file({**kept, **changes}, folder / f"{name}.safetensors")
     whole = (samples / "captures" / "sparsified.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[:1000])
     torch.save({"0.weight": Path("x")}, folder / "pickle.pt")
@@ -204,10 +254,13 @@ def test_a_name_in_a_file_cannot_steer_the_terminal(
 ) -> None:
     good = load_file(samples / "captures" / "sparsified.safetensors")
     path = tmp_path / "x.safetensors"
-    save_file({**good, "\x1b[2J\x1b]0;title\x07": torch.zeros(2)}, path)
-    message = refused(call("run", spec, "--gradient", path))
-    assert "\x1b" not in message
-    assert r"\x1b[2J" in message
+    evil = "\x1b[2J\x1b]0;title\x07"
+    save_file({**good, evil: torch.zeros(2)}, path)
+    shown = call("check", spec, "--gradient", path).output
+    save_file({evil: good.pop("0.weight"), **good}, path)
+    for message in (shown, refused(call("run", spec, "--gradient", path))):
+        assert "\x1b" not in message
+        assert r"\x1b[2J" in message
 
 
 def test_check_shows_the_parameters_and_predicts_the_cost(samples: Path) -> None:

@@ -1,0 +1,69 @@
+"""Weights that torchvision has left in PyTorch's hub cache, which most users have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ggl_audit.errors import SpecError
+from ggl_audit.files import sha256
+
+BACKBONES = {
+    "alex": "AlexNet_Weights.IMAGENET1K_V1",
+    "squeeze": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
+    "vgg": "VGG16_Weights.IMAGENET1K_V1",
+}
+"""Of LPIPS, by torchvision's names."""
+
+SHORTEST_HASH = 8
+"""Characters of the SHA-256 that torchvision puts into a name."""
+
+COMMAND = "--set evidence.lpips.download=true"
+
+
+def find_backbone(net: str, *, download: bool) -> Path | str:
+    """The file of a backbone's weights, or why there is none.
+
+    A file in the cache counts if its SHA-256 begins as its name says; it is not read here.
+
+    Args:
+        net: alex, squeeze or vgg.
+        download: whether it may be fetched, once, from where torchvision has it.
+
+    Raises:
+        SpecError: it cannot be fetched.
+    """
+    from torchvision.models import get_weight
+
+    url = get_weight(BACKBONES[net]).url
+    name = url.rpartition("/")[2]
+    stem, _, own_hash = name.removesuffix(".pth").rpartition("-")
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    # Files of older versions of torchvision have other hashes in their names.
+    found = [path for path in sorted(folder.glob(f"{stem}-*.pth")) if path.is_file()]
+    found.sort(key=lambda path: path.name != name)
+    for path in found:
+        told = path.stem.rpartition("-")[2]
+        if len(told) >= SHORTEST_HASH and sha256([path]).startswith(told):
+            return path
+    if download:
+        return _fetch(url, folder / name, own_hash)
+    if found:
+        return f"{found[0].name} in PyTorch's cache is not the file that its name says: {COMMAND}"
+    return f"{name} is not in PyTorch's cache: {COMMAND} fetches it"
+
+
+def _fetch(url: str, path: Path, own_hash: str) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), own_hash, progress=False)
+    except (OSError, RuntimeError) as error:
+        # urllib's errors are OSErrors; a wrong hash is a RuntimeError.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SpecError(
+            ("evidence", "lpips", "download"),
+            f"{url} cannot be fetched ({reason})",
+            "Fetch it elsewhere and name it in evidence.lpips.weights, or leave LPIPS out.",
+        ) from None
+    return path

@@ -1,0 +1,111 @@
+"""The memory that was declared is what every experiment works within."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ggl_audit.attack.derivatives import Derivatives
+from ggl_audit.attack.matching import Matching
+from ggl_audit.audit import run_audit
+from ggl_audit.evidence.identification import Trials
+from ggl_audit.experiments import membership, promise
+from ggl_audit.experiments.attacks import choose_attacks
+from ggl_audit.forecast import predict_seconds
+from ggl_audit.setting import prepare
+from ggl_audit.spec import Spec
+from tests.conftest import Counter
+
+MIB = 3
+"""No default of anything."""
+
+FEW = {
+    "memory": MIB,
+    "evidence__matching_trials": 12,
+    "evidence__reconstruction_trials": 2,
+    "evidence__control_trials": 1,
+    "evidence__truth": None,
+    "attack__steps": 2,
+    "attack__evaluations": 60,
+}
+
+CLIENT = f"{Path(__file__).parent / 'known_answers' / 'clients.py'}:step"
+
+AUDITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "defended": ("sparsified", {}),
+    "searched by derivatives": ("undefended", {"attack__optimizer": "adam"}),
+    "a batch": ("undefended", {"capture__batch_size": 3}),
+    "the client's own code": (
+        "dp",
+        {
+            "client": {"step": CLIENT, "kwargs": {"bound": 1.0, "std": 1.0}, "batch_size": 2},
+            "guarantee": {
+                "unit": "sample",
+                "reduction": "mean",
+                "rounds": 1,
+                "sampling_rate": 1,
+                "delta": 1e-5,
+            },
+        },
+    ),
+}
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, int]]:
+    """Who was given how much, filled in while an audit runs."""
+    found: set[tuple[str, int]] = set()
+
+    def note(place: Any, name: str, called: str) -> None:
+        original = getattr(place, name)
+        signature = inspect.signature(original)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            found.add((called, given.arguments["memory"]))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(place, name, noted)
+
+    note(Matching, "__init__", "matching")
+    note(Derivatives, "__init__", "derivatives")
+    note(membership, "public_images", "membership")
+    note(promise, "pool_size", "promise")
+    return found
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_no_experiment_has_a_memory_of_its_own(
+    sample: Callable[..., Spec], used: set[tuple[str, int]], name: str
+) -> None:
+    sample_name, keys = AUDITS[name]
+    spec = sample(sample_name, **FEW, **keys)
+    run_audit(spec, Counter())
+    setting = prepare(spec)
+    predict_seconds(setting, choose_attacks(setting))
+    assert {memory for _, memory in used} == {MIB * 2**20}, used
+    expected = {"a batch": "membership", "the client's own code": "promise"}.get(name, "matching")
+    assert expected in {who for who, _ in used}
+
+
+def test_canaries_are_matched_as_many_at_a_time_as_fit(
+    sample: Callable[..., Spec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    whole = Trials.batches
+
+    def noted(self: Trials, size: int) -> Any:
+        sizes.append(size)
+        return whole(self, size)
+
+    monkeypatch.setattr(Trials, "batches", noted)
+    keys = {**FEW, "attack__method": "ggl", "evidence__reconstruction_trials": 0}
+    for memory in (1, 256):
+        run_audit(sample("undefended", **{**keys, "memory": memory}), Counter())
+    held = 3 * 4 * prepare(sample("undefended")).model.size
+    assert sizes == [2**20 // held, 25]

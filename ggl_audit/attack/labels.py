@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import nnls
 
 from ggl_audit.defenses import Encryption, Noise, Pipeline, SecureAggregation
 from ggl_audit.gradient import Gradient, unstack
@@ -40,6 +42,11 @@ def why_not_inferred(model: ClientModel, members: int) -> str:
         return "the model does not end in a trained linear layer, so the label cannot be inferred"
     if members > 1 and not criterion.counts:
         return "a gradient of the declared loss does not tell the labels of several images"
+    if members > 1 and model.local is not None and model.local.optimizer != "sgd":
+        return (
+            f"{model.local.optimizer} divides each value by its own size, so an update does not "
+            "tell the labels of several images"
+        )
     return ""
 
 
@@ -176,31 +183,82 @@ def infer_several(
     Returns:
         (t, B), class indices, in ascending order.
     """
+    labels = []
+    for gradient in unstack(observed):
+        tables = _tables(gradient, model, usual)
+        guesses = [_nearest_sum(rows, sent, images, scale) for rows, sent in tables]
+        public, own = guesses[0], guesses[-1]
+        labels.append(own[1] if own[0] < CLEARLY * public[0] else public[1])
+    return torch.tensor(labels, device=model.device)
+
+
+def unequal_weights(
+    observed: Gradient,
+    model: ClientModel,
+    usual: UsualHead,
+    images: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """How much better images of any weights explain t gradients than equally weighted ones.
+
+    Args:
+        observed: captured gradients; tensors with a leading dimension t.
+        model: the client's, which ends in a linear layer.
+        usual: what that layer takes and predicts for public images.
+        images: B, as many as are equally weighted.
+        scale: of these, from :func:`scale_of_one`.
+
+    Returns:
+        (t,), of type double, the share of the gradient's square that is explained in addition.
+    """
+    found = []
+    for gradient in unstack(observed):
+        gained = []
+        for rows, sent in _tables(gradient, model, usual):
+            distance, _ = _nearest_sum(rows, sent, images, scale)
+            size = float(sent @ sent)
+            gained.append((distance - _least_distance(rows, sent)) / max(size, 1e-300))
+        found.append(min(gained))
+    return torch.tensor(found, dtype=torch.float64, device=model.device)
+
+
+def _tables(
+    gradient: Gradient, model: ClientModel, usual: UsualHead
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What an image of each class adds to the head's gradient, (classes, size), and that, (size,).
+
+    By the usual predictions, and by those that the gradient itself gives away.
+    """
     head = model.head
     assert head is not None
     weight = model.parameters[head.weight].double()
     one = torch.eye(model.classes, dtype=weight.dtype, device=weight.device)
-    labels = []
-    for gradient in unstack(observed):
-        sent, features = gradient[head.weight].double(), usual.representations
-        predictions = [usual.predictions]
-        if head.bias is not None:
-            bias, offset = gradient[head.bias].double(), model.parameters[head.bias].double()
-            shown = torch.where((bias < 0)[:, None], sent / bias[:, None], features)
-            predictions.append((shown @ weight.T + offset).softmax(1))
-            sent = torch.cat([sent, bias[:, None]], dim=1)
-            features = F.pad(features, (0, 1), value=1.0)
-        if model.classes * sent.numel() > LARGEST_TABLE:
-            column = slice(-1, None) if head.bias is not None else slice(None)
-            sent, features = (t[:, column].sum(1, keepdim=True) for t in (sent, features))
-        kept = (sent != 0).to(sent.dtype)
-        guesses = []
-        for prediction in predictions:
-            added = (prediction - one)[:, :, None] * features[:, None] * kept
-            guesses.append(_nearest_sum(added.flatten(1), sent.flatten(), images, scale))
-        public, own = guesses[0], guesses[-1]
-        labels.append(own[1] if own[0] < CLEARLY * public[0] else public[1])
-    return torch.tensor(labels, device=weight.device)
+    sent, features = gradient[head.weight].double(), usual.representations
+    predictions = [usual.predictions]
+    if head.bias is not None:
+        bias, offset = gradient[head.bias].double(), model.parameters[head.bias].double()
+        shown = torch.where((bias < 0)[:, None], sent / bias[:, None], features)
+        predictions.append((shown @ weight.T + offset).softmax(1))
+        sent = torch.cat([sent, bias[:, None]], dim=1)
+        features = F.pad(features, (0, 1), value=1.0)
+    if model.classes * sent.numel() > LARGEST_TABLE:
+        column = slice(-1, None) if head.bias is not None else slice(None)
+        sent, features = (t[:, column].sum(1, keepdim=True) for t in (sent, features))
+    kept = (sent != 0).to(sent.dtype)
+    for prediction in predictions:
+        added = (prediction - one)[:, :, None] * features[:, None] * kept
+        yield added.flatten(1), sent.flatten()
+
+
+def _least_distance(rows: torch.Tensor, sent: torch.Tensor) -> float:
+    """The squared distance of the nearest sum of a table's rows, none of them taken away."""
+    directions, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
+    table: Array = (directions * sizes).T.cpu().numpy()
+    inverse = torch.where(sizes > ROUNDING * sizes[0], 1 / sizes.clamp(min=1e-300), 0)
+    wanted: Array = (inverse * (directions.T @ (rows @ sent))).cpu().numpy()
+    _, rest = nnls(table, wanted)
+    within = float(wanted @ wanted)
+    return max(0.0, float(sent @ sent) - within + float(rest) ** 2)
 
 
 def _nearest_sum(

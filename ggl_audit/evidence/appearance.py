@@ -8,11 +8,16 @@ from ggl_audit.attack.labels import UsualHead, infer_several
 from ggl_audit.evidence.last_layer import LastLayer
 from ggl_audit.gradient import Gradient, flat, stack, unstack
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.local_training import rate_of_one_step
 
 FEW_VALUES = 257
 """More distinct values than 8 bits have."""
 
 MORE_ZEROS = 0.05
+NEAR_MAGNITUDE, MOST_MAGNITUDES = 0.02, 0.7
+"""Relative, about one size; the share of the values that are there."""
+
+SUM_ROUNDING = 1e-4
 FITS = 0.98
 """Cosine between the bias' gradient and the mean of p - y, from which a scale may be read off."""
 
@@ -43,6 +48,24 @@ def appearance(
     return [_images(observed, model, last_layer, usual_head)]
 
 
+def gives_probabilities(outputs: torch.Tensor, loss: str | None) -> list[str]:
+    """Says so where a model ends in a softmax or a sigmoid, and the loss takes logits.
+
+    Args:
+        outputs: (n, ...), of images.
+        loss: the name of a built-in one; None for one of the client's own.
+    """
+    layer = {"cross_entropy": "softmax", "binary_cross_entropy": "sigmoid"}.get(loss or "")
+    within = bool(((outputs >= 0) & (outputs <= 1)).all())
+    sums = layer == "sigmoid" or bool((outputs.flatten(1).sum(1) - 1).abs().max() < SUM_ROUNDING)
+    if layer is None or not within or not sums:
+        return []
+    return [
+        f"The model's outputs are probabilities, as of a {layer}, and the declared loss takes "
+        "logits: leave out that layer, or give the client's own loss (model.loss.factory)."
+    ]
+
+
 def distinct_values(tensor: torch.Tensor) -> int:
     """The number of distinct values."""
     return len(torch.unique(tensor))
@@ -53,10 +76,11 @@ def _values(observed: Gradient) -> list[str]:
     magnitudes = torch.unique(whole[whole != 0].abs())
     if len(magnitudes) == 1:
         return [f"Every value is zero or {float(magnitudes[0]):.4g}, with a sign: like a sign."]
-    large = [tensor for tensor in observed.values() if tensor.numel() > 4 * FEW_VALUES]
+    full = [tensor for tensor in observed.values() if bool(tensor.any())]
+    large = [tensor for tensor in full if tensor.numel() > 4 * FEW_VALUES]
     if not large:
         return []
-    if all(len(torch.unique(tensor[tensor != 0].abs())) <= 1 for tensor in large):
+    if all(len(torch.unique(tensor[tensor != 0].abs())) == 1 for tensor in full):
         return ["Each tensor has one magnitude: like a sign with a scale of its own."]
     values = distinct_values(whole)
     if values <= FEW_VALUES:
@@ -64,17 +88,44 @@ def _values(observed: Gradient) -> list[str]:
     values = max(map(distinct_values, large))
     if values <= FEW_VALUES:
         return [f"No large tensor has more than {values} values: like a quantization of each."]
-    return []
+    return _one_step_of_adam(whole)
+
+
+def _one_step_of_adam(whole: torch.Tensor) -> list[str]:
+    """From fresh moments each value is divided by its own size, and by a tenth of it in RMSprop."""
+    magnitudes = whole[whole != 0].abs()
+    usual = magnitudes.median()
+    near = (magnitudes - usual).abs() <= NEAR_MAGNITUDE * usual
+    if float(near.double().mean()) < MOST_MAGNITUDES:
+        return []
+    return [
+        f"Nearly every value that is not zero is {float(usual):.3g} in size: like one step of Adam "
+        f"with that learning rate, or of RMSprop with {float(usual) / 10:.3g}."
+    ]
 
 
 def _zeros(observed: Gradient, usual: Gradient) -> list[str]:
+    empty = [name for name, tensor in observed.items() if not bool(tensor.any())]
+    lacking = [
+        name for name in empty if bool(usual[name].reshape(len(usual[name]), -1).any(1).all())
+    ]
+    said = []
+    if lacking:
+        said.append(
+            f"Nothing is in {', '.join(lacking)}, where reference images' gradients hold "
+            "something: frozen, or out of the client's loss?"
+        )
+    # A tensor without any value is no sign of a sparsification.
+    kept = [name for name in observed if name not in empty]
+    observed, usual = ({name: of[name] for name in kept} for of in (observed, usual))
     own = float((flat(observed) == 0).double().mean())
     theirs = max(float((flat(one) == 0).double().mean()) for one in unstack(usual))
     if own <= theirs + MORE_ZEROS:
-        return []
+        return said
     return [
+        *said,
         f"{own:.1%} of its values are zero, of reference images' gradients {theirs:.1%} at most: "
-        "like a sparsification, or a model in another mode."
+        "like a sparsification, or a model in another mode.",
     ]
 
 
@@ -103,10 +154,10 @@ def _images(
     looks = "It looks like the gradient of one image"
     if rank > 1:
         looks = f"It looks like a mean over {rank} images, or over as many of them and local steps"
-    local = model.local
-    if scale is None or (local is not None and local.steps(model.batch_size) > 1):
+    local, rate_of_step = model.local, rate_of_one_step(model.local, model.batch_size)
+    if scale is None or rate_of_step is None:
         return f"{looks}."
-    times = scale / model.loss_scale / (1 if local is None else local.lr)
+    times = scale / model.loss_scale / rate_of_step
     declared = "with the declared loss" + ("" if local is None else " and learning rate")
     if abs(times - 1) <= max(last_layer.rounding, 0.1 if rank > 1 else 0):
         return f"{looks}, {declared}."

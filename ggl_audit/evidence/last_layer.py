@@ -9,14 +9,16 @@ no other weights of the head and no more images than one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ggl_audit.attack.labels import infer_labels
-from ggl_audit.defenses import Check, Pipeline
-from ggl_audit.gradient import Gradient, stack
-from ggl_audit.inputs.model import ClientModel
+from ggl_audit.defenses import Check, Clip, Pipeline
+from ggl_audit.gradient import Gradient, norm, stack
+from ggl_audit.inputs.model import ClientModel, has_batch_norm
+from ggl_audit.local_training import rate_of_one_step
 
 MODEL_AND_LOSS = "the declared model and loss"
 ROUNDINGS = 25
@@ -30,8 +32,24 @@ COARSE, LOGIT_ROUNDINGS = 2**-7, 5
 """One image's gradient that is not of rank one to the second of these was computed in bfloat16,
 whose rounding of the logits comes in full into p."""
 
-SMALLEST = 1e-3
-"""Of the largest value: below, half precision may have lost too much."""
+SINGLE, HALF = torch.finfo(torch.float32).eps, torch.finfo(torch.float16).eps
+HALF_GRAIN = torch.finfo(torch.float16).smallest_normal * HALF
+"""What the smallest numbers of half precision are apart."""
+
+CONFIDENT, IMBALANCES = 1e-3, 10
+"""p - y below the first may be lost in rounding, of which its sum tells, that should be zero."""
+
+TENSOR_CORES = 2**-11
+"""Rounding of what a layer takes on hardware that multiplies in TF32."""
+
+SMOOTHINGS = (0.005, 0.9)
+"""The label smoothing that is looked for."""
+
+BELOW_A_CLIP = 0.99
+"""Share of a clip's bound below which nothing was clipped."""
+
+FOCAL_GAMMAS, FOCAL_ALPHAS = (1, 2, 3, 5), (1, 0.25, 0.75)
+"""What focal losses are usually set to (Lin et al., ICCV 2017)."""
 
 ERROR_ROUNDING = 1e-6
 """Of p - y in single precision, absolute."""
@@ -49,6 +67,9 @@ class LastLayer:
         rounding: what may be off, relative.
         scale: s, for one image and a head with a bias; None where it cannot be told.
         misfit: how far the gradient is from s (p - y), relative; None where it cannot be told.
+        precision: what may be off where nothing was computed in less than single precision.
+        confidence: p of the label; None where it cannot be told.
+        smoothing: the label smoothing that explains the gradient where none does not.
     """
 
     rank: int
@@ -57,6 +78,9 @@ class LastLayer:
     rounding: float
     scale: float | None = None
     misfit: float | None = None
+    precision: float = LEAST_ROUNDING
+    confidence: float | None = None
+    smoothing: float | None = None
 
 
 def look_at_last_layer(model: ClientModel, observed: Gradient, rounding: float) -> LastLayer | None:
@@ -68,11 +92,12 @@ def look_at_last_layer(model: ClientModel, observed: Gradient, rounding: float) 
         rounding: of the file's numbers, relative.
 
     Returns:
-        None where the model has no linear head, or its gradient is too small to tell.
+        None where the model has no linear head, or its gradient is lost in rounding.
     """
     head = model.head
-    if head is None or not bool(observed[head.bias or head.weight].abs().max() > SMALLEST):
+    if head is None or not bool(observed[head.bias or head.weight].any()):
         return None
+    rounding = _rounding_of_head(model, observed, rounding)
     weight = observed[head.weight].double()
     columns = [weight] if head.bias is None else [weight, observed[head.bias].double()[:, None]]
     errors, sizes, _ = torch.linalg.svd(torch.cat(columns, dim=1), full_matrices=False)
@@ -88,16 +113,64 @@ def look_at_last_layer(model: ClientModel, observed: Gradient, rounding: float) 
     bias = observed[head.bias].double()
     representation = (errors[:, 0] @ weight) / (errors[:, 0] @ bias)
     logits = model.parameters[head.weight].double() @ representation
-    error = (logits + model.parameters[head.bias].double()).softmax(0)
-    error[infer_labels(stack([observed]), head)] -= 1
+    prediction = (logits + model.parameters[head.bias].double()).softmax(0)
+    label = int(infer_labels(stack([observed]), head))
+    error, largest = prediction.clone(), float(logits.abs().max())
+    error[label] -= 1
     grain = own if fine_rank == 1 else max(own, COARSE)
-    rounding = max(LEAST_ROUNDING, rounding) + LOGIT_ROUNDINGS * grain * float(logits.abs().max())
+    lost = ERROR_ROUNDING / float(error.abs().max())
+    unit = model.loss_scale * (1 if model.local is None else model.local.lr_of(0))
+    if bool(bias.abs().max() < CONFIDENT * unit):
+        lost += IMBALANCES * float(bias.sum().abs() / bias.abs().max())
+        if lost > MOST_ROUNDING:
+            return None
+    precision = rounding + LOGIT_ROUNDINGS * max(grain, TENSOR_CORES) * (1 + largest) + lost
+    rounding = max(LEAST_ROUNDING, rounding) + LOGIT_ROUNDINGS * grain * largest + lost
     if rounding > MOST_ROUNDING:
         return LastLayer(rank, fine_rank, full, rounding)
-    rounding += ERROR_ROUNDING / float(error.abs().max())
     scale = (bias @ error) / (error @ error)
-    misfit = (bias - scale * error).norm() / bias.norm()
-    return LastLayer(rank, fine_rank, full, rounding, float(scale), float(misfit))
+    misfit = float((bias - scale * error).norm() / bias.norm())
+    smoothing = _smoothing(bias, error, label, misfit, precision) if fine_rank == 1 else None
+    confidence = float(prediction[label])
+    return LastLayer(
+        rank, fine_rank, full, rounding, float(scale), misfit, precision, confidence, smoothing
+    )
+
+
+def _rounding_of_head(model: ClientModel, observed: Gradient, rounding: float) -> float:
+    """Of the values of the head: relative to the largest of them.
+
+    An update is a difference of weights, and has their rounding; half precision has a smallest
+    number.
+    """
+    head = model.head
+    assert head is not None
+    names = [name for name in (head.weight, head.bias) if name is not None]
+    sent = {name: float(observed[name].norm()) for name in names if bool(observed[name].any())}
+    if model.local is not None:
+        weights = {name: model.parameters[name] for name in observed}
+        stored = max(SINGLE, rounding * float(norm(observed) / norm(weights).clamp(min=1e-30)))
+        lost = (stored * float(weights[name].norm()) / size for name, size in sent.items())
+        return max(rounding, *lost) if rounding <= SINGLE else max(lost)
+    if rounding < HALF:
+        return rounding
+    return max(rounding, *(HALF_GRAIN / float(observed[name].abs().max()) for name in sent))
+
+
+def _smoothing(
+    bias: torch.Tensor, error: torch.Tensor, label: int, misfit: float, precision: float
+) -> float | None:
+    """The label smoothing e of s (p - (1 - e) y - e / K), if it fits where e = 0 does not."""
+    if len(error) < 3 or misfit <= precision:
+        return None  # of two classes every error is a multiple of every other
+    spread = torch.full_like(error, -1 / len(error))
+    spread[label] += 1
+    design = torch.stack([error, spread], dim=1)
+    scale, product = torch.linalg.lstsq(design, bias[:, None]).solution.flatten().tolist()
+    rest = float((bias - design @ bias.new_tensor([scale, product])).norm() / bias.norm())
+    smoothing = product / scale if scale > 0 else 0.0
+    fits = rest <= min(precision, misfit / 5) and SMOOTHINGS[0] <= smoothing <= SMOOTHINGS[1]
+    return smoothing if fits else None
 
 
 def check_last_layer(
@@ -117,9 +190,9 @@ def check_last_layer(
         more than one step, there is no linear head, its gradient is too small or rounded too much,
         or so many images may have any rank.
     """
-    local = model.local
-    steps = 1 if local is None else local.steps(model.batch_size)
-    if not defense.only_scales() or steps > 1 or (local is not None and local.weight_decay > 0):
+    local, rate_of_step = model.local, rate_of_one_step(model.local, model.batch_size)
+    decays = local is not None and local.weight_decay > 0
+    if not defense.only_scales() or rate_of_step is None or decays:
         return None
     seen = look_at_last_layer(model, observed, rounding)
     if seen is None:
@@ -138,26 +211,66 @@ def check_last_layer(
         return Check(
             MODEL_AND_LOSS, "agrees", f"its last layer's gradient has the rank {seen.rank}"
         )
+    off = (
+        f"its last layer's gradient is {seen.misfit:.0%} off the prediction that the layer's "
+        "weights make"
+    )
+    if seen.smoothing is not None:
+        detail = f"{off}: model.loss.label_smoothing {seen.smoothing:.2g} would fit"
+        return Check(MODEL_AND_LOSS, "contradicts", detail)
     if seen.misfit > seen.rounding:
         return Check(
             MODEL_AND_LOSS,
             "contradicts",
-            f"its last layer's gradient is {seen.misfit:.0%} off the prediction that the layer's "
-            "weights make, so they are of another model or round, or the loss is another",
+            f"{off}, so they are of another model or round, or the loss is another",
         )
-    declared = model.loss_scale * (1 if local is None else local.lr)
-    times = seen.scale / declared
-    too_small = times < 1 - seen.rounding and not defense.steps
+    times = seen.scale / (model.loss_scale * rate_of_step)
+    clips = local is not None and local.clip_norm is not None
+    clips = clips or _may_be_clipped(model, defense, observed)
+    too_small = times < 1 - seen.rounding and not clips
     wrong = times > 1 + seen.rounding or too_small
     detail = f"its last layer's gradient is {times:.3g} times that of the declared loss"
     if wrong:
+        tolerance = min(seen.precision, LEAST_ROUNDING)
+        detail += defense.factors.name(times, tolerance)
+        if too_small and defense.steps:
+            detail += ", and its norm is below the bound, so that nothing was clipped"
         rate = (
             "is it an update with that learning rate"
             if local is None
-            else f"capture.local.lr {local.lr * times:.3g}"
+            else f"capture.local.lr {local.lr_of(0) * times:.3g}"
         )
         detail += (
-            f": model.loss.scale {model.loss_scale * times:.3g} would fit; or {rate}, or are the "
-            "weights of another round?"
+            f": {_focal(seen, times, tolerance)}model.loss.scale {model.loss_scale * times:.3g} "
+            f"would fit; or {rate}, or are the weights of another round?"
         )
     return Check(MODEL_AND_LOSS, "contradicts" if wrong else "agrees", detail)
+
+
+def _may_be_clipped(model: ClientModel, defense: Pipeline, observed: Gradient) -> bool:
+    """Whether the capture may have been larger before a clip.
+
+    A clip whose norm is over more than is seen may act below its bound, as may that of a sample
+    before the update is multiplied by the learning rate.
+    """
+    clips = [step for step in defense.steps if isinstance(step, Clip)]
+    trained = {name for name, _ in model.module.named_parameters()}
+    more = trained != observed.keys() or (model.local is not None and has_batch_norm(model.module))
+    if more or any(clip.unit == "sample" for clip in clips):
+        return bool(clips)
+    size = float(norm(observed))
+    return any(size >= BELOW_A_CLIP * clip.bound for clip in clips)
+
+
+def _focal(seen: LastLayer, times: float, tolerance: float) -> str:
+    """A focal loss that scales one image's gradient by as much, in words (Lin et al., 2017)."""
+    p = seen.confidence
+    if p is None or not 0 < p < 1:
+        return ""
+    for alpha in FOCAL_ALPHAS:
+        for gamma in FOCAL_GAMMAS:
+            factor = (1 - p) ** gamma - gamma * (1 - p) ** (gamma - 1) * p * math.log(p)
+            if abs(times / (alpha * factor) - 1) <= tolerance:
+                own = f"{alpha:g} times " if alpha != 1 else ""
+                return f"{own}a focal loss with gamma {gamma} (model.loss.factory), or "
+    return ""

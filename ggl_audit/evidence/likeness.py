@@ -22,14 +22,18 @@ MUCH_LOWER = 0.5
 
 WHOLE = "the whole gradient"
 NONE, SOME = 1e-10, 1e-7
+"""Of a squared norm: what is rounding in single precision, and what is not."""
+
+ROUNDINGS = 25
+"""Of a file's numbers, relative, that may be all that a tensor holds."""
 
 
 class Likeness(BaseModel):
     """What became of the comparison.
 
     Attributes:
-        outcome: ``like`` the canaries' gradients, ``unlike`` them, or ``hidden`` where even theirs
-            cannot be told from random ones, or there were too few.
+        outcome: ``like`` the canaries' gradients, ``unlike`` them, ``undecided`` between these, or
+            ``hidden`` where even theirs cannot be told from random ones, or there were too few.
         detail: the figures, as a sentence without a full stop.
         place: of the tensor that agrees least: 1 where the worst canary is, but for the one whose
             search failed most, 0 where the best random gradient is.
@@ -40,7 +44,7 @@ class Likeness(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    outcome: Literal["like", "unlike", "hidden"]
+    outcome: Literal["like", "undecided", "unlike", "hidden"]
     detail: str
     place: float | None = None
     cause: str | None = None
@@ -48,35 +52,49 @@ class Likeness(BaseModel):
 
 
 def judge_zeros(
-    captured: torch.Tensor, canaries: torch.Tensor, names: Sequence[str]
+    captured: torch.Tensor,
+    canaries: torch.Tensor,
+    names: Sequence[str],
+    normalizes: bool = False,
+    rounding: float = 0.0,
 ) -> Likeness | None:
     """Finds a tensor that holds nothing in all canaries and something in the capture, or reversed.
 
     What is zero up to rounding is so for a reason in the model's structure: a bias before batch
-    norm has no gradient in train mode and has one in eval mode.
+    norm has no gradient in train mode and has one in eval mode; a head that the declared loss does
+    not ask has none at all.
 
     Args:
         captured: (k,), the share of each tensor in the squared norm of the capture.
         canaries: (n, k), the same for the canaries.
         names: of the k tensors.
+        normalizes: whether the model has batch norm.
+        rounding: of the capture's numbers, relative.
 
     Returns:
         None where there is no such tensor.
     """
     if len(canaries) < FEWEST_CANARIES:
         return None
-    pairs = (
-        (captured > SOME, (canaries < NONE).all(0), "something", "nothing"),
-        (captured < NONE, (canaries > SOME).all(0), "nothing", "something"),
+    some = max(SOME, (ROUNDINGS * rounding) ** 2)
+    reached = (
+        "the loss: the client's reaches what the declared one leaves out, as an auxiliary head"
     )
-    for own, theirs, has, have in pairs:
+    frozen = "the client froze it, or its loss leaves it out"
+    pairs = (
+        (captured > some, (canaries < NONE).all(0), "something", "nothing", reached),
+        (captured < NONE, (canaries > some).all(0), "nothing", "something", frozen),
+    )
+    for own, theirs, has, have, cause in pairs:
         different = torch.nonzero(own & theirs).flatten().tolist()
         if different:
             listed = ", ".join(names[i] for i in different)
             return Likeness(
                 outcome="unlike",
                 detail=f"it holds {has} in {listed}, where every canary's gradient holds {have}",
-                cause="the mode: a bias before batch norm has a gradient in eval mode only",
+                cause="the mode: a bias before batch norm has a gradient in eval mode only"
+                if normalizes
+                else cause,
             )
     return None
 
@@ -87,6 +105,7 @@ def judge(
     losses: torch.Tensor,
     nulls: torch.Tensor,
     names: Sequence[str],
+    told: torch.Tensor | None = None,
 ) -> Likeness:
     """Places the capture between the canaries and the null control, tensor by tensor.
 
@@ -96,8 +115,9 @@ def judge(
     where the best null is; it is unlike if any tensor is below one half. If the capture is
     exchangeable with n canaries, a tensor falls below all but one of them with a probability of
     2/(n+1) at most, and below one half less often.
-    Above one half it is only said to be unlike if another declaration explains it better, which the
-    caller tries.
+    Between one half and 0.9 it is undecided: values in another order agree about as well where all
+    have much in common. Above one half it is only said to be unlike if another declaration explains
+    it better, which the caller tries.
 
     Args:
         captured: (k,), the cosine between the capture and the best picture's replica, for each of
@@ -106,6 +126,7 @@ def judge(
         losses: (n,), the distances that the canaries' searches reached.
         nulls: (m, k), the same as ``canaries`` for random gradients of the same norms.
         names: of the k - 1 tensors.
+        told: (k - 1,), whether a tensor holds more than rounding; all do unless given.
     """
     if len(canaries) < FEWEST_CANARIES:
         return Likeness(
@@ -117,6 +138,8 @@ def judge(
     gap = worst - best
     middle = succeeded.quantile(0.75, dim=0) - succeeded.quantile(0.25, dim=0)
     counted = gap > torch.maximum(best - nulls.amin(0), middle)
+    if told is not None:
+        counted[:-1] &= told
     if not bool(counted.any()):
         return Likeness(
             outcome="hidden",
@@ -133,11 +156,12 @@ def judge(
         "or less"
     )
     if bool(place[lowest] >= HALFWAY):
+        like = bool(place[lowest] >= CLEAR)
         return Likeness(
-            outcome="like",
+            outcome="like" if like else "undecided",
             detail=detail,
             place=float(place[lowest]),
-            rules_out_larger=bool(counted[-1]),
+            rules_out_larger=like and bool(counted[-1]),
         )
     low = [name for name, at in zip(named, place.tolist(), strict=True) if at < HALFWAY]
     right = int(counted.sum()) - len(low)

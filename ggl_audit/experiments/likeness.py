@@ -8,9 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
-from ggl_audit.attack.matching import Matching
-from ggl_audit.evidence.likeness import CLEAR, HALFWAY, MUCH_LOWER, Likeness, judge, judge_zeros
-from ggl_audit.experiments.alternatives import other_layouts, other_models
+from ggl_audit.evidence.likeness import (
+    CLEAR,
+    HALFWAY,
+    MUCH_LOWER,
+    NONE,
+    Likeness,
+    judge,
+    judge_zeros,
+)
+from ggl_audit.experiments.alternatives import (
+    other_layouts,
+    other_models,
+    other_signs,
+    other_trainings,
+)
 from ggl_audit.experiments.attacks import Advance, captured_labels, run_search
 from ggl_audit.experiments.capture import CAPTURED, SEARCHES_COMPARED
 from ggl_audit.experiments.measurements import Measurements
@@ -27,19 +39,22 @@ class _Canaries:
         agreements: (n, k), of their pictures with their k - 1 tensors and the whole.
         nulls: (n, k), of their null control.
         losses: (n,), the matching distances that were reached.
+        told: (k - 1,), whether a tensor of theirs holds more than rounding.
     """
 
     agreements: torch.Tensor
     nulls: torch.Tensor
     losses: torch.Tensor
+    told: torch.Tensor
 
     def judge(self, setting: Setting, images: torch.Tensor) -> Likeness:
         """Of the picture that places the capture highest: a single search may fail."""
         count, names = len(images), list(setting.observed)
-        matching = Matching(setting.model, setting.defense)
+        matching = setting.matching()
         labels = captured_labels(setting, count)
         found = matching.agreement(images, labels, stack([setting.observed] * count))
-        judged = [judge(row, self.agreements, self.losses, self.nulls, names) for row in found]
+        canaries = (self.agreements, self.losses, self.nulls)
+        judged = [judge(row, *canaries, names, self.told) for row in found]
         return max(judged, key=lambda one: -math.inf if one.place is None else one.place)
 
 
@@ -64,20 +79,24 @@ def place_capture(
     """
     assert measured.repeated is not None
     losses = torch.tensor(measured.canary_losses, device=agreements.device)
-    canaries = _Canaries(agreements[0], agreements[1], losses)
+    their_shares = shares(gradients)
+    told = (their_shares > NONE).any(0)
+    canaries = _Canaries(agreements[0], agreements[1], losses, told)
     likeness = canaries.judge(setting, measured.repeated)
     largest = max(float(norm(take(gradients, i))) for i in range(len(losses)))
     if float(norm(setting.observed)) > largest:
         likeness = likeness.model_copy(update={"rules_out_larger": False})
-    if has_batch_norm(setting.model.module) and not setting.defense.empties_tensors():
+    if not setting.defense.empties_tensors():
         own_shares = shares(stack([setting.observed]))[0]
-        names = list(setting.observed)
-        likeness = judge_zeros(own_shares, shares(gradients), names) or likeness
+        names, rounding = list(setting.observed), setting.captured.rounding
+        normalizes = has_batch_norm(setting.model.module)
+        zeros = judge_zeros(own_shares, their_shares, names, normalizes, rounding)
+        likeness = zeros or likeness
     is_placed = likeness.place is not None and likeness.place >= CLEAR
     is_explained = min(measured.repeated_losses) <= float(losses.median())
     if likeness.outcome == "hidden" or (is_placed and is_explained):
         return likeness
-    cause = _better_cause(setting, measured, canaries, likeness.outcome == "unlike", advance)
+    cause = _better_cause(setting, measured, canaries, likeness.outcome, advance)
     if cause is None:
         return likeness
     found = {"outcome": "unlike", "cause": cause, "rules_out_larger": False}
@@ -85,18 +104,20 @@ def place_capture(
 
 
 def _better_cause(
-    setting: Setting, measured: Measurements, canaries: _Canaries, unlike: bool, advance: Advance
+    setting: Setting, measured: Measurements, canaries: _Canaries, outcome: str, advance: Advance
 ) -> str | None:
     """The other declaration that explains the capture best, if any does so better; in words.
 
     What is lower at all counts where the capture is unlike the canaries, else what is much lower.
     """
     loss = min(measured.repeated_losses)
+    unlike = outcome == "unlike"
     least_place, lowest = (HALFWAY, loss) if unlike else (CLEAR, MUCH_LOWER * loss)
     better_cause = None
     # Values in another order are told by the agreement of their own tensors.
-    layouts = other_layouts(setting) if unlike else ()
-    for cause, other in itertools.chain(other_models(setting), layouts):
+    layouts = other_layouts(setting) if outcome in ("unlike", "undecided") else ()
+    others = (other_signs(setting), other_models(setting), other_trainings(setting), layouts)
+    for cause, other in itertools.chain(*others):
         if not measured.clock.reaches(SEARCHES_COMPARED * measured.seconds_each):
             break
         observed = stack([other.observed] * SEARCHES_COMPARED)

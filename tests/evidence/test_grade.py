@@ -14,11 +14,14 @@ from ggl_audit.evidence.bounds import (
 )
 from ggl_audit.evidence.findings import find
 from ggl_audit.evidence.grade import (
+    IN_WORDS,
+    ONE_QUESTION,
     Grade,
     ceiling_is_settled,
     decide,
     doubts_about_ceiling,
     floor_is_settled,
+    in_words,
 )
 from ggl_audit.evidence.guarantee import Guarantee
 from ggl_audit.evidence.likeness import Likeness
@@ -209,6 +212,37 @@ def test_a_wrong_grade_is_rarer_than_one_in_twenty_whether_ended_early_or_not() 
     assert share({"A", "B"}, at(0.2501), CHANCE) <= 0.05 + slack
     assert share({"D", "F"}, 1.0, at(0.05)) <= 0.05 + slack
     assert share({"F"}, 1.0, at(0.5)) <= 0.05 + slack
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (measure_rate(223, 400, 0.5), "for 223 of 400 canaries"),
+        (measure_rate(214, 400, 0.5), "not shown to be beyond guessing"),
+        (None, "was not measured: the last layer is not sent."),
+    ],
+)
+@pytest.mark.parametrize(("matched", "grade"), [(6, "A"), (12, "B"), (150, "C")])
+def test_a_grade_says_which_question_it_answers_and_what_of_the_label_is_known(
+    label: Rate | None, said: str, matched: int, grade: Grade
+) -> None:
+    verdict = decide(rate(0, 20), rate(matched, 200), [], None, [], None, "C")
+    beside = verdict.beside(label, "the last layer is not sent").left_open
+    assert verdict.grade == grade
+    assert said in beside[-1]
+    assert (label is None) != ("a classifier of whole gradients may tell it more" in beside[-1])
+    assert (ONE_QUESTION in beside) == (grade in ("A", "B"))
+    if label is not None and label.advantage_lower > 0:
+        assert "not shown" not in beside[-1]
+
+
+def test_the_words_of_a_pass_are_about_images_of_one_class() -> None:
+    for grade in ("A", "B"):
+        words = in_words(grade, rate(6, 200))
+        assert words.startswith("which of 32 same-class images it was can")
+        assert "by guessing" in words
+    assert not any("leak" in words for words in IN_WORDS.values())
+    assert in_words("inconclusive", None) == IN_WORDS["inconclusive"]
 
 
 def guarantee(mu: float, **given: Any) -> Guarantee:

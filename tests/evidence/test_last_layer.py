@@ -244,3 +244,60 @@ def test_a_confident_model_in_bfloat16_is_not_accused(
         gradient = {n: p.grad for n, p in trained.module.named_parameters()}
         check = check_last_layer(trained, NONE, gradient, 1, EPS)
         assert check is None or check.outcome == "agrees", (index, check)
+
+
+@pytest.mark.parametrize("lr", [0.01, 5e-4, 1e-5])
+def test_a_small_learning_rate_is_seen_and_a_right_one_is_not_accused(
+    model: ClientModel, public: ImageSet, lr: float
+) -> None:
+    for index in range(0, 100, 10):
+        gradient = plain_gradient(model, public.images[index], int(public.labels[index]))
+        weights = model.parameters
+        update = {n: weights[n] - (weights[n] - lr * t) for n, t in gradient.items()}
+        right = check_last_layer(
+            replace(model, local=LocalTrainingSpec(lr=lr)), NONE, update, 1, EPS
+        )
+        assert right is None or right.outcome == "agrees", right
+        wrong = check_last_layer(
+            replace(model, local=LocalTrainingSpec(lr=0.1)), NONE, update, 1, EPS
+        )
+        if lr > 1e-4:
+            assert wrong is not None
+            assert f"capture.local.lr {lr:.3g}" in wrong.detail
+
+
+def test_label_smoothing_is_named_before_a_scale(model: ClientModel, public: ImageSet) -> None:
+    for index in range(0, 100, 10):
+        model.module.zero_grad()
+        logits = model.module((public.images[index][None] - model.mean) / model.std)
+        nn.CrossEntropyLoss(label_smoothing=0.1)(logits, public.labels[index][None]).backward()
+        gradient = {n: p.grad.clone() for n, p in model.module.named_parameters()}
+        check = check_last_layer(model, NONE, gradient, 1, EPS)
+        assert check is not None
+        assert "model.loss.label_smoothing 0.1 would fit" in check.detail
+
+
+def test_a_focal_loss_is_named_before_a_scale(model: ClientModel, public: ImageSet) -> None:
+    for index in range(0, 100, 20):
+        model.module.zero_grad()
+        logits = model.module((public.images[index][None] - model.mean) / model.std)
+        p = logits.softmax(1)[0, public.labels[index]]
+        (-((1 - p) ** 2) * p.log()).backward()
+        gradient = {n: t.grad.clone() for n, t in model.module.named_parameters()}
+        check = check_last_layer(model, NONE, gradient, 1, EPS)
+        assert check is not None
+        assert "a focal loss with gamma 2" in check.detail
+
+
+def test_far_below_its_bound_a_clip_has_not_scaled(model: ClientModel, public: ImageSet) -> None:
+    gradient = plain_gradient(model, public.images[3], int(public.labels[3]))
+    clip = pipeline({"name": "clip", "bound": 2 * float(norm(gradient))})
+    half = check_last_layer(model, clip, each(lambda t: 0.5 * t, gradient), 1, EPS)
+    right = check_last_layer(model, clip, gradient, 1, EPS)
+    scaled = check_last_layer(model, NONE, each(lambda t: 2**16 * t, gradient), 1, EPS)
+    assert half is not None
+    assert right is not None
+    assert scaled is not None
+    assert "nothing was clipped" in half.detail
+    assert right.outcome == "agrees"
+    assert "gradient scaler" in scaled.detail

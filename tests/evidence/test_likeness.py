@@ -25,7 +25,7 @@ NULLS = agreements(21, 0.0, 0.0, 0.3, 0.0)
     [
         ([0.9, 0.8, 0.3, 0.85], "like", None),
         ([0.9, 0.8, -0.9, 0.85], "like", None),
-        ([0.5, 0.8, 0.3, 0.85], "like", None),
+        ([0.5, 0.8, 0.3, 0.85], "undecided", None),
         ([0.2, 0.8, 0.3, 0.85], "unlike", "order or layout of the values in first"),
         ([0.9, 0.1, 0.3, 0.85], "unlike", "order or layout of the values in second"),
         ([0.1, 0.1, 0.3, 0.1], "unlike", "another model or round"),
@@ -41,6 +41,34 @@ def test_the_tensor_that_agrees_least_decides(
     else:
         assert found.cause is not None
         assert cause in found.cause
+
+
+def test_what_is_undecided_rules_nothing_out() -> None:
+    found = judge(torch.tensor([0.5, 0.8, 0.3, 0.85]), CANARIES, LOSSES, NULLS, NAMES)
+    assert not found.rules_out_larger
+    like = judge(torch.tensor([0.9, 0.8, 0.3, 0.85]), CANARIES, LOSSES, NULLS, NAMES)
+    assert like.rules_out_larger
+
+
+def test_a_tensor_of_rounding_alone_is_not_judged() -> None:
+    told = torch.tensor([False, True, True])
+    capture = torch.tensor([0.1, 0.8, 0.3, 0.85])
+    assert judge(capture, CANARIES, LOSSES, NULLS, NAMES).outcome == "unlike"
+    assert judge(capture, CANARIES, LOSSES, NULLS, NAMES, told).outcome == "like"
+
+
+def test_a_tensor_that_the_declared_loss_does_not_reach_is_named_with_any_model() -> None:
+    canaries = torch.tensor([[0.7, 0.3, 0.0]]).repeat(8, 1)
+    found = judge_zeros(torch.tensor([0.6, 0.39, 0.01]), canaries, NAMES)
+    assert found is not None
+    assert found.cause is not None
+    assert "auxiliary head" in found.cause
+    found = judge_zeros(torch.tensor([0.6, 0.39, 0.01]), canaries, NAMES, normalizes=True)
+    assert found is not None
+    assert found.cause is not None
+    assert "the mode" in found.cause
+    # What a file in half precision may hold for nothing.
+    assert judge_zeros(torch.tensor([0.7, 0.3, 1e-6]), canaries, NAMES, rounding=1e-3) is None
 
 
 def test_where_canaries_cannot_be_told_from_noise_nothing_is_said() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.gradient import Gradient, each, stack, take, unstack
-from ggl_audit.inputs.capture import fit_capture
+from ggl_audit.inputs.capture import Capture, fit_capture
 from ggl_audit.inputs.images import ImageSet
 
 Step = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]
@@ -112,6 +112,7 @@ class OwnClient:
         batch_size: images in a step.
         averaged: whether the step sends a mean over the batch, and not a sum.
         always_the_same: whether the companions are drawn once for all, from the first of them.
+        ignored: names or patterns of what it sends beside the trained parameters and is left out.
     """
 
     step: Step
@@ -121,6 +122,7 @@ class OwnClient:
     batch_size: int
     averaged: bool
     always_the_same: bool = False
+    ignored: Sequence[str] = ()
 
     def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
         """What the client's own code sends: for each set, or each image less its companions."""
@@ -151,6 +153,19 @@ class OwnClient:
         return {name: factor * tensor - known[name] for name, tensor in gradient.items()}
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
+        statistics = self.matching.model.statistics
+        fitted = self.fitted(images, labels, context)
+        if statistics is None:
+            return fitted.gradient
+        changes = {**fitted.beside.statistics, **fitted.beside.counts}
+        for name in statistics.names:
+            if name not in changes:
+                raise _fault(f"returned no {name!r}, which the capture has")
+        sent = {name: statistics.unit * changes[name] for name in statistics.names}
+        return {**fitted.gradient, **sent}
+
+    def fitted(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Capture:
+        """What the client's own code sends for one set of images, fitted to the model."""
         model, generator = self.matching.model, context.generator
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         with torch.random.fork_rng():
@@ -159,7 +174,7 @@ class OwnClient:
                 torch.cuda.manual_seed(seed)
             try:
                 targets = model.targets_of(labels)
-                sent = self.step(copy.deepcopy(model.module), model.normalize(images), targets)
+                sent = self.step(model.as_received(), model.normalize(images), targets)
             except (Exception, SystemExit) as error:
                 # Whatever the user's own code raises is a fault in the input.
                 raise _fault(f"failed with {type(error).__name__}: {error}") from error
@@ -167,13 +182,16 @@ class OwnClient:
             isinstance(t, torch.Tensor) for t in sent.values()
         ):
             raise _fault(f"returned a {type(sent).__name__}; expected tensors by parameter name")
-        fitted = fit_capture({n: t.detach() for n, t in sent.items()}, model, _fault)
+        # What the client's code returns is of this model; capture.layout is of a file.
+        here = replace(model, arrangements=None)
+        ignored = [pattern for pattern in self.ignored if fnmatch.filter(sent, pattern)]
+        fitted = fit_capture({n: t.detach() for n, t in sent.items()}, here, _fault, ignored)
         if fitted.unsent:
             raise _fault(
                 f"returned no {fitted.unsent[0]!r}",
                 "Declare capture.unsent where some parameters are never sent.",
             )
-        return fitted.gradient
+        return fitted
 
 
 def _fault(problem: str, hint: str = "") -> SpecError:

@@ -13,8 +13,10 @@ from torch.func import grad, vmap
 
 from ggl_audit.defenses import Context, Drawn, Pipeline
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient, each
+from ggl_audit.gradient import Gradient, added, each
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.statistics import Batch, batches_seen
+from ggl_audit.local_training import OPTIMIZERS, clip_norm
 from ggl_audit.spec import LocalTrainingSpec
 
 ORDER = "local.order"
@@ -41,7 +43,7 @@ class Contribution:
             )
         self._model = model
         self._defense = defense
-        self._reduced: Callable[..., Gradient] = grad(self._loss)
+        self._reduced: Callable[..., tuple[Gradient, Batch]] = grad(self._loss, has_aux=True)
         self._each = vmap(self._one, in_dims=(None, 0, 0, 0, None))
 
     def draw(self, context: Context, images: int) -> Drawn:
@@ -65,12 +67,21 @@ class Contribution:
             labels: (n,).
             drawn: by the client, or what the attacker takes it for.
         """
+        seen: list[Batch] = []
         if self._model.local is not None:
-            return self._update(self._model.local, images, labels, drawn)
-        return self._gradient(self._model.parameters, images, labels, drawn)
+            sent = self._update(self._model.local, images, labels, drawn, seen)
+        else:
+            sent = self._gradient(self._model.parameters, images, labels, drawn, seen)
+        statistics = self._model.statistics
+        return sent if statistics is None else {**sent, **statistics.changes(seen)}
 
     def _gradient(
-        self, parameters: Gradient, images: torch.Tensor, labels: torch.Tensor, drawn: Drawn
+        self,
+        parameters: Gradient,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        drawn: Drawn,
+        seen: list[Batch],
     ) -> Gradient:
         targets = self._model.targets_of(labels)
         if self._defense.changes_images:
@@ -78,9 +89,12 @@ class Contribution:
             assert mixable is not None
             images, targets = self._defense.transform(images, mixable.to(images.dtype), drawn)
         if not self._defense.per_sample:
-            return self._reduced(parameters, images, targets, drawn)
+            gradient, batch = self._reduced(parameters, images, targets, drawn)
+            seen.append(batch)
+            return gradient
         order = torch.arange(len(images), device=images.device)
-        gradients = self._each(parameters, images, targets, order, drawn)
+        gradients, batches = self._each(parameters, images, targets, order, drawn)
+        seen.append(each(lambda tensor: tensor.mean(0), batches))
         clipped = vmap(self._defense.clip_samples)(gradients)
         reduce = torch.sum if self._model.loss_sum else torch.mean
         return each(lambda tensor: reduce(tensor, dim=0), clipped)
@@ -91,21 +105,33 @@ class Contribution:
         images: torch.Tensor,
         labels: torch.Tensor,
         drawn: Drawn,
+        seen: list[Batch],
     ) -> Gradient:
         before = self._model.parameters
-        weights, velocity = dict(before), each(torch.zeros_like, before)
-        together = local.batch_size or len(images)
+        optimizer = OPTIMIZERS[local.optimizer](local)
+        weights, state = before, optimizer.start(before)
+        together, step = local.batch_size or len(images), 0
         for epoch in range(local.epochs):
             order = torch.arange(len(images), device=images.device)
             if ORDER in drawn:
                 order = drawn[ORDER][epoch]
-            for part in order.split(together):
-                mine = self._defense.drawn_for(drawn, part)
-                gradient = self._gradient(weights, images[part], labels[part], mine)
-                for name, weight in weights.items():
-                    pull = local.weight_decay * weight + local.proximal * (weight - before[name])
-                    velocity[name] = local.momentum * velocity[name] + gradient[name] + pull
-                    weights[name] = weight - local.lr * velocity[name]
+            parts = order.split(together)
+            for start in range(0, len(parts), local.accumulate):
+                shares = []
+                for part in parts[start : start + local.accumulate]:
+                    mine = self._defense.drawn_for(drawn, part)
+                    share = self._gradient(weights, images[part], labels[part], mine, seen)
+                    if local.proximal:
+                        share = {
+                            name: tensor + local.proximal * (weights[name] - before[name])
+                            for name, tensor in share.items()
+                        }
+                    shares.append(share)
+                gradient = each(lambda tensor: tensor / local.accumulate, added(shares))
+                if local.clip_norm is not None:
+                    gradient = clip_norm(gradient, local.clip_norm)
+                weights, state = optimizer.step(weights, gradient, state, step)
+                step += 1
         return {name: before[name] - weight for name, weight in weights.items()}
 
     def _one(
@@ -115,12 +141,14 @@ class Contribution:
         target: torch.Tensor,
         index: torch.Tensor,
         drawn: Drawn,
-    ) -> Gradient:
+    ) -> tuple[Gradient, Batch]:
         mine = self._defense.drawn_for(drawn, index[None])
         return self._reduced(parameters, image[None], target[None], mine)
 
     def _loss(
         self, parameters: Gradient, images: torch.Tensor, targets: torch.Tensor, drawn: Drawn
-    ) -> torch.Tensor:
-        loss = self._model.loss(parameters, images, targets, drawn)
-        return loss + self._defense.penalty(self._model.module)
+    ) -> tuple[torch.Tensor, Batch]:
+        module = self._model.module
+        with batches_seen(module, self._model.statistics) as batch:
+            loss = self._model.loss(parameters, images, targets, drawn)
+        return loss + self._defense.penalty(module), batch

@@ -5,14 +5,21 @@ The last two are tried on a few public images. What is found wrong is a doubt ab
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
+from ggl_audit.attack.labels import scale_of_one, unequal_weights, usual_head
 from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.defenses import Context, Pipeline, is_own, relative_l2
 from ggl_audit.evidence.consistency import check_remainder, check_truth
-from ggl_audit.gradient import norm, take
+from ggl_audit.gradient import Gradient, norm, stack, take
+from ggl_audit.inputs.beside import Beside
 from ggl_audit.inputs.capture import Capture
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.statistics import Statistics
 from ggl_audit.randomness import client_context
 from ggl_audit.spec import Spec
 
@@ -23,22 +30,86 @@ REPLICA_IS_CLOSE = 0.05
 MANY = 16
 """Images of a release, of which more are tried only once."""
 
+LABEL_BATCHES, FEWEST_BATCHES, LABELLED_IMAGES = 32, 8, 512
+"""Public batches beside which inferred labels are judged, of so many images together."""
 
-def capture_doubts(captured: Capture, spec: Spec) -> list[str]:
-    """What of the parameters that are not in the capture may make a client's release larger."""
+CLEARLY_WORSE = 1.5
+"""Than the worst of these: of right batches fewer than 1 in 100 are."""
+
+
+def capture_doubts(
+    captured: Capture, spec: Spec, model: ClientModel, defense: Pipeline
+) -> list[str]:
+    """What was sent, or may have been, and is not measured."""
     local = spec.capture.local
-    doubts = []
+    doubts = beside_doubts(captured.beside, model, defense, "the capture holds")
+    silent = captured.beside.silent
+    if silent:
+        doubts.append(
+            f"in train mode the client's running statistics ({silent[0]}"
+            f"{', ...' if len(silent) > 1 else ''}) hold what the images do to them, and whether "
+            "they were sent is not said: declare capture.unsent for them if they never are"
+        )
+    if spec.guarantee is not None and defense.in_the_clear:
+        doubts.append("the guarantee does not cover the running statistics, sent in the clear")
     if captured.unsent:
         more = f" and {len(captured.unsent) - 1} more" if len(captured.unsent) > 1 else ""
         doubts.append(
             f"the capture lacks {captured.unsent[0]}{more}, which capture.unsent does not declare: "
             "a client that sends them gives more away"
         )
-    if spec.capture.unsent and local is not None and local.steps(spec.capture.batch_size) > 1:
+    trained = [name for name, _ in model.module.named_parameters() if name in model.unsent]
+    if trained and local is not None and local.steps(spec.capture.batch_size) > 1:
         doubts.append(
             "parameters that are not sent change in local training, which is replayed without that"
         )
+    if spec.capture.unsent and local is not None and local.clip_norm is not None:
+        doubts.append(
+            "parameters that are not sent may count in the norm that local training clips, which "
+            "is replayed without them"
+        )
+    if local is not None and local.remembers and not local.fresh:
+        doubts.append(
+            "the optimizer goes on with its state of earlier rounds, and is replayed as if it "
+            "began afresh"
+        )
     return doubts
+
+
+def beside_doubts(
+    beside: Beside, model: ClientModel, defense: Pipeline, what_holds: str
+) -> list[str]:
+    """What was sent beside the gradient and cannot be computed from images.
+
+    Args:
+        beside: what was sent.
+        model: the client's.
+        defense: as declared.
+        what_holds: it, in words.
+    """
+    doubts = [
+        f"{what_holds} {kind} ({names[0]!r}{f' and {len(names) - 1} more' if names[1:] else ''}), "
+        "which were sent and are not measured: if they tell nothing, say why in capture.ignored"
+        for kind, names in beside.unmeasured.items()
+    ]
+    counts = {} if defense.is_over_everything else beside.counts
+    declared = _declared_counts(model, defense, tuple(counts)) if counts else {}
+    wrong = [name for name, change in counts.items() if float(change) != float(declared[name])]
+    if wrong:
+        doubts.append(
+            f"{wrong[0]} went up by {-float(counts[wrong[0]]):g}, and by "
+            f"{-float(declared[wrong[0]]):g} as declared"
+        )
+    return doubts
+
+
+def _declared_counts(model: ClientModel, defense: Pipeline, names: tuple[str, ...]) -> Gradient:
+    """What local training as declared changes counts of batches by, before less after."""
+    counting = replace(model, statistics=Statistics(model.normalizations, names))
+    matching = Matching(counting, Pipeline(defense.steps, counting))
+    images = torch.rand(1, model.batch_size, *model.shape, device=model.device)
+    labels = torch.zeros(1, model.batch_size, dtype=torch.long, device=model.device)
+    return take(matching.gradients(images, labels), 0)
 
 
 def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: ImageSet) -> list[str]:
@@ -49,7 +120,13 @@ def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Imag
     """
     if not isinstance(client, OwnClient):
         return []
-    context = client_context(spec.seed, "client trial", client.matching.model.device)
+    model = client.matching.model
+    context = client_context(spec.seed, "client trial", model.device)
+    few = max(1, client.batch_size)
+    beside = client.fitted(reference.images[:few], reference.labels[:few], context).beside
+    sent_too = beside_doubts(beside, model, defense, "the client's own code sends")
+    if sent_too:
+        return sent_too
     if spec.capture.batch_size > 1:
         return _batch_doubts(client, defense, reference, context)
     images, labels = reference.images[:CLIENT_TRIALS], reference.labels[:CLIENT_TRIALS]
@@ -87,6 +164,47 @@ def _batch_doubts(
     return []
 
 
+def label_doubts(
+    model: ClientModel,
+    client: Client,
+    defense: Pipeline,
+    observed: Gradient,
+    reference: ImageSet,
+) -> list[str]:
+    """Compares how well equally weighted images explain the capture with public batches.
+
+    Only asked of a release of several images whose labels are inferred.
+    """
+    members = model.batch_size * defense.aggregation.clients
+    batches = max(FEWEST_BATCHES, min(LABEL_BATCHES, LABELLED_IMAGES // members))
+    context = client_context(0, "label batches", model.device)
+    # A set may be sorted by its classes.
+    shuffled = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))
+    chosen = shuffled.repeat(-(-batches * members // len(reference)))[: batches * members]
+    chosen = chosen.view(batches, members).to(model.device)
+    sent = client.send(reference.images[chosen], reference.labels[chosen], context)
+    usual, scale = usual_head(model, reference), scale_of_one(model, defense, members)
+
+    def gained(gradients: Gradient, scale: float | None) -> float:
+        return float(unequal_weights(gradients, model, usual, members, scale).max())
+
+    limit, own = CLEARLY_WORSE * gained(sent, scale), gained(stack([observed]), scale)
+    if own <= limit:
+        return []
+    with_another = scale is not None and gained(stack([observed]), None) <= limit
+    cause = (
+        "with another scale of the loss they do"
+        if with_another
+        else "is it accumulated with a clip after each step, a mean of ranks of unequal size, of a "
+        "loss with class weights or label smoothing, or of another number of images"
+    )
+    return [
+        f"no {members} equally weighted images explain the last layer's gradient: others explain "
+        f"{own:.1%} more of it, where public batches leave {limit / CLEARLY_WORSE:.1%} at most; "
+        f"{cause}"
+    ]
+
+
 def replica_doubts(
     model: ClientModel, defense: Pipeline, spec: Spec, reference: ImageSet
 ) -> list[str]:
@@ -100,7 +218,7 @@ def replica_doubts(
     without = defense.noiseless()
     if not without.steps or not without.has_likelihood() or without.is_random():
         return []
-    matching = Matching(model, without)
+    matching = Matching(model, without, memory=spec.memory_bytes)
     members = model.batch_size * defense.aggregation.clients
     images, labels = reference.sets(CLIENT_TRIALS if members <= MANY else 1, members)
     context = client_context(spec.seed, "replica trial", model.device)

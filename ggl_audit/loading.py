@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,7 +13,9 @@ from torch.func import vmap
 from ggl_audit.defenses import DPSGD, Pipeline, build_pipeline, is_own
 from ggl_audit.errors import Key, SpecError, nearest
 from ggl_audit.gradient import each, take
+from ggl_audit.inputs.fitting import tied_names
 from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.statistics import Statistics
 from ggl_audit.randomness import client_context
 from ggl_audit.spec import Spec
 
@@ -49,11 +52,8 @@ def load_client(
             raise misfit(error) from None
 
     model = load_model(spec, device, dtype, wrap)
-    fixed = {
-        *_named(spec.model.frozen, model, ("model", "frozen")),
-        *_named(spec.capture.unsent, model, ("capture", "unsent")),
-        *unsent,
-    }
+    model = replace(model, unsent=_unsent(spec.capture.unsent, model))
+    fixed = {*_frozen(spec.model.frozen, model), *_never_sent(model), *unsent}
     if len(fixed) == len(model.parameters):
         raise SpecError(("capture", "unsent"), "no parameter is left that is trained and sent")
     if fixed:
@@ -73,16 +73,63 @@ def load_client(
     return defense, model
 
 
-def _named(patterns: list[str], model: ClientModel, key: Key) -> list[str]:
-    """The trained parameters that names or patterns stand for."""
+def observe_statistics(
+    model: ClientModel,
+    defense: Pipeline,
+    names: Sequence[str],
+    unit: float,
+    rounding: float = 0.0,
+) -> tuple[ClientModel, Pipeline]:
+    """Has what clients send hold running statistics as well.
+
+    Args:
+        model: the client's.
+        defense: bound to it.
+        names: of the buffers; those that the model does not keep in its mode are left out.
+        unit: see :class:`Statistics`.
+        rounding: see :class:`Statistics`.
+    """
+    kept = {n for layer in model.normalizations for n in (*layer.names, layer.counter)}
+    own = tuple(name for name in names if name in kept)
+    if not own:
+        return model, defense
+    model = replace(model, statistics=Statistics(model.normalizations, own, unit, rounding))
+    return model, Pipeline(defense.steps, model)
+
+
+def _frozen(patterns: list[str], model: ClientModel) -> list[str]:
+    """The trained parameters that model.frozen stands for."""
+    return _named(patterns, model.parameters, ("model", "frozen"))
+
+
+def _unsent(patterns: list[str], model: ClientModel) -> frozenset[str]:
+    """The names of the state dict that capture.unsent stands for."""
+    known = {**model.state, **model.parameters, **model.constants}
+    return frozenset(_named(patterns, known, ("capture", "unsent"), buffers=True))
+
+
+def _never_sent(model: ClientModel) -> list[str]:
+    """The trained parameters of which capture.unsent has all names, where they are tied."""
+    names = {name: [name] for name in model.parameters}
+    for name, first in tied_names(model.module).items():
+        if first in names:
+            names[first].append(name)
+    return [first for first, own in names.items() if model.unsent.issuperset(own)]
+
+
+def _named(
+    patterns: list[str], known: Collection[str], key: Key, *, buffers: bool = False
+) -> list[str]:
+    """The names that names or patterns stand for."""
     named = []
     for index, pattern in enumerate(patterns):
-        own = fnmatch.filter(model.parameters, pattern)
+        own = fnmatch.filter(known, pattern)
         if not own:
             raise SpecError(
                 (*key, index),
-                f"{pattern!r} is no trained parameter of the model",
-                nearest(pattern, model.parameters),
+                f"{pattern!r} is no {'parameter or buffer' if buffers else 'trained parameter'} of "
+                "the model",
+                nearest(pattern, known),
             )
         named += own
     return named

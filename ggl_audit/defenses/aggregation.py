@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, ReplicaKind, Trace
-from ggl_audit.gradient import Gradient, each
-
-
-def added(gradients: Sequence[Gradient]) -> Gradient:
-    """The sum of gradients."""
-    if len(gradients) == 1:
-        return gradients[0]
-    return {name: torch.stack([g[name] for g in gradients]).sum(0) for name in gradients[0]}
+from ggl_audit.gradient import Gradient, added, each
 
 
 class Aggregation(Defense):

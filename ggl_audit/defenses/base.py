@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ggl_audit.factors import Factors
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
@@ -214,6 +215,18 @@ class Defense(BaseModel, ABC):
         """
         return False, "it leaves nothing that could be checked"
 
+    def hint(self, observed: Gradient, factors: Factors) -> str:
+        """What a capture that contradicts this step would fit, where a known factor tells.
+
+        Args:
+            observed: the capture.
+            factors: what the client multiplies and divides by.
+
+        Returns:
+            Words that follow the figure of the contradiction; empty where nothing tells.
+        """
+        return ""
+
     def exact_replica(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """What the attacker does to the gradient of a candidate that may be the very image.
 
@@ -294,7 +307,8 @@ class Defense(BaseModel, ABC):
         return None
 
     def __str__(self) -> str:
-        parameters = ", ".join(f"{name}={value}" for name, value in self)
+        declared = ((name, value) for name, value in self if value is not None)
+        parameters = ", ".join(f"{name}={value}" for name, value in declared)
         return f"{self.name}({parameters})"
 
 

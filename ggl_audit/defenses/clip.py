@@ -17,10 +17,13 @@ from ggl_audit.defenses.base import (
     Trace,
 )
 from ggl_audit.defenses.noise import Noise
+from ggl_audit.factors import Factors
 from ggl_audit.gradient import Gradient, each, flat, norm
 from ggl_audit.inputs.model import ClientModel
 
 ROUNDING = 1e-4
+FACTOR_TOLERANCE = 1e-3
+"""Of a norm that was clipped to another bound."""
 
 
 class Clip(Defense):
@@ -44,6 +47,12 @@ class Clip(Defense):
     )
     unit: Literal["client", "sample"] = Field(
         default="client", description="what a client sends, or each sample's share in it"
+    )
+    over: Literal["parameters", "everything"] | None = Field(
+        default=None,
+        description="where running statistics are sent: whether it, and each other step, is over "
+        "the parameters alone, or over every array that is sent, as Flower's is; both are tried "
+        "unless declared",
     )
     _shares: int = PrivateAttr(default=1)  # whose shares are summed
 
@@ -95,6 +104,14 @@ class Clip(Defense):
         if later_noise(1, confidence):
             detail += f", with the noise after it at most {allowed:.4g}"
         return largest > allowed, detail
+
+    def hint(self, observed: Gradient, factors: Factors) -> str:
+        """The bound that the norm is at, where the factor is known."""
+        if self.scope == "layer":
+            return ""
+        factor = float(norm(observed)) / (self._shares * self.bound)
+        name = factors.name(factor, FACTOR_TOLERANCE)
+        return f"; {factor:.3g} times the bound{name}" if name else ""
 
     def leaves(self, trace: Trace) -> bool:
         """Levels of the whole gradient are no longer so after tensors were scaled apart."""

@@ -18,10 +18,13 @@ from ggl_audit.defenses.base import (
     ReplicaKind,
     Trace,
 )
+from ggl_audit.factors import Factors
 from ggl_audit.gradient import Gradient, each, flat
 
 THRESHOLDS = (0.01, 0.1, 0.3, 0.6745, 1.0)  # in standard deviations
 MOST_CERTAIN = -1e-12
+FACTOR_TOLERANCE = 0.05
+"""Of a deviation that the median of a capture tells, since the gradient is in there too."""
 
 
 class Noise(Defense):
@@ -88,13 +91,19 @@ class Noise(Defense):
                 excess = share - self._share_within(threshold) - slack
                 if excess > worst and (excess > 0 or name == "the gradient"):
                     worst, where = excess, name
-        median = float(parts[where].abs().double().median())
-        half = ndtri(0.75) if self.distribution == "gaussian" else math.log(2) / math.sqrt(2)
+        median, half = float(parts[where].abs().double().median()), self._half
         detail = (
             f"half of the values of {where} are within {median:.3g} of zero; noise of standard "
             f"deviation {self.std:g} leaves half of them within {half * self.std:.3g} at the most"
         )
         return worst > 0, detail
+
+    def hint(self, observed: Gradient, factors: Factors) -> str:
+        """The deviation that the median of the capture is that of, where the factor is known."""
+        factor = float(flat(observed).abs().double().median()) / (self._half * self.std)
+        name = factors.name(factor, FACTOR_TOLERANCE)
+        fits = f"{factor:.2g} of the declared noise{name}: std {factor * self.std:.2g} would fit"
+        return f"; {fits}, or noise before the division" if name else ""
 
     def norm_bound_of(self, size: int, confidence: float) -> float:
         """A bound on the norm of this noise on ``size`` values, kept with the given confidence.
@@ -151,6 +160,11 @@ class Noise(Defense):
     def log_density(self, noise: Gradient) -> torch.Tensor:
         """The log density of all of the noise, a scalar."""
         return torch.stack([self.log_densities(t).sum() for t in noise.values()]).sum()
+
+    @property
+    def _half(self) -> float:
+        """Within what of zero half of it is, in standard deviations."""
+        return ndtri(0.75) if self.distribution == "gaussian" else math.log(2) / math.sqrt(2)
 
     def _share_within(self, threshold: float) -> float:
         if self.distribution == "gaussian":

@@ -18,7 +18,8 @@ from ggl_audit.defenses.encryption import Encryption
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sensitivity import GaussianMechanism, Unit, gaussian_mechanism
 from ggl_audit.defenses.value_wise import ValueWise
-from ggl_audit.gradient import Gradient, norm
+from ggl_audit.factors import Factors
+from ggl_audit.gradient import Gradient, added, each, norm
 from ggl_audit.inputs.model import ClientModel
 
 Replica = Literal["replicate", "exact_replica", "smooth"]
@@ -26,6 +27,9 @@ Replica = Literal["replicate", "exact_replica", "smooth"]
 
 ALONE = SecureAggregation(clients=1)
 """A cohort of one, where none is declared."""
+
+CLEAR_ROUNDING = 1e-10
+"""Of what is sent without noise, as another machine computes it: squared and relative."""
 
 
 class Pipeline:
@@ -40,6 +44,7 @@ class Pipeline:
         self._model = model
         self._one_image = model is None or model.batch_size == 1
         self._trains = model is not None and model.local is not None
+        self._beside = () if model is None or model.statistics is None else model.statistics.names
         # Gaussian noise of each client is Gaussian noise on their mean.
         self._steps = _noise_after_mean(self.steps)
 
@@ -62,9 +67,39 @@ class Pipeline:
         return Pipeline([step.bind(model) for step in self.steps], model)
 
     @property
+    def is_over_everything(self) -> bool:
+        """Whether the steps act on running statistics as on the gradient."""
+        return any(isinstance(step, Clip) and step.over == "everything" for step in self.steps)
+
+    @property
+    def in_the_clear(self) -> tuple[str, ...]:
+        """What is sent beside the gradient and no step acts on: running statistics, by name."""
+        return () if self.is_over_everything else self._beside
+
+    @property
+    def clear_rounding(self) -> float:
+        """What may be off in what is sent in the clear, squared and relative."""
+        statistics = None if self._model is None else self._model.statistics
+        return max(CLEAR_ROUNDING, 0.0 if statistics is None else statistics.rounding)
+
+    def parted(self, gradient: Gradient) -> tuple[Gradient, Gradient]:
+        """What the steps act on, and what is sent in the clear."""
+        clear = {name: gradient[name] for name in self.in_the_clear if name in gradient}
+        return {n: tensor for n, tensor in gradient.items() if n not in clear}, clear
+
+    @property
     def aggregation(self) -> Aggregation:
         """The step that joins the cohort."""
         return next((s for s in self.steps if isinstance(s, Aggregation)), ALONE)
+
+    @property
+    def factors(self) -> Factors:
+        """What the declared client multiplies and divides by."""
+        if self._model is None:
+            return Factors(clients=self.aggregation.clients)
+        local = self._model.local
+        lr = None if local is None else local.lr_of(0)
+        return Factors(self._model.batch_size, self.aggregation.clients, lr)
 
     @property
     def per_sample(self) -> bool:
@@ -103,6 +138,7 @@ class Pipeline:
 
     def guesses(self, observed: Gradient) -> list[Drawn]:
         """What the attacker takes the draws for; every combination of the steps' guesses."""
+        observed, _ = self.parted(observed)
         each_step = [
             step.guesses(observed if self._is_readable(index) else None)
             for index, step in enumerate(self._steps)
@@ -152,7 +188,9 @@ class Pipeline:
         join = self.aggregation
         before, after = self._around()
         sent, histories = [], []
+        clear = [self.parted(gradient)[1] for gradient in gradients]
         for gradient, context in zip(gradients, contexts, strict=True):
+            gradient, _ = self.parted(gradient)
             for step in before:
                 gradient = step.apply(gradient, context)
                 if context.earlier and not step.earlier_rounds:
@@ -163,7 +201,7 @@ class Pipeline:
         seen = join.finish(join.share(sent, histories))
         for step in after:
             seen = step.apply(seen, server)
-        return seen
+        return {**seen, **self._mean(clear)}
 
     def apply(self, gradient: Gradient, context: Context) -> Gradient:
         """What is seen of one gradient, as if all clients of the cohort had it."""
@@ -196,10 +234,10 @@ class Pipeline:
     def share(self, gradients: Sequence[Gradient], observed: Gradient) -> Gradient:
         """What clients whose gradients the attacker knows add to the aggregate."""
         join = self._join()
-        sent = [
-            self._through(gradient, observed, 0, join, "exact_replica") for gradient in gradients
-        ]
-        return self.aggregation.share(sent)
+        parts = [self.parted(gradient) for gradient in gradients]
+        observed, _ = self.parted(observed)
+        sent = [self._through(part, observed, 0, join, "exact_replica") for part, _ in parts]
+        return {**self.aggregation.share(sent), **self._mean([clear for _, clear in parts])}
 
     def mismatch(
         self, gradients: Sequence[Gradient], observed: Gradient, known: Gradient | None = None
@@ -220,6 +258,8 @@ class Pipeline:
             A scalar, to be compared between candidates for the same capture only.
         """
         compared = self._compared_by_l2()
+        if self.in_the_clear and (compared is None or self.total_noise() is not None):
+            return self._mismatch_beside_noise(gradients, observed, known)
         if compared is not None:
             replica = self._replicate(gradients, observed, known, compared, "exact_replica")
             return relative_l2(replica, observed)
@@ -235,6 +275,24 @@ class Pipeline:
         if not isinstance(last, Noise | Encryption):
             return -last.log_likelihood(before, noise, observed)
         return -noise.log_density({name: observed[name] - before[name] for name in observed})
+
+    def _mismatch_beside_noise(
+        self, gradients: Sequence[Gradient], observed: Gradient, known: Gradient | None
+    ) -> torch.Tensor:
+        """The same where some is sent in the clear, which is exact but for rounding.
+
+        Both are negative logarithms of a likelihood, and so can be added.
+        """
+        noise = self.total_noise()
+        parts = [self.parted(gradient) for gradient in gradients]
+        observed, shown = self.parted(observed)
+        others, other_clear = (None, {}) if known is None else self.parted(known)
+        covered = Pipeline(self.steps).mismatch([part for part, _ in parts], observed, others)
+        if noise is not None and self._compared_by_l2() is not None:
+            covered = covered * norm(observed).square() / (2 * noise.std**2)
+        clear = self._mean([clear for _, clear in parts])
+        clear = {name: tensor + other_clear.get(name, 0.0) for name, tensor in clear.items()}
+        return covered + relative_l2(clear, shown) / (2 * self.clear_rounding)
 
     def value_wise(self, likelihood: bool) -> ValueWise | None:
         """The replica by single values, or None where values depend on each other in another way.
@@ -281,10 +339,11 @@ class Pipeline:
     def without_noise(self, gradient: Gradient, context: Context) -> Gradient:
         """What the steps before the noise make of a gradient."""
         first, _ = self._noise()
-        return Pipeline(self._steps[:first]).apply(gradient, context)
+        return Pipeline(self._steps[:first], self._model).apply(gradient, context)
 
     def verify(self, observed: Gradient) -> list[Check]:
         """Compares a capture with each step, as far as later steps leave its trace visible."""
+        observed, _ = self.parted(observed)
         checks = []
         for index, step in enumerate(self._steps):
             later = self._steps[index + 1 :]
@@ -298,6 +357,7 @@ class Pipeline:
                 checks.append(Check(str(step), "hidden", "it leaves nothing that could be checked"))
             elif self._is_visible(index):
                 contradicts, detail = step.contradiction(observed, bound)
+                detail += step.hint(observed, self.factors) if contradicts else ""
                 checks.append(Check(str(step), "contradicts" if contradicts else "agrees", detail))
             else:
                 hiding = next(s for s in later if not s.leaves(step.trace))
@@ -342,6 +402,10 @@ class Pipeline:
         """Whether the replica of the right images leaves the declared noise, or nothing."""
         if self.earlier_rounds or self._hides_draws() or any(s.stochastic for s in self.steps):
             return False
+        return self.ends_in_noise()
+
+    def ends_in_noise(self) -> bool:
+        """Whether nothing is done after the noise, where there is any."""
         first, _ = self._noise()
         return all(isinstance(step, Noise | Encryption) for step in self._steps[first:])
 
@@ -359,9 +423,10 @@ class Pipeline:
     def share_of_one(self, gradient: Gradient) -> Gradient:
         """What one image adds to a sum over all, before noise; only if it :meth:`adds_up`."""
         before, _ = self._around()
+        gradient, clear = self.parted(gradient)
         for step in before:
             gradient = step.replicate(gradient, None)
-        return gradient
+        return {**gradient, **clear}
 
     def total_noise(self) -> Noise | None:
         """The noise of all steps together; None where there is none, or it is of several kinds."""
@@ -390,11 +455,20 @@ class Pipeline:
         join = self._join()
         aggregation = self.aggregation
         before = min(join, count)
-        sent = [self._through(gradient, observed, 0, before, how) for gradient in gradients]
-        mean = aggregation.share(sent)
+        parts = [self.parted(gradient) for gradient in gradients]
+        observed, _ = self.parted(observed)
+        sent = [self._through(part, observed, 0, before, how) for part, _ in parts]
+        mean, clear = aggregation.share(sent), self._mean([clear for _, clear in parts])
         if known is not None:
             mean = {name: mean[name] + known[name] for name in mean}
-        return self._through(aggregation.finish(mean), observed, join + 1, count, how)
+            clear = {name: clear[name] + known[name] for name in clear}
+        replica = self._through(aggregation.finish(mean), observed, join + 1, count, how)
+        return {**replica, **clear}
+
+    def _mean(self, parts: Sequence[Gradient]) -> Gradient:
+        """The share of clients in the cohort's mean of what is sent in the clear."""
+        clients = self.aggregation.clients
+        return each(lambda tensor: tensor / clients, added(parts))
 
     def _through(
         self, gradient: Gradient, observed: Gradient, start: int, stop: int, how: Replica

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from safetensors.torch import save
 from ggl_audit.errors import AuditError, InputError
 from ggl_audit.files import write_whole
 from ggl_audit.gradient import Gradient, norm
+from ggl_audit.inputs.beside import Beside, Numbers, look_beside
+from ggl_audit.inputs.fitting import Fit, fit_file, know_tensors, same_shape_hint
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.inputs.names import unwrap_names
-from ggl_audit.inputs.tensors import Tensors, is_ordered, read_tensors
+from ggl_audit.inputs.tensors import Tensors, read_file
 
 Misfit = Callable[[str, str], AuditError]
 
@@ -35,8 +37,10 @@ class Capture:
         sources: from the model's names to the file's.
         how: how the file's tensors were matched with the model's.
         unsent: trained parameters that the file lacks.
-        unused: buffers and frozen parameters that the file holds too, as ``sources``.
+        unused: frozen parameters that the file holds too, as ``sources``.
         rounding: relative, of the file's numbers.
+        tensors: all that the file holds of the model, by the model's names, as it has them.
+        beside: what else the file holds.
     """
 
     gradient: Gradient
@@ -45,14 +49,20 @@ class Capture:
     unsent: list[str] = field(default_factory=list)
     unused: dict[str, str] = field(default_factory=dict)
     rounding: float = torch.finfo(torch.float32).eps
+    tensors: Tensors = field(default_factory=dict)
+    beside: Beside = field(default_factory=Beside)
 
 
-def read_capture(path: Path, model: ClientModel) -> Capture:
+def read_capture(
+    path: Path, model: ClientModel, ignored: Sequence[str] = (), *, negated: bool = False
+) -> Capture:
     """Reads a gradient or an update and checks that it is one of this model.
 
     Args:
         path: named tensors, or an ordered list of them (:func:`read_tensors`).
         model: the model that it must fit.
+        ignored: names or patterns of what is left out, beside the trained parameters.
+        negated: whether the file holds the values with the other sign.
 
     Raises:
         InputError: names, order, shapes or dtypes do not fit, a value is NaN or infinite, or every
@@ -62,30 +72,40 @@ def read_capture(path: Path, model: ClientModel) -> Capture:
     def misfit(problem: str, hint: str = "") -> AuditError:
         return InputError(path, problem, hint)
 
-    return fit_capture(read_tensors(path), model, misfit)
+    captured, elsewhere = read_file(path)
+    if negated:
+        captured = {n: -t if t.is_floating_point() else t for n, t in captured.items()}
+    return fit_capture(captured, model, misfit, ignored, elsewhere)
 
 
-def fit_capture(captured: Tensors, model: ClientModel, misfit: Misfit) -> Capture:
+def fit_capture(
+    captured: Tensors,
+    model: ClientModel,
+    misfit: Misfit,
+    ignored: Sequence[str] = (),
+    elsewhere: Sequence[str] = (),
+) -> Capture:
     """Finds the model's parameters among tensors, and checks that these are a gradient of them.
 
-    Names may have lost or gained a wrapper (:func:`unwrap_names`). A list is matched by its order:
-    that of the trained parameters, of all parameters, or of the state dict.
+    Names may have lost or gained a wrapper, and a list may have several orders (:func:`fit_file`).
 
     Args:
         captured: by name, or an ordered list (:func:`is_ordered`).
         model: the model that it must fit.
         misfit: makes the error from a problem and a hint.
+        ignored: names or patterns of what is left out, beside the trained parameters.
+        elsewhere: places of what the file has beside its tensors.
 
     Raises:
         AuditError: names, order, shapes or dtypes do not fit, a value is NaN or infinite, or every
             value is zero.
     """
-    fitted = _fit(captured, model, misfit)
+    fitted = _fit(captured, model, misfit, ignored, elsewhere)
     if not any(bool(tensor.any()) for tensor in fitted.gradient.values()):
         raise misfit("every value is zero: there is nothing in it to audit", "")
     for name, parameter in model.module.named_parameters():
         file = fitted.unused.get(name)
-        if name in model.constants and file is not None and bool(captured[file].any()):
+        if name in model.constants and file is not None and bool(fitted.tensors[name].any()):
             raise misfit(
                 f"{file!r} is not zero, but {name!r} {tuple(parameter.shape)} is taken not to "
                 "be trained or not to be sent",
@@ -94,22 +114,26 @@ def fit_capture(captured: Tensors, model: ClientModel, misfit: Misfit) -> Captur
     return fitted
 
 
-def read_update(before: Path | None, after: Path, model: ClientModel) -> Capture:
+def read_update(
+    before: Path | None, after: Path, model: ClientModel, ignored: Sequence[str] = ()
+) -> Capture:
     """Reads checkpoints before and after local training; the update is the first less the second.
 
     Args:
         before: weights; those of the model unless given.
         after: weights, by name or in order.
         model: the model that both must fit.
+        ignored: names or patterns of what is left out, beside the trained parameters.
 
     Raises:
         InputError: one of them does not fit, the one before is not the model's, or they are equal.
     """
-    trained = _read_weights(after, model)
+    trained = _read_weights(after, model, ignored)
     start = {name: model.parameters[name].float() for name in trained.gradient}
     rounding = trained.rounding
     if before is not None:
         given = _read_weights(before, model)
+        _check_statistics(given, before)
         if given.gradient.keys() != start.keys():
             odd = min(given.gradient.keys() ^ start.keys())
             raise InputError(before, f"{odd!r} is only in one of capture.before and capture.after")
@@ -134,18 +158,30 @@ def read_update(before: Path | None, after: Path, model: ClientModel) -> Capture
     return replace(trained, gradient=update, rounding=rounding)
 
 
-def _read_weights(path: Path, model: ClientModel) -> Capture:
+def _check_statistics(given: Capture, before: Path) -> None:
+    """Compares what running statistics were before training with the model's."""
+    for name, change in given.beside.statistics.items():
+        limit = SAME_WEIGHTS * given.rounding * given.tensors[name].float().norm()
+        if bool(change.norm().cpu() > limit):
+            raise InputError(
+                before,
+                f"holds {name!r} with other values than the model at the round of the capture",
+                "Give model.weights with the running statistics that the client received.",
+            )
+
+
+def _read_weights(path: Path, model: ClientModel, ignored: Sequence[str] = ()) -> Capture:
     def misfit(problem: str, hint: str = "") -> AuditError:
         return InputError(path, problem, hint)
 
-    captured = read_tensors(path)
-    fitted = _fit(captured, model, misfit)
+    captured, elsewhere = read_file(path)
+    fitted = _fit(captured, model, misfit, ignored, elsewhere, "values")
     for name, _ in model.module.named_parameters():
         if name not in fitted.unused:
             continue
-        own, found = model.constants[name].cpu().float(), captured[fitted.unused[name]].float()
-        limit = SAME_WEIGHTS * fitted.rounding * own.norm()
-        if own.shape != found.shape or bool((own - found).norm() > limit):
+        own, found = model.constants[name].cpu().double(), fitted.tensors[name]
+        limit = SAME_WEIGHTS * _rounding(found) * own.abs()
+        if bool(((own - found.double()).abs() > limit).any()):
             raise InputError(
                 path,
                 f"{name!r} is not what it is in the model, but is declared not to be trained or "
@@ -167,120 +203,121 @@ def write_capture(path: Path, gradient: Gradient) -> None:
     write_whole(path, save(tensors))
 
 
-def _fit(captured: Tensors, model: ClientModel, misfit: Misfit) -> Capture:
-    sources, how = _sources(captured, model, misfit)
-    unsent = [name for name in model.parameters if name not in sources]
+def _fit(
+    captured: Tensors,
+    model: ClientModel,
+    misfit: Misfit,
+    ignored: Sequence[str] = (),
+    elsewhere: Sequence[str] = (),
+    numbers: Numbers | None = None,
+) -> Capture:
+    fit = _fit_file(captured, model, misfit)
+    left_out = _ignored(fit, elsewhere, model, misfit, ignored)
+    unsent = [name for name in model.parameters if name not in fit.tensors]
     rounding = torch.finfo(torch.float32).eps
     gradient: Gradient = {}
-    for name, parameter in model.parameters.items():
+    for name in model.parameters:
         if name in unsent:
             continue
-        tensor = captured[sources[name]]
-        _check_shape(sources[name], tensor, name, parameter, model, misfit)
+        tensor, source = fit.tensors[name], fit.sources[name]
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise misfit(
-                f"{sources[name]!r} is {kind}; expected floating point",
+                f"{source!r} is {kind}; expected floating point",
                 "Capture the gradient after dequantization.",
             )
         rounding = max(rounding, torch.finfo(tensor.dtype).eps)
         gradient[name] = tensor.to(device=model.device, dtype=torch.float32)
         bad = int((~torch.isfinite(gradient[name])).sum())
         if bad:
-            raise misfit(f"{sources[name]!r} holds {bad} values that are NaN or infinite", "")
-    kept = {name: sources[name] for name in gradient}
-    unused = {name: file for name, file in sources.items() if name not in kept}
-    return Capture(gradient, kept, how, unsent, unused, rounding)
-
-
-def _sources(captured: Tensors, model: ClientModel, misfit: Misfit) -> tuple[dict[str, str], str]:
-    """From the model's names, buffers and frozen ones included, to the file's; and how."""
-    if is_ordered(captured):
-        return _by_order(captured, model, misfit)
-    known = {**model.state, **model.parameters, **model.constants}
-    try:
-        names = unwrap_names(captured, known)
-    except ValueError as error:
-        raise misfit(str(error), "Save the tensors of one model only.") from None
-    unknown = [name for name in captured if name not in names]
-    missing = [name for name in model.parameters if name not in names.values()]
-    counts = f"({len(captured)} tensors captured, the model has {len(model.parameters)})"
-    if unknown:
-        name = unknown[0]
+            raise misfit(f"{source!r} holds {bad} values that are NaN or infinite", "")
+    kept = {name: fit.sources[name] for name in gradient}
+    fixed = dict(model.module.named_parameters())
+    more = {n: f for n, f in fit.sources.items() if n not in kept and f not in left_out}
+    unused = {name: file for name, file in more.items() if name in fixed}
+    held = {name: fit.tensors[name] for name in more if name not in fixed}
+    for name, tensor in held.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise misfit(f"{fit.sources[name]!r} holds values that are NaN or infinite", "")
+    unknown = {name: captured[name] for name in fit.unknown if name not in left_out}
+    ignored_too = [name for name, file in fit.sources.items() if file in left_out]
+    rest = [place for place in elsewhere if place not in left_out]
+    beside = look_beside(held, fit.sources, unknown, rest, model, numbers, ignored_too)
+    beside.ignored = left_out
+    sent = [name for name in (*beside.statistics, *ignored_too) if name in model.unsent]
+    if sent:
         raise misfit(
-            f"holds {name!r} {tuple(captured[name].shape)}, which is no tensor of the model "
-            f"{counts}",
-            _same_shape_hint(tuple(captured[name].shape), model, missing),
+            f"holds {fit.sources[sent[0]]!r}, which was changed, and capture.unsent says that it "
+            "is never sent",
+            "capture.unsent is for what the client keeps; what is sent is measured.",
         )
-    if len(missing) == len(model.parameters):
-        raise misfit(f"holds no trained parameter of the model {counts}", "")
-    file, name = next(iter(names.items()))
-    how = "name"
-    if file != name:
-        added = file.removesuffix(name) if file.endswith(name) else name.removesuffix(file)
-        how = f"name without {added!r}" if file.endswith(name) else f"name with {added!r}"
-    return {name: file for file, name in names.items()}, how
+    return Capture(gradient, kept, fit.how, unsent, unused, rounding, fit.tensors, beside)
 
 
-def _by_order(captured: Tensors, model: ClientModel, misfit: Misfit) -> tuple[dict[str, str], str]:
-    known = {**model.state, **model.parameters, **model.constants}
-    named = [name for name, _ in model.module.named_parameters() if name in known]
-    orders = {
-        "the trained parameters": [name for name in named if name in model.parameters],
-        "all parameters": named,
-        "the state dict": list(model.state),
-    }
-    shapes = [tensor.shape for tensor in captured.values()]
-    for how, order in orders.items():
-        if [known[name].shape for name in order] == shapes:
-            return dict(zip(order, captured, strict=True)), f"order of {how}"
-    lengths = ", ".join(f"{len(order)} for {how}" for how, order in orders.items())
-    if len(shapes) not in map(len, orders.values()):
-        raise misfit(
-            f"is a list of {len(shapes)} tensors without names; expected {lengths}",
-            "Save them with their names, or declare capture.unsent where some are never sent.",
-        )
-    how, order = next(pair for pair in orders.items() if len(pair[1]) == len(shapes))
-    place = next(i for i, name in enumerate(order) if known[name].shape != shapes[i])
-    raise misfit(
-        f"is a list in another order than {how}: the tensor at {place} has the shape "
-        f"{tuple(shapes[place])}, {order[place]!r} has {tuple(known[order[place]].shape)}",
-        "Save the tensors with their names, or in the model's order.",
-    )
+def _rounding(tensor: torch.Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
 
 
-def _check_shape(
-    source: str,
-    tensor: torch.Tensor,
-    name: str,
-    parameter: torch.Tensor,
+def _ignored(
+    fit: Fit,
+    elsewhere: Sequence[str],
     model: ClientModel,
     misfit: Misfit,
-) -> None:
-    if tensor.shape == parameter.shape:
-        return
-    if tensor.shape[1:] == parameter.shape:
-        hint = (
-            f"One gradient for each of {len(tensor)} samples (Opacus' grad_sample)? Capture what "
-            "the client sends: their mean or sum."
-        )
-    else:
-        hint = _same_shape_hint(tuple(tensor.shape), model)
-    raise misfit(
-        f"{source!r} has the shape {tuple(tensor.shape)}; "
-        f"the model's {name!r} has {tuple(parameter.shape)}",
-        hint,
+    patterns: Sequence[str],
+) -> list[str]:
+    """The names of the file that capture.ignored leaves out.
+
+    Raises:
+        AuditError: it stands for nothing in the file, or for a trained parameter.
+    """
+    names = {file: name for name, file in fit.sources.items()}
+    ignored: list[str] = []
+    for pattern in patterns:
+        own = {file for file, name in names.items() if fnmatch.fnmatch(name, pattern)}
+        own |= set(fnmatch.filter([*names, *fit.unknown, *elsewhere], pattern))
+        trained = [file for file in own if names.get(file) in model.parameters]
+        if trained:
+            raise misfit(
+                f"holds {min(trained)!r}, a trained parameter, which capture.ignored "
+                f"({pattern!r}) is not for",
+                "What is not trained is model.frozen, what is never sent capture.unsent.",
+            )
+        if not own:
+            raise misfit(
+                f"holds nothing that capture.ignored ({pattern!r}) stands for",
+                "Leave it out where nothing of the kind is sent.",
+            )
+        ignored += sorted(own)
+    return ignored
+
+
+def _fit_file(captured: Tensors, model: ClientModel, misfit: Misfit) -> Fit:
+    """Finds the model's tensors, buffers and frozen parameters included."""
+    known = know_tensors(
+        model.module,
+        model.state,
+        model.parameters,
+        model.parameters,
+        model.unsent,
+        model.arrangements,
+        "capture.layout",
+        may_lack=True,
     )
-
-
-def _same_shape_hint(
-    shape: tuple[int, ...], model: ClientModel, names: list[str] | None = None
-) -> str:
-    fitting = [
-        name
-        for name, parameter in model.parameters.items()
-        if tuple(parameter.shape) == shape and (names is None or name in names)
-    ]
-    if fitting:
-        return f"Of the model's parameters, {' or '.join(map(repr, fitting[:3]))} has that shape."
-    return "No parameter of the model has that shape: is it the gradient of another model?"
+    try:
+        fit = fit_file(captured, known)
+    except AuditError as error:
+        raise misfit(error.problem, error.remedy) from None
+    missing = [name for name in model.parameters if name not in fit.sources]
+    counts = f"({len(captured)} tensors captured, the model has {len(model.parameters)})"
+    shapes = {known.shape(name) for name in missing}
+    for name in fit.unknown:
+        shape = tuple(captured[name].shape)
+        # What has another name, or is of another model, is lacking under its own.
+        if shape in shapes or len(missing) == len(model.parameters):
+            raise misfit(
+                f"holds {name!r} {shape}, which is no tensor of the model {counts}",
+                same_shape_hint(shape, known, missing),
+            )
+    if len(missing) == len(model.parameters):
+        raise misfit(f"holds no trained parameter of the model {counts}", "")
+    return fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -24,11 +25,18 @@ from ggl_audit.environment import is_out_of_memory
 from ggl_audit.errors import SpecError, nearest
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.factories import build_module
-from ggl_audit.inputs.images import Shape
+from ggl_audit.inputs.images import Shape, count_classes
 from ggl_audit.inputs.interpreter import Program, UnsupportedError, recording_of
+from ggl_audit.inputs.layouts import CHANNELS_LAST, Arrangements, trace_arrangements
 from ggl_audit.inputs.losses import Criterion, CrossEntropy, build_criterion
 from ggl_audit.inputs.outputs import Place, candidates, choose, described, first_rows
 from ggl_audit.inputs.programs import load_exported, load_torchscript
+from ggl_audit.inputs.statistics import (
+    Normalization,
+    Statistics,
+    batches_seen,
+    find_normalizations,
+)
 from ggl_audit.inputs.targets import Targets, read_targets
 from ggl_audit.inputs.tensors import Tensors
 from ggl_audit.inputs.weights import NORMALIZATIONS, fill_weights
@@ -79,6 +87,10 @@ class ClientModel:
         mixes: whether an image's output depends on the others of its batch, as with batch norm in
             train mode.
         fewest: images that the module takes at a time; fewer are filled up with copies of them.
+        unsent: names of the state dict, buffers included, that are declared never to be sent.
+        arrangements: how the tensors of a capture lie in its file; None for PyTorch's layout.
+        normalizations: the layers that keep running statistics in this mode.
+        statistics: those of them that are observed beside the parameters; None where none are.
     """
 
     module: nn.Module
@@ -101,6 +113,10 @@ class ClientModel:
     whole: bool = False
     mixes: bool = False
     fewest: int = 1
+    unsent: frozenset[str] = frozenset()
+    arrangements: Arrangements | None = None
+    normalizations: tuple[Normalization, ...] = ()
+    statistics: Statistics | None = None
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +131,17 @@ class ClientModel:
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """What the module is called with, for images (..., channels, height, width) in [0, 1]."""
         return ((images.flip(-3) if self.bgr else images) - self.mean) / self.std
+
+    def as_received(self) -> nn.Module:
+        """A copy of the module as a client has it, which keeps running statistics."""
+        module = copy.deepcopy(self.module)
+        for normalization in self.normalizations:
+            layer: Any = module.get_submodule(normalization.layer)
+            layer.track_running_stats = True
+            layer.running_mean, layer.running_var = normalization.running.clone()
+            if normalization.counts:
+                layer.num_batches_tracked = torch.tensor(normalization.batches)
+        return module
 
     def without(self, names: Collection[str]) -> ClientModel:
         """The model of a client that neither trains nor sends these parameters."""
@@ -213,7 +240,7 @@ class ClientModel:
         constants = {**self.constants, **swapped, **parameters}
         try:
             with differentiable_attention():
-                returned = functional_call(self.module, constants, (normalized,))
+                returned = call_with(self.module, constants, normalized)
             output = choose(returned, place)
             filled = len(normalized)
             return output if filled == count else first_rows(output, count, filled)
@@ -256,11 +283,17 @@ def load_model(
     if wrap is not None:
         module = wrap(module)
     _set_modes(module, spec)
+    layouts = (declared.layout, spec.capture.layout)
+    arrangements = _arrangements(module, spec) if CHANNELS_LAST in layouts else None
+    filled = frozenset(module.state_dict())
     if declared.weights is not None:
-        fill_weights(module, spec.resolve(declared.weights), declared.origin)
+        lie = arrangements if declared.layout == CHANNELS_LAST else None
+        path = spec.resolve(declared.weights)
+        filled = fill_weights(module, path, declared.origin, lie, "model.layout")
     module.to(device=device, dtype=dtype)
     _check_recording(module, spec)
     state = dict(module.state_dict())
+    normalizations = find_normalizations(module, filled)
     _prepare_for_training(module, declared.mode)
     parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     if not parameters:
@@ -288,8 +321,10 @@ def load_model(
         local=spec.capture.local,
         bgr=declared.input.channels == "bgr",
         state=state,
+        normalizations=normalizations,
         criterion=build_criterion(declared.loss, spec.folder, device, dtype),
         targets=None if targets is None else targets.to(device, dtype),
+        arrangements=arrangements if spec.capture.layout == CHANNELS_LAST else None,
     )
     random = torch.Generator().manual_seed(0)
     images = torch.rand(2, model.batch_size, *model.shape, generator=random).to(mean)
@@ -297,6 +332,9 @@ def load_model(
     model = replace(model, output=output, whole=whole)
     if _try(model, images[1], spec)[3] != head:
         head = None
+    with batches_seen(module, Statistics(normalizations, ())) as seen, torch.no_grad():
+        model.logits(parameters, images[0])
+    model = replace(model, normalizations=tuple(n for n in normalizations if n.layer in seen))
     model = replace(model, head=head, mixes=_try_more(model, images, outputs, spec))
     model = replace(model, fewest=_fewest(model, images[0], outputs))
     model = replace(model, classes=_classes(model, outputs, spec))
@@ -337,6 +375,28 @@ def _reason(error: BaseException) -> str:
     """What was raised, in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def call_with(module: nn.Module, tensors: Tensors, images: torch.Tensor) -> Any:
+    """Calls a module with other tensors in place of its own, which it has again afterwards.
+
+    ``functional_call`` ties weights by name, and leaves the other tensors in a layer that stands in
+    the module under two names.
+
+    Args:
+        module: the module.
+        tensors: by name, tied ones by their first.
+        images: what it is called with.
+    """
+    first: dict[int, str] = {}
+    tied = {}
+    for prefix, layer in module.named_modules():
+        for own, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
+            name = f"{prefix}.{own}" if prefix else own
+            if tensor is not None and first.setdefault(id(tensor), name) != name:
+                tied[name] = first[id(tensor)]
+    more = {name: tensors[one] for name, one in tied.items() if one in tensors}
+    return functional_call(module, {**tensors, **more}, (images,), tie_weights=False)
 
 
 @contextmanager
@@ -384,6 +444,18 @@ def _build(spec: Spec) -> nn.Module:
         return load_exported(spec.resolve(declared.exported))
     assert declared.factory is not None
     return build_module(declared.factory, declared.kwargs, spec.folder, "model")
+
+
+def _arrangements(module: nn.Module, spec: Spec) -> Arrangements:
+    """How the tensors of the model lie in files with channels last."""
+    parameter = next(module.parameters(), torch.empty(0))
+    images = torch.rand(spec.capture.batch_size, *spec.model.input.shape).to(parameter)
+    try:
+        with differentiable_attention():
+            return trace_arrangements(module, images)
+    except (Exception, SystemExit) as error:
+        # The forward pass is the user's own code.
+        raise _not_taken(spec, images, error) from error
 
 
 def _check_recording(module: nn.Module, spec: Spec) -> None:
@@ -502,7 +574,7 @@ def _call_aside(module: nn.Module, spec: Spec) -> None:
     images = images.to(like.device, like.dtype if like.is_floating_point() else None)
     with torch.random.fork_rng(), torch.no_grad(), differentiable_attention():
         try:
-            functional_call(module, copies, (images,))
+            call_with(module, copies, images)
         except (Exception, SystemExit) as error:
             raise _not_taken(spec, images, error) from error
 
@@ -534,8 +606,10 @@ def _random(what: str, mode: str) -> SpecError:
     return SpecError(
         ("model", "mode"),
         f"{mode}, but {what} and the client's draw is not known",
-        "Set the probability of its dropout to 0 in model.kwargs"
-        + (", or declare mode: eval." if mode == "train" else "."),
+        "A capture that was made so cannot be audited: every replay would be of another draw. Let "
+        "the client make one with the probability of its dropout set to 0, and set it in "
+        "model.kwargs"
+        + (", or declare mode: eval if its dropout was off." if mode == "train" else "."),
     )
 
 
@@ -689,6 +763,11 @@ def _alike(outputs: torch.Tensor, others: torch.Tensor) -> bool:
 def _classes(model: ClientModel, outputs: torch.Tensor, spec: Spec) -> int:
     if model.targets is not None:
         return len(model.targets.rows)
+    reference, declared = spec.evidence.reference, spec.capture.labels
+    if spec.model.loss.factory is not None and reference is not None:
+        # Only the client's own code knows which of the outputs are logits.
+        own = declared if isinstance(declared, list) else []
+        return max(2, count_classes(reference, spec.folder), *(label + 1 for label in own))
     try:
         return model.criterion.classes(outputs)
     except ValueError as error:
@@ -701,7 +780,8 @@ def _classes(model: ClientModel, outputs: torch.Tensor, spec: Spec) -> int:
 
 
 def _try_loss(model: ClientModel, images: torch.Tensor, spec: Spec) -> None:
-    labels = torch.zeros(len(images), dtype=torch.long, device=model.device)
+    last = 0 if model.targets is not None else model.classes - 1
+    labels = torch.full((len(images),), last, dtype=torch.long, device=model.device)
     targets = model.targets_of(labels)
     with torch.no_grad():
         outputs = model.outputs(model.parameters, images)

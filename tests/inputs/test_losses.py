@@ -57,6 +57,9 @@ def focal(outputs, targets, gamma=2.0):
 def summed(outputs, targets):
     return F.cross_entropy(outputs, targets, reduction="sum")
 
+def packed(outputs, targets):
+    return F.cross_entropy(outputs[:, :10], targets) + 0.1 * outputs[:, 10:].square().mean()
+
 def each(outputs, targets):
     return F.cross_entropy(outputs, targets, reduction="none")
 
@@ -203,6 +206,28 @@ def test_losses_of_class_indices_are_those_of_pytorch(
     for index in range(2):
         own = {name: tensor[index] for name, tensor in found.items()}
         _same(own, plain_gradient(model, loss, images[index], labels[index]))
+
+
+def test_outputs_that_are_no_logits_are_no_classes(declare: Declare) -> None:
+    spec = declare("classifier", "code.py:packed", kwargs={"outputs": 13}, labels=[9])
+    model = load_model(spec, CPU)
+    assert model.classes == 10
+    image = torch.rand(1, 1, 16, 16)
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits, rest = outputs.split([10, 3], dim=1)
+        return nn.CrossEntropyLoss()(logits, targets) + 0.1 * rest.square().mean()
+
+    write_capture(
+        spec.folder / "capture.safetensors", plain_gradient(model, loss, image, torch.tensor([9]))
+    )
+    assert prepare(spec).labels == [9]
+    few = declare("classifier", "code.py:packed", np.arange(40) % 4, None, {"outputs": 13})
+    assert load_model(few, CPU).classes == 4
+    with pytest.raises(SpecError, match=r"outputs \(1, 13\) and targets \(1,\) \(IndexError"):
+        load_model(
+            declare("classifier", "code.py:packed", kwargs={"outputs": 13}, labels=[11]), CPU
+        )
 
 
 def several_labels(count: int) -> np.ndarray[Any, Any]:

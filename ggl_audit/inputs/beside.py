@@ -1,0 +1,178 @@
+"""What a capture holds beside the gradient of the trained parameters, and what it is taken for.
+
+Nothing of it is ignored. Running statistics are observed like the gradient; what is as it was, or
+as the declaration has it, tells nothing; all else was sent and is not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ggl_audit.gradient import Gradient
+from ggl_audit.inputs.fitting import COUNTER, RUNNING
+from ggl_audit.inputs.interpreter import recording_of
+from ggl_audit.inputs.kinds import kind_of
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.statistics import Normalization
+from ggl_audit.inputs.tensors import Tensors
+
+Numbers = Literal["values", "changes"]
+"""What a file has of a buffer: its value after training, or the value before less that after."""
+
+COUNTS_IN_EVAL = "counts of batches of layers that are in eval mode"
+STATISTICS_IN_EVAL = "running statistics of layers that are in eval mode, and changed"
+STATISTICS_OF_PROGRAM = "running statistics of a saved program, which are not computed"
+UNKNOWN_BEFORE = "running statistics whose values before are not in model.weights"
+ELSEWHERE = "other things beside the state dict or the gradients"
+BUFFERS = "buffers that were changed"
+
+ROUNDINGS = 4
+
+
+@dataclass
+class Beside:
+    """What a capture holds beside the gradient.
+
+    Attributes:
+        statistics: what running statistics were changed by, before less after, by buffer name.
+        counts: the same of the counts of batches.
+        idle: what is as it was before, or as the declaration has it, by the file's names.
+        unmeasured: what else was sent, by the file's names, under what it is.
+        silent: running statistics that the mode has and the file has not.
+        ignored: what is left out as capture.ignored says, by the file's names.
+        rounding: of the numbers of the running statistics, relative.
+    """
+
+    statistics: Gradient = field(default_factory=dict)
+    counts: Gradient = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
+    unmeasured: dict[str, list[str]] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    rounding: float = 0.0
+
+
+def look_beside(
+    held: Tensors,
+    sources: dict[str, str],
+    unknown: Tensors,
+    elsewhere: Sequence[str],
+    model: ClientModel,
+    numbers: Numbers | None,
+    ignored: Collection[str] = (),
+) -> Beside:
+    """Takes apart what a file holds beside the trained parameters.
+
+    Args:
+        held: buffers of the model, by its names.
+        sources: from these to the file's names.
+        unknown: of no tensor of the model, by the file's names.
+        elsewhere: places of what the file has beside its tensors (:func:`read_file`).
+        model: the client's.
+        numbers: what the file has of buffers; None where its numbers have to tell.
+        ignored: names of the model and of the file that are left out.
+    """
+    beside = Beside()
+    held = {name: tensor.to(model.device) for name, tensor in held.items()}
+    of_layers = {name: layer for layer in model.normalizations for name in layer.names}
+    counters = {layer.counter for layer in model.normalizations}
+    if numbers is None:
+        numbers = _numbers(held, model)
+    for name, tensor in held.items():
+        known = model.state.get(name, model.constants.get(name))
+        before = torch.zeros_like(tensor) if known is None else known
+        same = _is_same(tensor, before if numbers == "values" else torch.zeros_like(before))
+        if numbers == "changes" and not tensor.is_floating_point():
+            same = _is_same(tensor, before) or same  # kept as it is after training
+        change = before.float() - tensor.float() if numbers == "values" else tensor.float()
+        if name in of_layers and (same or not tensor.is_floating_point()):
+            kind = BUFFERS if not same else None
+            (beside.idle if kind is None else beside.unmeasured.setdefault(kind, [])).append(
+                sources[name]
+            )
+        elif name in of_layers and not of_layers[name].known:
+            beside.unmeasured.setdefault(UNKNOWN_BEFORE, []).append(sources[name])
+        elif name in of_layers:
+            beside.statistics[name] = change
+            beside.rounding = max(beside.rounding, torch.finfo(tensor.dtype).eps)
+        elif name.rpartition(".")[2] == COUNTER and tensor.numel() == 1:
+            change = -_counted(tensor, before, model)
+            if name in counters:
+                beside.counts[name] = change
+            elif bool(change != 0):
+                beside.unmeasured.setdefault(COUNTS_IN_EVAL, []).append(sources[name])
+            else:
+                beside.idle.append(sources[name])
+        elif same:
+            beside.idle.append(sources[name])
+        else:
+            kind = BUFFERS
+            if name.rpartition(".")[2] in RUNNING:
+                kind = STATISTICS_OF_PROGRAM if _of_program(model) else STATISTICS_IN_EVAL
+            beside.unmeasured.setdefault(kind, []).append(sources[name])
+    said = {*held, *model.unsent, *ignored}
+    beside.silent.extend(name for name in (*of_layers, *_of_program(model)) if name not in said)
+    if elsewhere:
+        beside.unmeasured[ELSEWHERE] = [*elsewhere]
+    for file, tensor in unknown.items():
+        beside.unmeasured.setdefault(_kind(file, tensor, model), []).append(file)
+    return beside
+
+
+def _is_same(found: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether each value is what it was, up to the rounding of the tensor's own type."""
+    if not found.is_floating_point() or not before.is_floating_point():
+        return bool((found == before).all())
+    limit = ROUNDINGS * torch.finfo(found.dtype).eps * before.double().abs()
+    return bool(((found.double() - before.double()).abs() <= limit).all())
+
+
+def _of_program(model: ClientModel) -> list[str]:
+    """The running statistics of a saved program that normalizes in train mode."""
+    recording = recording_of(model.module)
+    if recording is None or not recording.normalizes or "train" not in recording.modes:
+        return []
+    return [name for name in model.state if name.rpartition(".")[2] in RUNNING]
+
+
+def _numbers(held: Tensors, model: ClientModel) -> Numbers:
+    """What running variances show: after a step at least (1 - momentum) of each is left.
+
+    So a value is never below that, and a change never above the rest.
+    """
+    kept = [
+        (held[layer.names[1]].float(), share * layer.running[1])
+        for layer in model.normalizations
+        if layer.names[1] in held and (share := _least_kept(layer, model)) > 1 / 2
+    ]
+    if kept:
+        return "values" if all(bool((after >= least).all()) for after, least in kept) else "changes"
+    return "values" if model.local is None else "changes"
+
+
+def _least_kept(layer: Normalization, model: ClientModel) -> float:
+    local, images = model.local, model.batch_size
+    steps = 1 if local is None else local.epochs * -(-images // (local.batch_size or images))
+    if layer.momentum is None:
+        return layer.batches / (layer.batches + steps)
+    return float((1 - layer.momentum) ** steps)
+
+
+def _counted(tensor: torch.Tensor, before: torch.Tensor, model: ClientModel) -> torch.Tensor:
+    """How many batches a count went up by; a file has the count, or before less after."""
+    found = tensor.reshape(()).float()
+    return -found if bool(found < 0) else found - before.reshape(()).to(found)
+
+
+def _kind(file: str, tensor: torch.Tensor, model: ClientModel) -> str:
+    kind = kind_of(file, tensor)
+    if kind is not None:
+        return kind
+    shapes = {tuple(parameter.shape) for parameter in model.parameters.values()}
+    if tuple(tensor.shape) in shapes and tensor.numel() > 1:
+        return "tensors in a parameter's shape, as an optimizer's state has"
+    return "tensors that are not the model's"

@@ -10,6 +10,7 @@ from ggl_audit.experiments.candidate_matching import match_candidates
 from ggl_audit.experiments.capture import attack_capture
 from ggl_audit.experiments.measurements import Measurements
 from ggl_audit.experiments.membership import MEMBERSHIP_TRIALS, identify_members
+from ggl_audit.experiments.noise import try_noise
 from ggl_audit.experiments.promise import try_promise
 from ggl_audit.experiments.reconstruction import reconstruct, reconstruct_undefended
 from ggl_audit.forecast import planned_evaluations
@@ -76,6 +77,9 @@ def run_audit(spec: Spec, progress: Progress, clock: Clock | None = None) -> Rep
 
         begin("membership")
         identify_members(setting, trials.first(MEMBERSHIP_TRIALS), measured, advance)
+
+        begin("the test of the noise")
+        try_noise(setting, measured, advance)
 
         begin("the test of the promise")
         try_promise(setting, evidence.matching_trials, measured, advance)

@@ -13,6 +13,7 @@ from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.images import read_image
+from ggl_audit.inputs.layouts import CHANNELS_LAST
 from ggl_audit.loading import load_client
 from ggl_audit.randomness import client_context
 from ggl_audit.spec import Spec
@@ -36,6 +37,12 @@ def capture_gradient(spec: Spec, images: Sequence[Path], labels: Sequence[int]) 
     Raises:
         AuditError: an image, a label, the model or the defense cannot be used.
     """
+    if spec.capture.layout == CHANNELS_LAST:
+        raise SpecError(
+            ("capture", "layout"),
+            f"{CHANNELS_LAST}, but 'ggl-audit capture' writes PyTorch's layout",
+            "Leave it out.",
+        )
     cpu = torch.device("cpu")
     defense, model = load_client(spec, cpu, torch.float64)
     if spec.capture.targets is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.pixels import attack_pixels
 from ggl_audit.attack.refine import refinement_steps
 from ggl_audit.clock import Clock
@@ -22,6 +22,7 @@ from ggl_audit.experiments.attacks import PIXELS, REFINED, Suite, captured_label
 from ggl_audit.experiments.candidate_matching import MATCHING_CONTROL_TRIALS, run_matching
 from ggl_audit.experiments.capture import SEARCHES_COMPARED
 from ggl_audit.experiments.membership import MEMBERSHIP_TRIALS, can_identify_members
+from ggl_audit.experiments.noise import planned_releases
 from ggl_audit.experiments.promise import tests_promise
 from ggl_audit.gradient import stack
 from ggl_audit.optimizers import DERIVATIVE_COST
@@ -34,7 +35,10 @@ SEARCHES_TO_PREDICT = 20
 ROUNDS_TO_PREDICT = (1, 3)
 """Of a search, each as long as the latent has coordinates."""
 
-STEPS_TO_PREDICT = 5
+STEPS_TO_PREDICT = (1, 5)
+
+SECONDS_TO_PREDICT = 10.0
+"""That candidates of one kind are tried for; a slow model's are then fewer."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def planned_evaluations(setting: Setting, suite: Suite) -> int:
 
 
 def planned_matching(setting: Setting) -> int:
-    """The candidates of the ceiling, its control and the promise."""
+    """The candidates of the ceiling, its control, the noise and the promise."""
     evidence = setting.spec.evidence
     matched = min(evidence.matching_trials, len(setting.trials()))
     promised = evidence.matching_trials if tests_promise(setting) else 0
@@ -126,7 +130,7 @@ def planned_matching(setting: Setting) -> int:
         matched += min(matched, MATCHING_CONTROL_TRIALS)
     if can_identify_members(setting):
         matched += min(len(setting.trials()), MEMBERSHIP_TRIALS)
-    return matched * (evidence.candidates + 1) + promised
+    return matched * (evidence.candidates + 1) + promised + planned_releases(setting)
 
 
 def planned_searches(setting: Setting) -> tuple[int, int]:
@@ -165,45 +169,79 @@ def predict_seconds(setting: Setting, suite: Suite) -> tuple[float, float, float
     observed = stack([setting.observed] * count)
     labels = captured_labels(setting, count)
 
-    def matched() -> int:
+    def matched(tried: int, candidates: int) -> int:
+        part = trials.first(tried)
+        part = replace(part, candidates=part.candidates[:, : candidates - 1])
         run_matching(
-            setting, setting.client, setting.defense, trials, "prediction", _nothing, Clock()
+            setting, setting.client, setting.defense, part, "prediction", _nothing, Clock()
         )
-        return trials.candidates.numel() + len(trials)
+        return part.candidates.numel() + len(part)
 
-    def searched(evaluations: int) -> int:
+    def searched(searches: int, evaluations: int) -> int:
+        part = {name: tensor[:searches] for name, tensor in observed.items()}
         found, _ = run_search(
-            setting, setting.defense, observed, labels, "prediction", _nothing, evaluations
+            setting,
+            setting.defense,
+            part,
+            labels[:searches],
+            "prediction",
+            _nothing,
+            evaluations,
         )
         return found.evaluations
 
-    def descended(steps: int) -> int:
-        derivatives = Derivatives(setting.model, setting.defense, "cosine")
+    def descended(searches: int, steps: int) -> int:
+        derivatives = setting.derivatives("cosine")
         random = setting.random("prediction")
-        of_each = labels.reshape(count, -1)
-        attack_pixels(setting.model, derivatives, of_each, observed, steps, random, _nothing)
-        return steps * count
+        part = {name: tensor[:searches] for name, tensor in observed.items()}
+        of_each = labels[:searches].reshape(searches, -1)
+        attack_pixels(setting.model, derivatives, of_each, part, steps, random, _nothing)
+        return steps * searches
 
-    def timed(experiment: Callable[[], int]) -> tuple[float, int]:
-        started = time.perf_counter()
-        evaluated = experiment()
-        return time.perf_counter() - started, evaluated
-
-    matched()  # warms up
-    match_seconds, match_count = timed(matched)
-    # The difference of two lengths leaves out what a search costs once.
+    candidates = setting.spec.evidence.candidates + 1
+    matching = seconds_each(matched, [(1, 3), (1, candidates), (len(trials), candidates)])
     size = setting.prior.size * setting.members + attack.population
+    least = attack.restarts * (attack.population + 1)
     short = attack.restarts * min(ROUNDS_TO_PREDICT[0] * size, attack.evaluations)
     long = attack.restarts * min(ROUNDS_TO_PREDICT[1] * size, 2 * attack.evaluations)
-    short_seconds, short_count = timed(lambda: searched(short))
-    long_seconds, long_count = timed(lambda: searched(long))
-    search_seconds = max(long_seconds - short_seconds, 0.0) / max(1, long_count - short_count)
-    derivative_seconds = 0.0
+    # The difference of two lengths leaves out what a search costs once.
+    searching = seconds_each(searched, [(1, least), (count, short), (count, long)], matching)
+    descending = 0.0
     if planned_descents(setting, suite):
-        descended(1)
-        seconds, steps = timed(lambda: descended(STEPS_TO_PREDICT))
-        derivative_seconds = seconds / steps
-    return match_seconds / max(match_count, 1), search_seconds, derivative_seconds
+        few, more = STEPS_TO_PREDICT
+        guess = DERIVATIVE_COST * searching
+        descending = seconds_each(descended, [(1, few), (count, few), (count, more)], guess)
+    return matching, searching, descending
+
+
+def seconds_each(
+    experiment: Callable[[int, int], int],
+    sizes: Sequence[tuple[int, int]],
+    guess: float = 0.0,
+    most: float = SECONDS_TO_PREDICT,
+) -> float:
+    """The seconds that an experiment takes for each candidate, from ever more of them.
+
+    The next size is only begun if it can be expected to end in time. What counts is how much longer
+    the last took than the one before, as the first also warms up.
+
+    Args:
+        experiment: called with a size, it evaluates about its product and tells how many exactly.
+        sizes: in rising order.
+        guess: the seconds of a candidate, before any was tried.
+        most: seconds for all sizes together.
+    """
+    each, total, last = guess, 0.0, (0.0, 0)
+    for size in sizes:
+        if total + each * math.prod(size) > most:
+            break
+        started = time.perf_counter()
+        count = experiment(*size)
+        seconds = time.perf_counter() - started
+        if count > last[1]:
+            each = max(seconds - last[0], 0.0) / (count - last[1])
+        total, last = total + seconds, (seconds, count)
+    return each
 
 
 def _nothing(_evaluations: int) -> None:

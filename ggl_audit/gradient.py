@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -33,6 +33,25 @@ def flat(gradient: Gradient) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in gradient.values()])
 
 
+def added(gradients: Sequence[Gradient]) -> Gradient:
+    """The sum of gradients."""
+    if len(gradients) == 1:
+        return gradients[0]
+    return {name: torch.stack([g[name] for g in gradients]).sum(0) for name in gradients[0]}
+
+
+def rows(gradients: Iterable[Gradient], count: int) -> torch.Tensor:
+    """All values of each of so many gradients in a row of its own, (count, size)."""
+    table: torch.Tensor | None = None
+    for place, gradient in enumerate(gradients):
+        row = flat(gradient)
+        # They come one by one, and are never held twice.
+        table = row.new_empty(count, len(row)) if table is None else table
+        table[place] = row
+    assert table is not None
+    return table
+
+
 def stack(gradients: Sequence[Gradient]) -> Gradient:
     """Stacks n gradients into one whose tensors have a leading dimension n."""
     return {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
@@ -50,7 +69,7 @@ def repeated(gradients: Gradient, times: int) -> Gradient:
 
 def shares(gradients: Gradient) -> torch.Tensor:
     """The share of each of k tensors in the squared norm of each of t gradients, (t, k)."""
-    squares = [tensor.flatten(1).double().square().sum(1) for tensor in gradients.values()]
+    squares = [t.reshape(len(t), -1).double().square().sum(1) for t in gradients.values()]
     table = torch.stack(squares, dim=1)
     return table / table.sum(1, keepdim=True).clamp(min=1e-300)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.labels import (
     infer_labels,
     infer_ones,
@@ -18,41 +20,54 @@ from ggl_audit.attack.labels import (
     usual_head,
     why_not_inferred,
 )
-from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.matching import Distance, Matching
 from ggl_audit.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.defenses import (
     Check,
+    Clip,
     Context,
     Pipeline,
 )
 from ggl_audit.defenses.sec_adam import last_gradient
-from ggl_audit.doubts import capture_doubts, client_doubts, replica_doubts
+from ggl_audit.doubts import capture_doubts, client_doubts, label_doubts, replica_doubts
 from ggl_audit.environment import choose_device, keep_freed_memory
 from ggl_audit.errors import AuditError, InputError, Key, NothingToMeasureError, SpecError
-from ggl_audit.evidence.appearance import appearance
+from ggl_audit.evidence.appearance import appearance, gives_probabilities
 from ggl_audit.evidence.assignment import assign_labels
-from ggl_audit.evidence.consistency import check_truth
+from ggl_audit.evidence.consistency import PRIVATE_IMAGE, check_truth
+from ggl_audit.evidence.covered_statistics import check_covered
 from ggl_audit.evidence.declarations import other_declarations
-from ggl_audit.evidence.fidelity import Perceptual, load_lpips
+from ggl_audit.evidence.declared_noise import (
+    MOST_LABELS,
+    check_noise,
+    check_noise_beside,
+    check_shared_noise,
+)
+from ggl_audit.evidence.fidelity import Perceptual, candidate_distances, load_lpips
 from ggl_audit.evidence.guarantee import Guarantee, account
 from ggl_audit.evidence.identification import Trials, captured_trial, draw_trials
-from ggl_audit.evidence.last_layer import check_last_layer, look_at_last_layer
+from ggl_audit.evidence.last_layer import look_at_last_layer
+from ggl_audit.evidence.signs import check_last_layer_and_sign
+from ggl_audit.evidence.square_layers import check_square_layers
 from ggl_audit.files import sha256
 from ggl_audit.gradient import Gradient, each, norm, stack, unstack
 from ggl_audit.inputs.capture import Capture, read_capture, read_update
 from ggl_audit.inputs.factories import find_callable
+from ggl_audit.inputs.hub_cache import find_backbone
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image, read_image_set
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.loading import load_client
+from ggl_audit.loading import load_client, observe_statistics
 from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME
 from ggl_audit.priors.loading import load_prior, prior_folder, sample_images
 from ggl_audit.priors.prior import Prior
 from ggl_audit.randomness import client_context, stream
-from ggl_audit.spec import Spec
+from ggl_audit.spec import LpipsSpec, Spec
 
 SAMPLED_CLASSES = 10
 NORMS_COMPARED = 8
+SAME_CHANGES = 2
+"""In roundings of the file."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +88,12 @@ class Setting:
         observed: the captured gradient as the attacker sees it, defended.
         checks: the capture against each declared step.
         labels: of the images that the capture is made of, inferred or declared.
+        labels_in_doubt: why inferred ones may be wrong, none or one; part of ``doubts``.
         truths: (k, channels, height, width), the images that the capture is made of, client by
             client; (0, ...) where the auditor does not hold them.
         truth_labels: of these; None where it is not known which label belongs to which image.
         prior_saw_truth: whether the prior was trained on any of them.
-        lpips: the perceptual metric, or None.
+        lpips: the perceptual metric, or why there is none.
         others: the same for further captures of the round, which are only checked and attacked.
         files: the files that were read, as the spec names them, with their SHA-256.
     """
@@ -95,10 +111,11 @@ class Setting:
     observed: Gradient
     checks: list[Check]
     labels: list[int]
+    labels_in_doubt: list[str]
     truths: torch.Tensor
     truth_labels: list[int] | None
     prior_saw_truth: bool
-    lpips: Perceptual | None
+    lpips: Perceptual | str
     files: list[tuple[str, str]]
     others: list[Setting] = field(default_factory=list)
 
@@ -114,7 +131,20 @@ class Setting:
     @property
     def memory(self) -> int:
         """Bytes that candidates' gradients may take at a time."""
-        return self.spec.memory * 2**20
+        return self.spec.memory_bytes
+
+    def matching(
+        self, defense: Pipeline | None = None, distance: Distance = "likelihood"
+    ) -> Matching:
+        """Compares candidates within the memory, under the declared defense or another one."""
+        own = self.defense if defense is None else defense
+        return Matching(self.model, own, distance, self.memory)
+
+    def derivatives(
+        self, distance: Distance, shown: torch.Tensor | None = None, weight: float = 0.0
+    ) -> Derivatives:
+        """Derivatives of the matching distance, within the memory."""
+        return Derivatives(self.model, self.defense, distance, shown, weight, self.memory)
 
     @property
     def has_likelihood(self) -> bool:
@@ -127,7 +157,7 @@ class Setting:
     def usual(self) -> Gradient:
         """What a client computes from reference images, undefended; a leading dimension n."""
         images, labels = self.reference.sets(NORMS_COMPARED, self.model.batch_size)
-        return Matching(self.model, self.defense).gradients(images, labels)
+        return self.matching().gradients(images, labels)
 
     @functools.cached_property
     def usual_norm(self) -> float:
@@ -141,12 +171,26 @@ class Setting:
         plain = self.spec.model.loss.is_plain and model.targets is None
         seen = look_at_last_layer(model, gradient, self.captured.rounding) if plain else None
         usual = None if seen is None else usual_head(model, self.reference)
-        return appearance(gradient, self.usual, model, seen, usual)
+        images, _ = self.reference.sets(1, model.batch_size)
+        with torch.no_grad():
+            outputs = model.logits(model.parameters, images[0])
+        loss = None if self.spec.model.loss.factory else self.spec.model.loss.name
+        said = gives_probabilities(outputs, loss)
+        computed = {name: self.usual[name] for name in gradient}
+        return [*said, *appearance(gradient, computed, model, seen, usual)]
 
     @property
     def distance(self) -> str:
         """The name of the distance by which a picture picks its candidate."""
         return self.spec.evidence.distance
+
+    @property
+    def distances(self) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """The distances by which a picture can pick a candidate, by name."""
+        evidence = self.spec.evidence
+        wanted = evidence.lpips is not None or evidence.distance == "lpips"
+        lpips = self.lpips if wanted and not isinstance(self.lpips, str) else None
+        return candidate_distances(self.model, lpips)
 
     def context(self, purpose: str) -> Context:
         """A client's randomness for one purpose, on the model's device."""
@@ -195,9 +239,44 @@ class Setting:
 def prepare(spec: Spec) -> Setting:
     """Loads and checks all that the spec names.
 
+    Where it is not declared what a clip is over, and running statistics were sent, it is taken to
+    be over the parameters alone, unless the capture shows that it is over everything.
+
     Raises:
         AuditError: something is missing, broken, or does not fit the rest.
     """
+    setting = _prepare(spec)
+    everything = _with_clips_over_everything(spec)
+    if everything is None or not setting.model.statistics:
+        return setting
+    captured = setting.captured.beside
+    scaled = any(float(change) != round(float(change)) for change in captured.counts.values())
+    if not scaled and not _contradicts_truth(setting):
+        return setting
+    other = _prepare(everything)
+    return setting if _contradictions(other) - _contradictions(setting) else other
+
+
+def _contradictions(setting: Setting) -> set[str]:
+    return {c.step.partition("(")[0] for c in setting.checks if c.outcome == "contradicts"}
+
+
+def _with_clips_over_everything(spec: Spec) -> Spec | None:
+    """The spec with each clip over everything that does not say; None where all say."""
+    steps = [
+        step.model_copy(update={"over": "everything"})
+        if step.name == Clip.name and getattr(step, "over", None) is None
+        else step
+        for step in spec.defense
+    ]
+    return None if steps == spec.defense else spec.model_copy(update={"defense": steps})
+
+
+def _contradicts_truth(setting: Setting) -> bool:
+    return any(c.step == PRIVATE_IMAGE and c.outcome == "contradicts" for c in setting.checks)
+
+
+def _prepare(spec: Spec) -> Setting:
     keep_freed_memory()
     device = choose_device(spec.device)
     if device.type == "cuda":
@@ -208,7 +287,8 @@ def prepare(spec: Spec) -> Setting:
     captured = _captured(spec, model, defense)
     if captured.unsent:
         defense, model = load_client(spec, device, unsent=captured.unsent)
-    Matching(model, defense).try_out()
+    model, defense = _with_statistics(model, defense, captured)
+    Matching(model, defense, memory=spec.memory_bytes).try_out()
     gradient, checks = _observe(spec, model, defense, captured)
     members = capture.batch_size * defense.aggregation.clients
     if spec.evidence.distance == "representation" and model.head is None:
@@ -219,7 +299,6 @@ def prepare(spec: Spec) -> Setting:
         )
     prior = load_prior(spec, model)
     start_optimizer(spec.attack, prior.size)  # refuses what cannot be used before all else
-    lpips = spec.evidence.lpips
     truths = _truths(spec, model, members)
     marks, seen = frozenset(fingerprints(truths)), prior.seen or frozenset()
     public = _reference(spec, model, prior)
@@ -231,22 +310,32 @@ def prepare(spec: Spec) -> Setting:
             f"{public.source} holds only images that {prior.source} was trained on",
             "On these the prior does better than on private images. Give others.",
         )
+    lpips, backbone = _lpips(spec, device, shown=len(truths) > 0)
     guarantee = _guarantee(spec, model, defense)
     labels = labels_of(spec, model, defense, gradient, members, reference)
     truth_labels, truth_checks = _check_truths(
         spec, model, defense, gradient, truths, labels, reference
     )
+    checks += _check_noise(
+        spec, model, defense, captured, gradient, truths, truth_labels, truth_checks
+    )
     checks += truth_checks
+    checks += _check_covered(spec, model, defense, gradient, reference)
     client = _client(spec, model, defense, reference)
+    proven = any(check.outcome == "agrees" for check in truth_checks) and not defense.is_random()
+    labels_in_doubt = (
+        [] if proven else _label_doubts(spec, model, client, defense, gradient, reference)
+    )
     setting = Setting(
         spec=spec,
         model=model,
         defense=defense,
         client=client,
         doubts=[
-            *capture_doubts(captured, spec),
+            *capture_doubts(captured, spec, model, defense),
             *client_doubts(client, spec, defense, reference),
             *replica_doubts(model, defense, spec, reference),
+            *labels_in_doubt,
         ],
         guarantee=guarantee,
         prior=prior,
@@ -256,13 +345,17 @@ def prepare(spec: Spec) -> Setting:
         observed=gradient,
         checks=checks,
         labels=labels,
+        labels_in_doubt=labels_in_doubt,
         truths=truths,
         truth_labels=truth_labels,
         prior_saw_truth=bool(marks & seen),
-        lpips=None if lpips is None else load_lpips(lpips, spec.resolve(lpips.weights), device),
-        files=_files(spec, reference),
+        lpips=lpips,
+        files=[*_files(spec, reference), *backbone],
     )
     others = [_other(setting, number) for number in range(len(capture.others))]
+    for other in others:
+        setting.doubts.extend(capture_doubts(other.captured, spec, model, defense))
+    setting.doubts.extend(doubt for other in others for doubt in other.labels_in_doubt)
     for number, other in enumerate(others):
         for earlier in (setting, *others[:number]):
             if all(torch.equal(other.observed[n], earlier.observed[n]) for n in other.observed):
@@ -271,6 +364,10 @@ def prepare(spec: Spec) -> Setting:
                     f"{capture.others[number]} holds the same values as another capture",
                     "Name each client's capture once.",
                 )
+    everything = [setting.observed, *(other.observed for other in others)]
+    roundings = [captured.rounding, *(other.captured.rounding for other in others)]
+    if others and capture.stage == "defended":
+        checks += check_shared_noise(defense, everything, model, capture, max(roundings))
     return replace(setting, others=others)
 
 
@@ -278,18 +375,49 @@ def _observe(
     spec: Spec, model: ClientModel, defense: Pipeline, captured: Capture
 ) -> tuple[Gradient, list[Check]]:
     """What the attacker sees, and the capture against the declared steps, model and loss."""
-    gradient, raw = captured.gradient, spec.capture.stage == "raw"
+    gradient, raw = _sent(captured, model), spec.capture.stage == "raw"
     if raw:
         context = client_context(spec.seed, "captured client", model.device)
         gradient, checks = defense.apply(gradient, context), []
     else:
         checks = defense.verify(gradient)
+    applied = Pipeline() if raw else defense
+    layout = check_square_layers(applied, captured.gradient, captured.rounding)
+    checks += [] if layout is None else [layout]
     if spec.model.loss.is_plain and model.targets is None:
-        applied = Pipeline() if raw else defense
         members = model.batch_size * defense.aggregation.clients
-        check = check_last_layer(model, applied, captured.gradient, members, captured.rounding)
+        own = captured.gradient
+        check = check_last_layer_and_sign(model, applied, own, members, captured.rounding)
         checks += [] if check is None else [check]
     return gradient, checks
+
+
+def _with_statistics(
+    model: ClientModel, defense: Pipeline, captured: Capture
+) -> tuple[ClientModel, Pipeline]:
+    """The model and the defense for a capture that holds running statistics as well."""
+    changes = captured.beside.statistics
+    if not changes:
+        return model, defense
+    names = [*changes]
+    if defense.is_over_everything:
+        names += captured.beside.counts
+        unit = 1.0  # they are in one norm with the gradient
+    else:
+        unit = float(norm(captured.gradient) / norm(changes))
+    after = [model.state[name].float() - change for name, change in changes.items()]
+    size = max(float(tensor.norm()) for tensor in after) * captured.beside.rounding
+    rounding = (SAME_CHANGES * size / float(norm(changes))) ** 2
+    return observe_statistics(model, defense, names, unit, rounding)
+
+
+def _sent(captured: Capture, model: ClientModel) -> Gradient:
+    """The gradient, and the running statistics that were sent with it."""
+    if model.statistics is None:
+        return captured.gradient
+    changes = {**captured.beside.statistics, **captured.beside.counts}
+    unit = model.statistics.unit
+    return {**captured.gradient, **{n: unit * changes[n] for n in model.statistics.names}}
 
 
 def _other(setting: Setting, number: int) -> Setting:
@@ -310,7 +438,15 @@ def _other(setting: Setting, number: int) -> Setting:
             f"has no {captured.unsent[0]!r}, which the first capture has",
             "Captures that lack different parameters are audits of their own.",
         )
+    if captured.beside.statistics.keys() != setting.captured.beside.statistics.keys():
+        raise InputError(
+            spec.resolve(first.capture.others[number]),
+            "holds other running statistics than the first capture",
+            "Captures that hold different tensors are audits of their own.",
+        )
     observed, checks = _observe(spec, model, defense, captured)
+    if spec.capture.stage == "defended":
+        checks += check_noise(defense, observed, model, spec.capture, captured.rounding)
     try:
         labels = labels_of(spec, model, defense, observed, setting.members, setting.reference)
     except SpecError as error:
@@ -326,6 +462,9 @@ def _other(setting: Setting, number: int) -> Setting:
         observed=observed,
         checks=checks,
         labels=labels,
+        labels_in_doubt=_label_doubts(
+            spec, model, setting.client, defense, observed, setting.reference
+        ),
         truths=setting.truths[:0],
         truth_labels=None,
         prior_saw_truth=False,
@@ -339,6 +478,7 @@ def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Capture:
         AuditError: it cannot be read, or is a ciphertext.
     """
     capture = spec.capture
+    ignored = [one.name for one in capture.ignored]
     holder = defense.ciphertext_of()
     if holder is not None:
         raise NothingToMeasureError(
@@ -349,9 +489,10 @@ def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Capture:
         )
     if capture.after is not None:
         before = None if capture.before is None else spec.resolve(capture.before)
-        return read_update(before, spec.resolve(capture.after), model)
+        return read_update(before, spec.resolve(capture.after), model, ignored)
     assert capture.gradient is not None
-    captured = read_capture(spec.resolve(capture.gradient), model)
+    negated = capture.sign == "after_minus_before"
+    captured = read_capture(spec.resolve(capture.gradient), model, ignored, negated=negated)
     if capture.kind != "moments":
         return captured
     previous = each(torch.zeros_like, captured.gradient)
@@ -411,6 +552,28 @@ def _truths(spec: Spec, model: ClientModel, members: int) -> torch.Tensor:
     return torch.stack(images).to(model.device) if images else torch.zeros(0, *model.shape)
 
 
+def _lpips(
+    spec: Spec, device: torch.device, *, shown: bool
+) -> tuple[Perceptual | str, list[tuple[str, str]]]:
+    """LPIPS, where it is declared or there is a picture to compare, and the file that it took.
+
+    Raises:
+        AuditError: the weights that were declared cannot be had, or not be used.
+    """
+    evidence = spec.evidence
+    declared = evidence.lpips or LpipsSpec()
+    if evidence.lpips is None and evidence.distance != "lpips" and not shown:
+        return "there is nothing to compare", []
+    if declared.weights is not None:
+        return load_lpips(declared.net, spec.resolve(declared.weights), device), []
+    found = find_backbone(declared.net, download=declared.download)
+    if isinstance(found, str):
+        if evidence.distance == "lpips":
+            raise SpecError(("evidence", "distance"), f"lpips, but {found}")
+        return found, []
+    return load_lpips(declared.net, found, device), [(found.name, sha256([found]))]
+
+
 def _check_truths(
     spec: Spec,
     model: ClientModel,
@@ -432,7 +595,7 @@ def _check_truths(
         return known, []
     if fixed and defense.acts_on_the_whole():
         return known, []  # whether the client's norm is over what is sent alone is not known
-    matching = Matching(model, defense)
+    matching = Matching(model, defense, memory=spec.memory_bytes)
     if len(truths) == 1:
         # Of class indices every one is tried; targets of one's own may be too many.
         own = None if model.targets is None else torch.tensor(labels, device=model.device)
@@ -468,14 +631,62 @@ def _hinted(
     for cause, changed in other_declarations(spec, model):
         with suppress(AuditError):  # as it cannot be so
             defense, other = load_client(changed, model.device, unsent=unsent)
-            matching, images = Matching(other, defense), reference.images
-            if check_truth(matching, defense, observed, truth, images, labels).outcome == "agrees":
+            if model.statistics is not None:
+                names, unit = model.statistics.names, model.statistics.unit
+                other, defense = observe_statistics(other, defense, names, unit)
+            matching = Matching(other, defense, memory=spec.memory_bytes)
+            images = reference.images
+            seen = matching.seen_of(observed)
+            if seen is None:
+                continue
+            if check_truth(matching, defense, seen, truth, images, labels).outcome == "agrees":
                 return replace(check, detail=f"{check.detail}; it would agree if {cause}")
     return check
 
 
+def _check_covered(
+    spec: Spec, model: ClientModel, defense: Pipeline, observed: Gradient, reference: ImageSet
+) -> list[Check]:
+    """Looks for the noise that is said to be over everything in the running statistics."""
+    if model.statistics is None or not defense.is_over_everything or spec.client is not None:
+        return []
+    sets, labels = reference.sets(NORMS_COMPARED, model.batch_size)
+    gradients = unstack(Matching(model, defense, memory=spec.memory_bytes).gradients(sets, labels))
+    context = client_context(spec.seed, "statistics", model.device)
+    usual = [g for one in gradients for g in (one, defense.without_noise(one, context))]
+    check = check_covered(defense, model.statistics.names, observed, usual)
+    return [] if check is None else [check]
+
+
+def _check_noise(
+    spec: Spec,
+    model: ClientModel,
+    defense: Pipeline,
+    captured: Capture,
+    observed: Gradient,
+    truths: torch.Tensor,
+    labels: list[int] | None,
+    checks: list[Check],
+) -> list[Check]:
+    """Tests the noise in the capture; beside the private images, where these were compared."""
+    capture, rounding = spec.capture, captured.rounding
+    if capture.stage == "raw":
+        return []
+    told = capture.labels != "infer"
+    every = len(truths) == 1 and model.targets is None and not told
+    if not checks or labels is None or (every and model.classes > MOST_LABELS):
+        return check_noise(defense, observed, model, capture, rounding)
+    rows = torch.tensor([labels], device=model.device)
+    if every:  # what noise makes of the inferred label may be wrong
+        rest = [[label] for label in range(model.classes) if [label] != labels]
+        rows = torch.tensor([labels, *rest], device=model.device)
+    fits = checks[0].outcome == "agrees"
+    matching = Matching(model, defense, memory=spec.memory_bytes)
+    return check_noise_beside(matching, observed, truths, rows, capture, rounding, fits)
+
+
 def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageSet) -> Client:
-    matching = Matching(model, defense)
+    matching = Matching(model, defense, memory=spec.memory_bytes)
     if spec.client is None:
         return DeclaredClient(matching, defense, reference)
     if defense.aggregation.clients > 1 or spec.capture.kind == "update":
@@ -498,6 +709,7 @@ def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageS
         averaged=not model.loss_sum
         if several
         else spec.guarantee is not None and spec.guarantee.reduction == "mean",
+        ignored=[one.name for one in spec.capture.ignored],
     )
     if not several and client.batch_size > 1 and not defense.leaves_only_noise():
         raise SpecError(
@@ -588,6 +800,20 @@ def labels_of(
             f"{key[1]} has {len(labels)} entries; the capture is made of {members} images",
         )
     return labels
+
+
+def _label_doubts(
+    spec: Spec,
+    model: ClientModel,
+    client: Client,
+    defense: Pipeline,
+    observed: Gradient,
+    reference: ImageSet,
+) -> list[str]:
+    members = spec.capture.batch_size * defense.aggregation.clients
+    if spec.capture.labels != "infer" or members == 1:
+        return []
+    return label_doubts(model, client, defense, observed, reference)
 
 
 def _declare_labels(model: ClientModel) -> str:

@@ -26,6 +26,7 @@ from ggl_audit.errors import Key
 
 Pixels = Annotated[int, Field(ge=1)]
 Split = Literal["train", "val", "test"]
+Layout = Literal["channels_first", "channels_last"]
 
 MODEL_SOURCES = ("factory", "torchscript", "exported")
 PRIOR_SOURCES = ("bundled", "trained", "factory", "torchscript", "exported")
@@ -135,6 +136,9 @@ class ModelSpec(_Section):
         description="tensors by name or in order: .safetensors, .pt, .npz; those of the program, "
         "or of the factory, unless given",
     )
+    layout: Layout = Field(
+        default="channels_first", description="of weights; channels_last: see capture.layout"
+    )
     input: ImageFormat
     output: Annotated[int, Field(ge=0)] | str | None = Field(
         default=None,
@@ -187,29 +191,125 @@ class ModelSpec(_Section):
         return str(getattr(self, self.source))
 
 
+OPTIMIZER_KEYS = {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adam": ("betas", "eps", "amsgrad"),
+    "adamw": ("betas", "eps", "amsgrad"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+}
+"""What belongs to each optimizer of local training, beside lr and weight_decay."""
+
+ADAMW_DECAY = 0.01
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _learning_rates(value: Any) -> Any:
+    rates = value if isinstance(value, list) else [value]
+    try:
+        usable = any(float(rate) > 0 for rate in rates) and min(map(float, rates)) >= 0
+    except (TypeError, ValueError):
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"expected a learning rate above zero, or a list with that of each local step, found "
+            f"{value!r:.80}"
+        )
+    return value
+
+
+LearningRates = Annotated[
+    Annotated[float, Field(gt=0)] | list[Annotated[float, Field(ge=0)]],
+    BeforeValidator(_learning_rates),
+]
+
+
 class LocalTrainingSpec(_Section):
     """Local training before an update is sent (FedAvg: McMahan et al., AISTATS 2017).
 
-    Plain SGD: v = momentum v + g + weight_decay w + proximal (w - w0); w = w - lr v.
+    The optimizers are those of ``torch.optim``, with their parameters and defaults. A scale that
+    mixed precision multiplies the loss and divides the gradient by has no effect.
     """
 
-    lr: float = Field(gt=0, description="learning rate")
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    lr: LearningRates = Field(
+        description="learning rate; a schedule as a list with that of each local step"
+    )
     epochs: int = Field(default=1, ge=1, description="passes over the client's images")
     batch_size: int | None = Field(
-        default=None, ge=1, description="images in a local step; all of them unless declared"
+        default=None, ge=1, description="images taken together; all of them unless declared"
     )
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0, description="L2 regularization")
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="batches whose gradients, divided by this number, are summed up for a local "
+        "step; at the end of an epoch it may be fewer",
+    )
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="of the gradient in each local step, clip_grad_norm_"
+    )
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="for sgd and rmsprop")
+    dampening: float = Field(default=0.0, ge=0, le=1, description="of the momentum, for sgd")
+    nesterov: bool = Field(default=False, description="for sgd with momentum")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="for adam and adamw")
+    amsgrad: bool = Field(default=False, description="for adam and adamw")
+    alpha: float = Field(default=0.99, ge=0, lt=1, description="for rmsprop")
+    centered: bool = Field(default=False, description="for rmsprop")
+    eps: float = Field(default=1e-8, gt=0, description="for adam, adamw and rmsprop")
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="L2 regularization; of adamw decoupled, and 0.01 unless declared",
+    )
     proximal: float = Field(
         default=0.0, ge=0, description="FedProx's mu (Li et al., MLSys 2020, equation 2)"
     )
     order: Literal["fixed", "shuffled"] = Field(
         default="fixed", description="shuffled: drawn anew in each epoch, unknown to the attacker"
     )
+    fresh: bool = Field(
+        default=True,
+        description="false: the optimizer goes on with its state of earlier rounds, which is not "
+        "known",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decay_of_adamw(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("optimizer") == "adamw":
+            data = {"weight_decay": ADAMW_DECAY, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _what_belongs_to_the_optimizer(self) -> LocalTrainingSpec:
+        known = {key for keys in OPTIMIZER_KEYS.values() for key in keys}
+        odd = sorted(self.model_fields_set & (known - {*OPTIMIZER_KEYS[self.optimizer]}))
+        if odd:
+            raise ValueError(f"{', '.join(odd)}: not for optimizer: {self.optimizer}")
+        if self.nesterov and (not self.momentum or self.dampening):
+            raise ValueError("nesterov needs momentum, and no dampening")
+        return self
 
     def steps(self, images: int) -> int:
         """The number of local steps on so many images."""
-        return self.epochs * -(-images // (self.batch_size or images))
+        parts = -(-images // (self.batch_size or images))
+        return self.epochs * -(-parts // self.accumulate)
+
+    def lr_of(self, step: int) -> float:
+        """The learning rate of a local step, from 0."""
+        return self.lr[step] if isinstance(self.lr, list) else self.lr
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the optimizer has a state."""
+        return self.optimizer != "sgd" or self.momentum > 0
+
+
+class IgnoredSpec(_Section):
+    """What of a capture is left out, and why; the report repeats both."""
+
+    name: str = Field(min_length=1, description="of the file, as a name or a pattern: optimizer.*")
+    reason: str = Field(min_length=1)
 
 
 class CaptureSpec(_Section):
@@ -229,12 +329,27 @@ class CaptureSpec(_Section):
         description="captures of other clients in the same round, each checked and attacked too",
     )
     unsent: list[str] = Field(
-        default=[], description="parameters that are never sent, as names or patterns: head.*"
+        default=[],
+        description="parameters and buffers that are never sent, as names or patterns: head.*",
+    )
+    layout: Layout = Field(
+        default="channels_first",
+        description="channels_last: kernels as (height, width, in, out) and dense layers as (in, "
+        "out), as Keras, TensorFlow and JAX have them",
+    )
+    ignored: list[IgnoredSpec] = Field(
+        default=[],
+        description="what the file holds beside the trained parameters and is left out, though it "
+        "was sent; each with the reason",
     )
     kind: Literal["gradient", "update", "moments"] = Field(
         default="gradient",
         description="update: weights before local training minus those after; moments: Adam's "
         "first moment, in the clear",
+    )
+    sign: Literal["before_minus_after", "after_minus_before"] = Field(
+        default="before_minus_after",
+        description="of an update that gradient names: after_minus_before, as MONAI sends it",
     )
     local: LocalTrainingSpec | None = Field(default=None, description="for kind: update")
     previous: Path | None = Field(
@@ -296,6 +411,15 @@ class CaptureSpec(_Section):
             raise ValueError("kind: update needs local: {lr: ...}, how the client trained")
         if self.kind != "update" and self.local is not None:
             raise ValueError("local is for kind: update")
+        if self.local is not None and isinstance(self.local.lr, list):
+            steps = self.local.steps(self.batch_size)
+            if len(self.local.lr) != steps:
+                raise ValueError(
+                    f"local.lr has {len(self.local.lr)} entries; expected one for each of "
+                    f"{steps} local steps"
+                )
+        if self.sign == "after_minus_before" and (self.kind != "update" or self.gradient is None):
+            raise ValueError("sign: after_minus_before is for kind: update, of a gradient file")
         if self.kind != "moments" and (self.previous or "beta1" in self.model_fields_set):
             raise ValueError("previous and beta1 are for kind: moments")
         return self
@@ -557,7 +681,20 @@ class LpipsSpec(_Section):
     """Where the weights of the LPIPS backbone are; the package carries only the linear heads."""
 
     net: Literal["alex", "squeeze", "vgg"] = "alex"
-    weights: Path = Field(description="torchvision's ImageNet weights of the backbone")
+    weights: Path | None = Field(
+        default=None,
+        description="torchvision's ImageNet weights of the backbone; those in PyTorch's hub cache "
+        "unless given",
+    )
+    download: bool = Field(
+        default=False, description="whether they may be fetched into that cache, where they lack"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> LpipsSpec:
+        if self.weights is not None and self.download:
+            raise ValueError("weights are given, so there is nothing to download")
+        return self
 
 
 def _listed(value: Any) -> Any:
@@ -604,13 +741,11 @@ class EvidenceSpec(_Section):
         description="the private image, where it is held; of several all of them, in the order of "
         "capture.labels and client by client",
     )
-    lpips: LpipsSpec | None = None
-
-    @model_validator(mode="after")
-    def _lpips_has_weights(self) -> EvidenceSpec:
-        if self.distance == "lpips" and self.lpips is None:
-            raise ValueError("distance: lpips needs lpips: {net: ..., weights: ...}")
-        return self
+    lpips: LpipsSpec | None = Field(
+        default=None,
+        description="declared, it is measured for all canaries; else only between the private "
+        "image and its picture, where PyTorch's hub cache has the weights",
+    )
 
 
 class GateSpec(_Section):
@@ -656,6 +791,11 @@ class Spec(_Section):
 
     _folder: Path = PrivateAttr(default=Path())
     _locate: Callable[[Key], str] | None = PrivateAttr(default=None)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What :attr:`memory` comes to in bytes."""
+        return self.memory * 2**20
 
     def resolve(self, path: Path) -> Path:
         """Makes a path of the spec usable: relative ones start at the folder of the spec."""

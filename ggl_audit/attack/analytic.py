@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.func import vjp
 
-from ggl_audit.attack.matching import Matching
+from ggl_audit.attack.matching import MEMORY, Matching
 from ggl_audit.defenses import (
     Clip,
     Encryption,
@@ -31,6 +31,7 @@ from ggl_audit.defenses import (
 )
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.local_training import rate_of_one_step
 
 SAME = 1e-2
 """Relative, of a gradient and the product that it should be: above TF32's rounding of 2^-11 and
@@ -136,6 +137,7 @@ def is_exact(
     labels: torch.Tensor,
     observed: Gradient,
     rounding: float = torch.finfo(torch.float32).eps,
+    memory: int = MEMORY,
 ) -> torch.Tensor:
     """Whether each of t pictures is the very image that its gradient was computed from.
 
@@ -157,6 +159,7 @@ def is_exact(
         labels: (t,).
         observed: captured gradients; tensors with a leading dimension t.
         rounding: of the captured numbers, relative.
+        memory: bytes that candidates' gradients may take at a time, about.
 
     Returns:
         (t,), of type bool.
@@ -167,15 +170,14 @@ def is_exact(
     noise = torch.randn(NEIGHBOURS, *model.shape, generator=random).to(images)
     neighbours = images[:, None] + max(NEARBY, 2 * rounding) * noise
     tried = torch.cat([images[:, None], neighbours], dim=1)
-    matching = Matching(model, defense, "l2")
+    matching = Matching(model, defense, "l2", memory)
     squared = matching.distances(tried, labels[:, None].expand(tried.shape[:2]), observed)
     own, nearest = squared[:, 0].sqrt(), squared[:, 1:].amin(1).sqrt()
     return (own <= max(EXPLAINED, rounding / 2)) & (NEARER * own <= nearest)
 
 
 def _is_of_one_image(model: ClientModel) -> bool:
-    local = model.local
-    return model.batch_size == 1 and (local is None or local.steps(1) == 1)
+    return model.batch_size == 1 and rate_of_one_step(model.local, 1) is not None
 
 
 def _first_layer(model: ClientModel) -> _Layer | None:
@@ -227,8 +229,8 @@ def _takes(
 
 def _taken(model: ClientModel, layer: _Layer, observed: Gradient) -> torch.Tensor:
     """What a layer took, (t, features), double, by total least squares."""
-    local = model.local
-    decay = 0.0 if local is None else local.lr * local.weight_decay
+    local, rate = model.local, rate_of_one_step(model.local, 1)
+    decay = 0.0 if local is None or rate is None else rate * local.weight_decay
     own = [decay * model.parameters[name].double() for name in layer]
     rows = []
     for weight, bias in zip(observed[layer.weight], observed[layer.bias], strict=True):

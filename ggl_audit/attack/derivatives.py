@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch.func import grad_and_value, vmap
 
-from ggl_audit.attack.matching import COPIES_OF_A_GRADIENT, Distance, cosine
+from ggl_audit.attack.matching import COPIES_OF_A_GRADIENT, MEMORY, Distance, cosine
 from ggl_audit.contribution import Contribution
 from ggl_audit.defenses import Drawn, Pipeline, relative_l2
 from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.model import ClientModel
-
-HELD_BYTES = 2**28
 
 COPIES = 3 * COPIES_OF_A_GRADIENT
 """Of a gradient, while it is differentiated once more."""
@@ -30,6 +28,7 @@ class Derivatives:
             (:func:`ggl_audit.attack.analytic.representation`), for gradients of one image.
         weight: of an extra term, the squared relative distance of what it takes of the candidate
             from that.
+        memory: bytes that candidates' gradients may take at a time, about.
     """
 
     def __init__(
@@ -39,6 +38,7 @@ class Derivatives:
         distance: Distance,
         shown: torch.Tensor | None = None,
         weight: float = 0.0,
+        memory: int = MEMORY,
     ) -> None:
         self._model = model
         self._shown = shown
@@ -48,7 +48,7 @@ class Derivatives:
         self._contribution = Contribution(model, defense)
         self._measure = cosine if distance == "cosine" else relative_l2
         self._sloped = vmap(grad_and_value(self._distance))
-        self._together = max(1, HELD_BYTES // (COPIES * 4 * model.size))
+        self._together = max(1, memory // (COPIES * 4 * model.size))
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient

@@ -11,7 +11,7 @@ up layer by layer (:mod:`ggl_audit.attack.layer_wise`); elsewhere whole gradient
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -45,6 +45,9 @@ COPIES_OF_A_GRADIENT = 4
 
 ROUNDING = 1e-6
 """Of a sum of gradients on any hardware, squared and relative."""
+
+DENSE, FEW_INPUTS = 3, 7
+"""Dimensions of a stack of weights of dense layers; the most inputs that keep their mean."""
 
 
 def cosine(replica: Gradient, observed: Gradient) -> torch.Tensor:
@@ -96,7 +99,7 @@ class Matching:
         self.model = model
         self.defense = defense
         self.distance = distance
-        self._memory = memory
+        self.memory = memory
         self._contribution = Contribution(model, defense)
         self._shares = vmap(self._contribution)
         measure = relative_l2 if distance == "l2" else cosine
@@ -115,9 +118,23 @@ class Matching:
     @functools.cached_property
     def _layer_wise(self) -> LayerWise | None:
         """The way layer by layer, where it is known to be exact."""
+        if self.model.statistics is not None:
+            return None
         replica = self.defense.value_wise(self.distance == "likelihood")
         cosine = self.distance == "cosine"
-        return layer_wise(self.model, replica, cosine, self.gradients, self._memory)
+        return layer_wise(self.model, replica, cosine, self.gradients, self.memory)
+
+    def seen_of(self, observed: Gradient) -> Gradient | None:
+        """What of a release this model computes, which in another mode keeps other statistics.
+
+        Returns:
+            None where the release holds statistics that this model would not have changed.
+        """
+        own = self.model.statistics
+        names = {*self.model.parameters, *(() if own is None else own.names)}
+        if any(bool(tensor.any()) for name, tensor in observed.items() if name not in names):
+            return None
+        return {name: tensor for name, tensor in observed.items() if name in names}
 
     def halve_chunks(self) -> bool:
         """Takes half as many candidates at a time; False where that is one already."""
@@ -187,6 +204,12 @@ class Matching:
             with torch.no_grad():
                 parts.append(self._shares(images[part], labels[part], mine))
         return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def each_gradient(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Gradient]:
+        """What :meth:`gradients` computes, client by client, no more of them held than fit."""
+        for start in range(0, len(labels), self._chunk):
+            part = slice(start, start + self._chunk)
+            yield from unstack(self.gradients(images[part], labels[part]))
 
     @_in_less_memory
     def distances(
@@ -314,17 +337,28 @@ class Matching:
             observed: k - 1 tensors with a leading dimension t.
 
         Returns:
-            (t, k), the cosine for each tensor in the model's order, and for the whole gradient.
+            (t, k), the cosine for each tensor in the model's order, and for the whole gradient. Of
+            a dense layer's weight it is without the mean of each row, which no order of what the
+            layer takes changes, and which is large where that is positive.
         """
         replicas = self.replicas(images, labels, observed)
-        inner = [(replicas[name] * observed[name]).flatten(1).sum(1) for name in observed]
-        squares = [
-            [tensor[name].flatten(1).square().sum(1) for name in observed]
-            for tensor in (replicas, observed)
+
+        def cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            one, other = one.reshape(len(one), -1), other.reshape(len(other), -1)
+            lengths = one.norm(dim=1) * other.norm(dim=1)
+            found: torch.Tensor = (one * other).sum(1) / lengths.clamp(min=1e-30)
+            return found
+
+        def centred(tensor: torch.Tensor) -> torch.Tensor:
+            is_dense = tensor.ndim == DENSE and tensor.shape[2] > FEW_INPUTS
+            return tensor - tensor.mean(2, keepdim=True) if is_dense else tensor
+
+        wholes = [
+            torch.cat([of[name].reshape(len(of[name]), -1) for name in observed], dim=1)
+            for of in (replicas, observed)
         ]
-        products = torch.stack([*inner, torch.stack(inner).sum(0)], dim=1)
-        lengths = [torch.stack([*s, torch.stack(s).sum(0)], dim=1).sqrt() for s in squares]
-        return products / (lengths[0] * lengths[1]).clamp(min=1e-30)
+        apart = [cosine(centred(replicas[name]), centred(observed[name])) for name in observed]
+        return torch.stack([*apart, cosine(*wholes)], dim=1)
 
     def replicas(self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient) -> Gradient:
         """What t candidates give under the attacker's replica, by the best guess of the draws.

@@ -68,7 +68,9 @@ class LatentObjective:
     def derivatives(self) -> Derivatives:
         """The matching with its derivatives."""
         matching = self.matching
-        return Derivatives(matching.model, matching.defense, matching.distance)
+        return Derivatives(
+            matching.model, matching.defense, matching.distance, memory=matching.memory
+        )
 
     @functools.cached_property
     def prior_weight(self) -> torch.Tensor:
@@ -78,7 +80,7 @@ class LatentObjective:
         noise has the standard deviation std.
         """
         noise = self.matching.defense.total_noise()
-        squares = [tensor.flatten(1).square().sum(1) for tensor in self.observed.values()]
+        squares = [t.reshape(len(t), -1).square().sum(1) for t in self.observed.values()]
         observed = torch.stack(squares).sum(0).clamp(min=1e-30)
         if noise is None or self.regularizer.name != "posterior":
             return torch.zeros_like(observed)

@@ -11,8 +11,8 @@ from ggl_audit.attack.matching import Matching, cosine
 from ggl_audit.defenses import Drawn, relative_l2
 from ggl_audit.gradient import Gradient, each, flat, norm, unstack
 
-HELD_BYTES = 2**28
-"""Residuals of one search that are held at a time; longer ones are compressed."""
+FEWEST_VALUES = 4096
+"""Of a compressed residual, as searches follow differences."""
 
 
 class Residuals:
@@ -57,10 +57,9 @@ class Residuals:
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
     ) -> tuple[torch.Tensor, torch.Tensor]:
         model = self._matching.model
-        room = HELD_BYTES // (4 * labels.shape[1])
-        together = max(
-            1, HELD_BYTES // (32 * model.size * max(1, labels.shape[2] // model.batch_size))
-        )
+        memory = self._matching.memory
+        room = max(FEWEST_VALUES, memory // (4 * labels.shape[1]))
+        together = max(1, memory // (32 * model.size * max(1, labels.shape[2] // model.batch_size)))
         losses, products = [], []
         with torch.no_grad():
             guesses = vmap(self._defense.guesses)(observed)

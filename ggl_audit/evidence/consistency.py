@@ -7,7 +7,8 @@ from scipy.special import chdtri
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline, noise_norm
-from ggl_audit.gradient import Gradient, flat, norm, stack, unstack
+from ggl_audit.evidence.signs import negated
+from ggl_audit.gradient import Gradient, flat, norm, stack, take, unstack
 
 PRIVATE_IMAGE = "the private image"
 DECLARED = "the declaration"
@@ -16,6 +17,11 @@ LARGEST_DISTANCE, SMALLEST_LIMIT = 0.05, 1e-4
 
 NEAR_OTHERS, SHARE_OF_OTHERS = 0.1, 0.1
 COMPARED, TOGETHER = 64, 16
+
+DEVIATIONS = 5
+"""Of the noise's own measured strength, within which a factor is named."""
+
+MOST_TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
 
 
 def check_truth(
@@ -33,7 +39,8 @@ def check_truth(
     nothing, without noise. Without noise it must also be ten times nearer than the nearest tenth is
     of what other images give, each in the place of one of them and with its label, which may be
     near too. A wrong picture, model, mode, normalization or loss scale shows here, and so does
-    noise of another strength.
+    noise of another strength. Where the negated capture fits, and is ten times nearer, the sign is
+    what is wrong, whatever fits as well: of two classes the other sign looks like the other label.
 
     Args:
         matching: of the client's model.
@@ -48,19 +55,34 @@ def check_truth(
     if labels is not None:
         tried = labels[None]
 
-    def remainders(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def remainders(
+        images: torch.Tensor, labels: torch.Tensor, observed: Gradient = observed
+    ) -> torch.Tensor:
         if len(labels) > TOGETHER:
             pairs = zip(images.split(TOGETHER), labels.split(TOGETHER), strict=True)
-            return torch.cat([remainders(*pair) for pair in pairs])
+            return torch.cat([remainders(*pair, observed) for pair in pairs])
         replicas = unstack(matching.replicas(images, labels, stack([observed] * len(labels))))
         return torch.stack([norm({n: r[n] - observed[n] for n in observed}) for r in replicas])
 
     own = remainders(truths.expand(len(tried), *truths.shape), tried)
-    remainder, own_labels = float(own.min()), tried[own.argmin()]
+    own_labels = tried[own.argmin()]
+    mirror = negated(observed)
+    mirrored = remainders(truths.expand(len(tried), *truths.shape), tried, mirror)
     if noise_norm(defense.steps, 1, 0.5):
-        return _noise_check(defense, remainder, flat(observed).numel())
+
+        def check_noise(labels: torch.Tensor, observed: Gradient) -> Check:
+            replicas = matching.replicas(truths[None], labels[None], stack([observed]))
+            return check_remainder(defense, take(replicas, 0), observed, PRIVATE_IMAGE)
+
+        check = check_noise(own_labels, observed)
+        other = check_noise(tried[mirrored.argmin()], mirror)
+        return _with_sign(check, other.outcome == "agrees" and check.outcome == "contradicts")
     size = norm(observed)
     distance = float((own.min() / size) ** 2)
+    off = ""
+    if distance > SMALLEST_LIMIT:
+        replica = take(matching.replicas(truths[None], own_labels[None], stack([observed])), 0)
+        off = _times(defense, replica, observed)
     exchanged = truths.repeat(len(others[:COMPARED]), 1, 1, 1, 1)
     for index, other in enumerate(others[:COMPARED]):
         exchanged[index, index % len(truths)] = other
@@ -72,26 +94,66 @@ def check_truth(
         f"{whose} own defended gradient is at a relative distance of {distance:.2g}; "
         f"at most {limit:.2g} is {whose} own"
     )
-    return Check(PRIVATE_IMAGE, "agrees" if distance <= limit else "contradicts", detail)
+    check = Check(PRIVATE_IMAGE, "agrees", detail)
+    if distance > limit:
+        check = Check(PRIVATE_IMAGE, "contradicts", detail + off)
+    mirrored_distance = float((mirrored.min() / size) ** 2)
+    nearer = mirrored_distance < SHARE_OF_OTHERS * distance
+    return _with_sign(check, mirrored_distance <= limit and nearer)
 
 
-def check_remainder(defense: Pipeline, replica: Gradient, observed: Gradient) -> Check:
+def _with_sign(check: Check, negated_fits: bool) -> Check:
+    """Names the sign as what is wrong, where it is."""
+    if not negated_fits:
+        return check
+    return Check(
+        check.step,
+        "contradicts",
+        f"{check.detail}; negated it agrees: declare the other capture.sign, or negate the file",
+    )
+
+
+def check_remainder(
+    defense: Pipeline, replica: Gradient, observed: Gradient, step: str = DECLARED
+) -> Check:
     """Compares a release with the replica of the very images that it was made of.
 
     Args:
         defense: the declared steps, of which nothing but noise may follow noise.
         replica: of the images.
         observed: the release.
+        step: what it is a check of.
     """
-    difference = norm({name: replica[name] - observed[name] for name in observed})
+    left = {name: replica[name] - observed[name] for name in observed}
     if noise_norm(defense.steps, 1, 0.5):
-        return _noise_check(defense, float(difference), flat(observed).numel())
+        noisy, clear = defense.parted(left)
+        _, shown = defense.parted(observed)
+        away = float((norm(clear) / norm(shown)) ** 2) if clear else 0.0
+        if not away <= max(SMALLEST_LIMIT, defense.clear_rounding):
+            detail = (
+                "its own running statistics are at a relative distance of "
+                f"{away:.2g} from those that were sent"
+            )
+            return Check(step, "contradicts", detail)
+        return _noise_check(defense, float(norm(noisy)), flat(noisy).numel(), step)
+    difference = norm(left)
     distance = float((difference / norm(observed)) ** 2)
     detail = f"the declared defense is at a relative distance of {distance:.2g} from what it sends"
-    return Check(DECLARED, "agrees" if distance <= SMALLEST_LIMIT else "contradicts", detail)
+    if distance <= SMALLEST_LIMIT:
+        return Check(step, "agrees", detail)
+    return Check(step, "contradicts", detail + _times(defense, replica, observed))
 
 
-def _noise_check(defense: Pipeline, remainder: float, count: int) -> Check:
+def _times(defense: Pipeline, replica: Gradient, observed: Gradient) -> str:
+    """How many times the replica the capture is, where it is that and nothing else."""
+    own, seen = flat(replica).double(), flat(observed).double()
+    factor = float(own @ seen / (own @ own).clamp(min=1e-300))
+    if factor <= 0 or float((seen - factor * own).square().sum() / (seen @ seen)) > SMALLEST_LIMIT:
+        return ""
+    return f"; it is {factor:.3g} times that{defense.factors.name(factor, LEAST_TOLERANCE)}"
+
+
+def _noise_check(defense: Pipeline, remainder: float, count: int, step: str) -> Check:
     high = noise_norm(defense.steps, count, 1 - FALSE_ACCUSATION / 2)
     noise = defense.total_noise()
     gaussian = noise is not None and noise.distribution == "gaussian"
@@ -100,4 +162,12 @@ def _noise_check(defense: Pipeline, remainder: float, count: int) -> Check:
         f"its own gradient leaves a remainder of norm {remainder:.4g}; "
         f"the declared noise is between {low:.4g} and {high:.4g}"
     )
-    return Check(PRIVATE_IMAGE, "agrees" if low <= remainder <= high else "contradicts", detail)
+    if low <= remainder <= high:
+        return Check(step, "agrees", detail)
+    if noise is not None:
+        std = remainder / count**0.5
+        tolerance = min(MOST_TOLERANCE, LEAST_TOLERANCE + DEVIATIONS * (2 * count) ** -0.5)
+        name = defense.factors.name(std / noise.std, tolerance)
+        detail += f"; it is {std / noise.std:.3g} of the declared{name}"
+        detail += f": a std of {std:.3g} would fit" if name else ""
+    return Check(step, "contradicts", detail)

@@ -24,6 +24,7 @@ def null_gradient(
         context: the client's randomness.
         usual_norm: of a gradient before the defense, which the random one is given.
     """
+    observed, clear = defense.parted(observed)
     nothing = each(torch.zeros_like, observed)
 
     def random() -> Gradient:
@@ -35,5 +36,13 @@ def null_gradient(
     defended = defense.apply(plain, replace(context, earlier=earlier))
     if not bool(norm(defended) > 0):  # as where no value reaches a threshold
         defended = plain
-    scale = norm(observed) / norm(defended)
-    return each(lambda tensor: tensor * scale, defended)
+    null = _of_norm(defended, norm(observed))
+    if not clear:
+        return null
+    drawn = Noise(std=1.0).apply(each(torch.zeros_like, clear), context)
+    return {**null, **_of_norm(drawn, norm(clear))}
+
+
+def _of_norm(gradient: Gradient, length: torch.Tensor) -> Gradient:
+    scale = length / norm(gradient)
+    return each(lambda tensor: tensor * scale, gradient)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from pydantic import BaseModel, ConfigDict
 from ggl_audit.errors import InputError
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.tensors import read_tensors
-from ggl_audit.spec import LpipsSpec
 
 SSIM_WINDOW = 7
 LPIPS_SMALLEST = 64
@@ -47,7 +47,7 @@ class Fidelity(BaseModel):
 
 
 def compare(
-    image: torch.Tensor, truth: torch.Tensor, model: ClientModel, lpips: Perceptual | None
+    image: torch.Tensor, truth: torch.Tensor, model: ClientModel, lpips: Perceptual | str
 ) -> Fidelity:
     """Measures a reconstruction.
 
@@ -55,7 +55,7 @@ def compare(
         image: (channels, height, width) in [0, 1].
         truth: the same shape.
         model: gives the representations.
-        lpips: from :func:`load_lpips`, or None.
+        lpips: from :func:`load_lpips`, or why there is none.
     """
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -77,8 +77,8 @@ def compare(
         )
     else:
         reasons["ssim"] = f"images smaller than {SSIM_WINDOW} pixels"
-    if lpips is None:
-        reasons["lpips"] = "no backbone weights were given (evidence.lpips.weights)"
+    if isinstance(lpips, str):
+        reasons["lpips"] = lpips
     # One by one, as images of a batch may share their statistics.
     with torch.no_grad():
         features, true_features = (model.representation(one[None]) for one in (image, truth))
@@ -90,7 +90,7 @@ def compare(
         mse=mse,
         psnr_db=psnr,
         ssim=ssim,
-        lpips=None if lpips is None else float(lpips(image[None], truth[None])),
+        lpips=None if isinstance(lpips, str) else float(lpips(image[None], truth[None])),
         mse_representation=representation,
         not_measured=reasons,
     )
@@ -162,14 +162,16 @@ def candidate_distances(
     return distances
 
 
-def load_lpips(spec: LpipsSpec, path: Path, device: torch.device) -> Perceptual:
+def load_lpips(
+    net: Literal["alex", "squeeze", "vgg"], path: Path, device: torch.device
+) -> Perceptual:
     """Loads LPIPS v0.1 with the given backbone weights; the heads come with the lpips package.
 
     Grey images are repeated to three channels, and images below 64 pixels are enlarged to 64 by
     bilinear interpolation, which the backbones need.
 
     Args:
-        spec: which backbone.
+        net: which backbone.
         path: torchvision's weights of it, keys ``features.N.*`` (others are ignored).
         device: where to compute.
 
@@ -180,17 +182,17 @@ def load_lpips(spec: LpipsSpec, path: Path, device: torch.device) -> Perceptual:
         warnings.simplefilter("ignore")  # about arguments that lpips passes to torchvision
         import lpips
 
-        network = lpips.LPIPS(net=spec.net, pnet_rand=True, verbose=False)
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     weights = read_tensors(path)
     # lpips cuts the backbone's `features` into slices and keeps their indices.
     backbone = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}
     missing = [name for name in backbone.values() if name not in weights]
     if missing:
-        raise InputError(path, f"has no {missing[0]!r}: not torchvision's {spec.net} backbone")
+        raise InputError(path, f"has no {missing[0]!r}: not torchvision's {net} backbone")
     try:
         network.net.load_state_dict({name: weights[key] for name, key in backbone.items()})
     except RuntimeError:
-        raise InputError(path, f"does not fit torchvision's {spec.net} backbone") from None
+        raise InputError(path, f"does not fit torchvision's {net} backbone") from None
     network.to(device).eval()
 
     def prepared(images: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ggl_audit.evidence.grade import (
 )
 from ggl_audit.evidence.guarantee import Guarantee
 from ggl_audit.evidence.likeness import Likeness
+from ggl_audit.evidence.noise_tests import MOST_SAID, NoiseTest
 
 Severity = Literal["critical", "high", "medium", "low"]
 
@@ -56,9 +57,11 @@ def find(
     guarantee: Guarantee | None,
     promise: Rate | None,
     membership: Rate | None = None,
+    noise: NoiseTest | None = None,
     recovered: bool = False,
     members: int = 1,
     exact: bool = False,
+    in_the_clear: Sequence[str] = (),
 ) -> list[Finding]:
     """Collects the findings, the gravest first.
 
@@ -72,15 +75,19 @@ def find(
         guarantee: of the declared defense.
         promise: worst-case images identified in what the client's own code sends.
         membership: canaries identified in releases whose other images are unknown.
+        noise: what the noise of the client's own code is like.
         recovered: the gradient was computed exactly from what was captured.
         members: images that a release is made of.
         exact: the image was read off the captured gradient.
+        in_the_clear: running statistics that are sent and no declared step is over.
     """
     findings = [
         *_capture(checks),
         *_likeness(likeness),
+        *_noise(noise, guarantee),
         *_promise(ceiling, promise, guarantee),
         *_claim(guarantee),
+        *_uncovered(guarantee, in_the_clear),
         *_recovered(recovered),
         *_exact(exact),
         *_floor(floor),
@@ -123,6 +130,40 @@ def _likeness(likeness: Likeness | None) -> list[Finding]:
             "do not speak for a capture that is not of their kind.",
         )
     ]
+
+
+def _noise(noise: NoiseTest | None, guarantee: Guarantee | None) -> list[Finding]:
+    if noise is None or not noise.violations:
+        return []
+    share = [one.detail for one in noise.violations if one.fault == "share"]
+    own = [one.detail for one in noise.violations if one.fault != "share"]
+    found = []
+    if own:
+        found.append(
+            Finding(
+                id="GGL005" if guarantee is None else "GGL006",
+                severity="critical",
+                title="The noise is not what was declared",
+                detail=f"In {noise.releases} releases of the client's own code on public images "
+                f"{'; '.join(own[:MOST_SAID])}.",
+                remedy="Noise protects as declared only if it is drawn anew for every release and "
+                "every value, independently, everywhere, and from the declared distribution: look "
+                "at the seed of the generator, at what is reused or left out, and at the precision "
+                "in which it is drawn.",
+            )
+        )
+    if share:
+        found.append(
+            Finding(
+                id="GGL005",
+                severity="critical",
+                title="The client's own code contradicts the declaration",
+                detail=f"In {noise.releases} releases on public images {share[0]}.",
+                remedy="Compare the clip, its bound and its unit, the loss' scale and the model's "
+                "mode in the client's code with what is declared.",
+            )
+        )
+    return found
 
 
 def promise_is_broken(
@@ -169,6 +210,23 @@ def _claim(guarantee: Guarantee | None) -> list[Finding]:
             f"give {guarantee.epsilon:.3g} at delta {guarantee.delta:g} over {guarantee.rounds} "
             "rounds.",
             remedy="More noise, fewer rounds or a smaller sampling rate; or an honest epsilon.",
+        )
+    ]
+
+
+def _uncovered(guarantee: Guarantee | None, in_the_clear: Sequence[str]) -> list[Finding]:
+    if guarantee is None or not in_the_clear:
+        return []
+    more = f" and {len(in_the_clear) - 1} more" if len(in_the_clear) > 1 else ""
+    return [
+        Finding(
+            id="GGL006",
+            severity="critical",
+            title="The promise does not cover all that is sent",
+            detail=f"{in_the_clear[0]}{more} went in the clear beside what is clipped and noised; "
+            "running statistics are means and variances of the images' features.",
+            remedy="Do not send running statistics (group norm keeps none), or put them under the "
+            "clip and the noise and declare over: everything.",
         )
     ]
 
@@ -290,7 +348,7 @@ def _label(label: Rate | None) -> list[Finding]:
             title="The label is recovered",
             detail=f"The label is read off the last layer's gradient for {label.successes} of "
             f"{label.trials} canaries (95 % interval {label.lower:.0%} to {label.upper:.0%}, "
-            f"chance {label.chance:.0%}).",
+            f"chance {label.chance:.0%}); a classifier of whole gradients may tell it more often.",
             remedy="If the label is itself sensitive (a diagnosis, say), treat it as disclosed.",
         )
     ]

@@ -16,6 +16,7 @@ from ggl_audit.evidence.bounds import (
     trials_needed,
 )
 from ggl_audit.evidence.likeness import Likeness
+from ggl_audit.evidence.noise_tests import NoiseTest
 
 Grade = Literal["A", "B", "C", "D", "F", "inconclusive"]
 
@@ -29,13 +30,19 @@ SIGNIFICANCE = 0.025
 ORDER: tuple[Grade, ...] = ("A", "B", "C", "D", "F")
 
 IN_WORDS: dict[Grade, str] = {
-    "A": "no measurable leakage",
-    "B": "little leakage, bounded",
+    "A": "which of N same-class images it was cannot be told measurably better than by guessing",
+    "B": "which of N same-class images it was can be told little better than by guessing",
     "C": "the information is there; these attacks did not extract it",
     "D": "private images are partly reconstructed",
     "F": "private images are reconstructed",
     "inconclusive": "nothing can be said",
 }
+
+
+ONE_QUESTION = (
+    "That is the one question which this grade is about: the label, attributes and other rounds "
+    "are others."
+)
 
 
 class Verdict(BaseModel):
@@ -45,6 +52,7 @@ class Verdict(BaseModel):
         grade: A to F, or inconclusive.
         reason: the figures that decided, in a sentence or two.
         exit_code: 0 passed the gate, 1 did not, 3 inconclusive or cut short.
+        left_open: what the grade does not count, a sentence each.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,6 +60,34 @@ class Verdict(BaseModel):
     grade: Grade
     reason: str
     exit_code: Literal[0, 1, 3]
+    left_open: list[str] = []
+
+    def beside(self, label: Rate | None, why_no_label: str) -> Verdict:
+        """The verdict, beside what is known of the label and does not count in the grade.
+
+        Args:
+            label: canaries whose label the last layer gives away; None if not measured.
+            why_no_label: why it was not.
+        """
+        said = [ONE_QUESTION] if self.grade in ("A", "B") else []
+        if label is None:
+            said.append(f"Whether the gradient tells the label was not measured: {why_no_label}.")
+        else:
+            beyond = "" if label.advantage_lower > 0 else "not shown to be "
+            more = "; a classifier of whole gradients may tell it more often"
+            said.append(
+                f"The label is told by the last layer alone for {label.successes} of "
+                f"{label.trials} canaries (95 % interval {label.lower:.0%} to {label.upper:.0%}, "
+                f"chance {label.chance:.0%}), {beyond}beyond guessing"
+                f"{more if label.successes < label.trials else ''}."
+            )
+        return self.model_copy(update={"left_open": said})
+
+
+def in_words(grade: Grade, ceiling: Rate | None) -> str:
+    """The meaning of a grade, with the number of candidates that the ceiling was measured with."""
+    words = IN_WORDS[grade]
+    return words if ceiling is None else words.replace(" N ", f" {round(1 / ceiling.chance)} ")
 
 
 def reconstructed(floor: ReconstructionRate | None) -> Literal["D", "F"] | None:
@@ -136,6 +172,7 @@ def doubts_about_ceiling(
     real_images: bool,
     promise_is_broken: bool,
     about_the_client: Sequence[str] = (),
+    noise: NoiseTest | None = None,
 ) -> list[str]:
     """The reasons for which a low ceiling must not be taken for a good defense.
 
@@ -150,8 +187,13 @@ def doubts_about_ceiling(
         real_images: the canaries are images and not samples of the prior.
         promise_is_broken: a declared guarantee is contradicted.
         about_the_client: what is wrong with the client's own code as a stand-in for the capture's.
+        noise: what its noise is like; None if that was not tested.
     """
-    doubts = list(about_the_client)
+    doubts = []
+    if noise is not None and noise.violations:
+        found = noise.violations[0].detail
+        doubts.append(f"what the client's own code sends is not as declared: {found}")
+    doubts += about_the_client
     if promise_is_broken:
         doubts.append("the promise of differential privacy is contradicted")
     if not real_images:
@@ -164,6 +206,11 @@ def doubts_about_ceiling(
         doubts.append(
             "nothing shows that the capture belongs to the declared model, and a larger gradient, "
             "of another model or round, would stand out of this noise"
+        )
+    if likeness is not None and likeness.outcome == "undecided":
+        doubts.append(
+            "the capture is neither like the canaries' gradients nor clearly unlike them: "
+            f"{likeness.detail}"
         )
     if matching_control is not None and matching_control.advantage_lower <= MATCHING_WORKS:
         doubts.append(
@@ -262,7 +309,7 @@ def _grade(
     if standing == "unclear":
         return (
             "inconclusive",
-            f"Too few trials. {_ceiling(ceiling)}, which fits both no leakage and much of it; "
+            f"Too few trials. {_ceiling(ceiling)}, which fits guessing and much more; "
             f"a B takes about {trials_needed(LITTLE_LEAKAGE, ceiling.chance)} matching trials, an "
             f"A about {trials_needed(NO_LEAKAGE, ceiling.chance)}.",
         )

@@ -8,16 +8,22 @@ The likelihood under that Gaussian is the statistic; it is no bound, and earns n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 LARGEST_POOL = 256
-POOL_BYTES = 256 * 2**20
 RELATIVE_FLOOR = 1e-10
 
 
-def public_images(parameters: int) -> int:
-    """How many public images the population is estimated from, in the memory that they may take."""
-    return max(16, min(LARGEST_POOL, POOL_BYTES // (4 * parameters)))
+def public_images(parameters: int, memory: int) -> int:
+    """How many public images the population is estimated from.
+
+    Args:
+        parameters: of the model.
+        memory: bytes that their gradients may take.
+    """
+    return max(16, min(LARGEST_POOL, memory // (4 * parameters)))
 
 
 class UnknownMembers:
@@ -39,28 +45,35 @@ class UnknownMembers:
         others = self._weight * (members - 1)
         mean = public.mean(0)
         self._others = others * mean
-        spanning, held_out = (public - mean).chunk(2)
+        public -= mean
+        spanning, held_out = public.chunk(2)
         _, values, directions = torch.linalg.svd(spanning, full_matrices=False)
-        outside = held_out - held_out @ directions.T @ directions
         spread = self._weight**2 * (members - 1)
         self._variances = spread * values.square() / max(1, len(spanning) - 1)
         self._directions = directions
         least = RELATIVE_FLOOR * float(self._variances.sum()) / public.shape[1]
-        self._floor = max(noise**2 + spread * float(outside.square().mean()), least, 1e-30)
+        outside = (row - (directions @ row) @ directions for row in held_out)
+        beyond = sum(float(row.square().mean()) for row in outside) / len(held_out)
+        self._floor = max(noise**2 + spread * beyond, least, 1e-30)
 
-    def log_likelihoods(self, candidates: torch.Tensor, release: torch.Tensor) -> torch.Tensor:
+    def log_likelihoods(
+        self, candidates: Iterable[torch.Tensor], release: torch.Tensor
+    ) -> torch.Tensor:
         """How likely a release is with each of n candidates in it, up to a constant.
 
         Args:
-            candidates: (n, size), what each contributes.
+            candidates: what each contributes, (size,), of which one is held at a time.
             release: (size,).
 
         Returns:
             (n,).
         """
-        rest = release.double() - self._weight * candidates.double() - self._others
-        along = rest @ self._directions.T
+        known = release.double() - self._others
+        return torch.stack([self._of_rest(known - self._weight * one) for one in candidates])
+
+    def _of_rest(self, rest: torch.Tensor) -> torch.Tensor:
+        along = self._directions @ rest
         outside = rest - along @ self._directions
-        inside = (along.square() / (self._floor + self._variances)).sum(1)
-        likelihoods: torch.Tensor = -(inside + outside.square().sum(1) / self._floor) / 2
-        return likelihoods
+        inside = (along.square() / (self._floor + self._variances)).sum()
+        likelihood: torch.Tensor = -(inside + outside.square().sum() / self._floor) / 2
+        return likelihood

@@ -12,40 +12,60 @@ import torch
 
 CANDIDATES = 8
 LARGEST_POOL = 640
-POOL_BYTES = 512 * 2**20
 WARM_UP = 10
 SETS_COMPARED = 64
 
 
-def pool_size(parameters: int) -> int:
-    """How many possible candidates are tried, in the memory that they may take."""
-    return max(2 * CANDIDATES, min(LARGEST_POOL, POOL_BYTES // (4 * parameters)))
+def pool_size(parameters: int, memory: int) -> int:
+    """How many possible candidates are tried, a quarter of which are held twice.
+
+    Args:
+        parameters: of the model.
+        memory: bytes that these may take.
+    """
+    return max(2 * CANDIDATES, min(LARGEST_POOL, 4 * memory // (2 * 4 * parameters)))
 
 
-def farthest(contributions: torch.Tensor, norms: torch.Tensor, count: int) -> torch.Tensor:
+def largest(norms: torch.Tensor) -> torch.Tensor:
+    """The quarter with the largest gradients, of which candidates are chosen; (m,), indices.
+
+    A clip that comes too late, or that bounds the wrong thing, shows most in them.
+
+    Args:
+        norms: (n,), of the gradients before any defense.
+    """
+    return norms.topk(max(CANDIDATES, len(norms) // 4)).indices
+
+
+def smallest(norms: torch.Tensor) -> torch.Tensor:
+    """The quarter with the smallest gradients, of which companions are; (m,), indices.
+
+    Args:
+        norms: (n,), of the gradients before any defense.
+    """
+    return norms.topk(max(1, len(norms) // 4), largest=False).indices
+
+
+def farthest(contributions: torch.Tensor, count: int) -> torch.Tensor:
     """Chooses rows by pivoted Gram-Schmidt: each has the most that the earlier ones do not have.
-
-    Only the quarter with the largest gradients is chosen from: a clip that comes too late, or that
-    bounds the wrong thing, shows most in them.
 
     Args:
         contributions: (n, size), what each adds to a release under the declaration.
-        norms: (n,), of the gradients before any defense.
         count: at most n.
 
     Returns:
         (count,), indices.
     """
-    largest = norms.topk(max(count, len(norms) // 4)).indices
-    rest = contributions[largest]
+    rest = contributions.clone()
     chosen = []
     for _ in range(count):
         index = int(rest.norm(dim=1).argmax())
         chosen.append(index)
         direction = rest[index] / rest[index].norm().clamp(min=1e-30)
-        rest -= (rest @ direction)[:, None] * direction
+        for row in rest:
+            row -= (row @ direction) * direction
         rest[index] = 0
-    return largest[torch.tensor(chosen, device=contributions.device)]
+    return torch.tensor(chosen, device=contributions.device)
 
 
 def cancelling(gradients: torch.Tensor, count: int, random: np.random.Generator) -> torch.Tensor:
@@ -80,8 +100,8 @@ class Identifier:
     """
 
     def __init__(self, contributions: torch.Tensor) -> None:
-        self._contributions = contributions.double()
-        self._expected = self._contributions.square().sum(1) / 2
+        self._contributions = contributions
+        self._expected = torch.stack([row.double().square().sum() / 2 for row in contributions])
         self._total = torch.zeros_like(self._expected)
         self._seen = 0
 
@@ -92,7 +112,8 @@ class Identifier:
             release: (size,).
             random: the lot.
         """
-        scores = self._contributions @ release.double()
+        seen = release.double()
+        scores = torch.stack([row.double() @ seen for row in self._contributions])
         usual = self._total / self._seen if self._seen >= WARM_UP else self._expected
         self._total += scores
         self._seen += 1

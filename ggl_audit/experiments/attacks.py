@@ -9,8 +9,6 @@ from functools import partial
 import torch
 
 from ggl_audit.attack.analytic import is_exact, recover_input, representation
-from ggl_audit.attack.derivatives import Derivatives
-from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.pixels import attack_pixels
 from ggl_audit.attack.refine import refine
@@ -101,7 +99,7 @@ def _not_differentiable(setting: Setting) -> str:
     labels = torch.tensor([setting.labels], device=model.device)
     observed = {name: tensor[None] for name, tensor in setting.observed.items()}
     try:
-        _, slopes = Derivatives(model, setting.defense, "l2")(images, labels, observed)
+        _, slopes = setting.derivatives("l2")(images, labels, observed)
     except (Exception, SystemExit) as error:
         # The model, the loss or a step of the defense is the user's own code.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -139,26 +137,26 @@ def run_attacks(
     attempts = {GGL: Attempt(images, result.losses)}
     if not result.complete:
         return result, attempts
-    model, defense, attack = setting.model, setting.defense, setting.spec.attack
+    model, attack = setting.model, setting.spec.attack
     of_each = labels.reshape(len(labels), -1)
     shown = representation(model, observed) if attack.representation else None
     extra = (shown, attack.representation)
 
     for name in suite.names[1:]:
         if name == REFINED:
-            nearer = Derivatives(model, defense, attack.distance, *extra)
+            nearer = setting.derivatives(attack.distance, *extra)
             prior, latents = setting.prior, result.latents
             found = refine(prior, nearer, latents, of_each, observed, attack.steps, advance)
             attempts[name] = Attempt(found.images.reshape(images.shape), found.losses)
         elif name == PIXELS:
-            aligned = Derivatives(model, defense, "cosine", *extra)
+            aligned = setting.derivatives("cosine", *extra)
             random = setting.random(f"{purpose} pixels")
             found = attack_pixels(model, aligned, of_each, observed, attack.steps, random, advance)
             attempts[name] = Attempt(found.images.reshape(images.shape), found.losses)
         else:
             recovered = recover_input(model, observed)
             assert recovered is not None
-            matching = Matching(model, defense, attack.distance)
+            matching = setting.matching(distance=attack.distance)
             losses = matching.distances(recovered[:, None], of_each, observed)[:, 0]
             attempts[name] = Attempt(recovered, losses)
     return result, attempts
@@ -169,7 +167,8 @@ def recovered_exactly(setting: Setting, attempt: Attempt) -> bool:
     labels = captured_labels(setting, 1)
     observed = {name: tensor[None] for name, tensor in setting.observed.items()}
     rounding = setting.captured.rounding
-    exact = is_exact(setting.model, setting.defense, attempt.images[:1], labels, observed, rounding)
+    images, memory = attempt.images[:1], setting.memory
+    exact = is_exact(setting.model, setting.defense, images, labels, observed, rounding, memory)
     return bool(exact[0])
 
 
@@ -197,7 +196,7 @@ def run_search(
         What was found, and its pictures (t, channels, height, width) or (t, k, ...) in [0, 1].
     """
     attack = searched_by(setting)
-    matching = Matching(setting.model, defense, attack.distance, setting.memory)
+    matching = setting.matching(defense, attack.distance)
     objective = LatentObjective(
         matching,
         setting.prior,
@@ -230,7 +229,7 @@ def searched_by(setting: Setting) -> AttackSpec:
     if attack.optimizer != "gauss_newton":
         return attack
     steps = full_steps(setting.prior.size * members, attack.evaluations // attack.restarts)
-    apart = members > 1 and Matching(setting.model, setting.defense).adds_up
+    apart = members > 1 and setting.matching().adds_up
     if steps >= (FEWEST_STEPS_FOR_SEVERAL if apart else FEWEST_STEPS):
         return attack
     return attack.model_copy(update={"optimizer": "cma"})

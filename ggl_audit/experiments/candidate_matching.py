@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ggl_audit.attack.labels import why_not_inferred
-from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import Client, DeclaredClient
 from ggl_audit.clock import Clock
 from ggl_audit.defenses import Pipeline, SecureAggregation
@@ -18,7 +17,10 @@ from ggl_audit.gradient import stack
 from ggl_audit.setting import Setting
 
 CANARIES_TOGETHER = 25
-HELD_BYTES = 2**30
+
+COPIES_OF_A_CANARY = 3
+"""The gradients that its clients compute, what they send, and what is seen of them."""
+
 MATCHING_CONTROL_TRIALS = 50
 
 MATCHING_SHARE = 0.4
@@ -29,7 +31,7 @@ def match_candidates(
     setting: Setting, trials: Trials, measured: Measurements, advance: Advance
 ) -> None:
     """Measures the ceiling, how often the label is recovered, and matching without the defense."""
-    matching, random = Matching(setting.model, setting.defense), setting.random("captured ties")
+    matching, random = setting.matching(), setting.random("captured ties")
     observed = stack([setting.observed])
     measured.matching_ranks = [
         # The attacker tries a candidate as its client's first image.
@@ -52,7 +54,7 @@ def match_candidates(
     if setting.defense.steps:
         control = trials.first(MATCHING_CONTROL_TRIALS)
         without = undefended(setting)
-        client = DeclaredClient(Matching(setting.model, without), without)
+        client = DeclaredClient(setting.matching(without), without)
         counted = run_matching(
             setting,
             client,
@@ -102,13 +104,13 @@ def run_matching(
     to_the_end: bool = False,
 ) -> Counted:
     """Counts canaries that matching identifies, and those whose label is inferred."""
-    matching = Matching(setting.model, defense)
+    matching = setting.matching(defense)
     context, random = setting.context(f"{purpose} clients"), setting.random(f"{purpose} ties")
     infers = not why_not_inferred(setting.model, setting.members)
     evidence = setting.spec.evidence
     hits = labels_right = done = 0
-    held = 4 * setting.model.size * setting.defense.aggregation.clients
-    for part in trials.batches(max(1, min(CANARIES_TOGETHER, HELD_BYTES // held))):
+    held = COPIES_OF_A_CANARY * 4 * setting.model.size * setting.defense.aggregation.clients
+    for part in trials.batches(max(1, min(CANARIES_TOGETHER, setting.memory // held))):
         observed = client.send(*part.members, context)
         hits += match(matching, part, observed, random).count(1)
         if infers:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.search import SearchResult
 from ggl_audit.evidence.controls import null_gradient
-from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr, nearest
+from ggl_audit.evidence.fidelity import mean_psnr, nearest
 from ggl_audit.evidence.identification import reconstruction_ranks
 from ggl_audit.experiments.attacks import (
     ANALYTIC,
     GGL,
     Advance,
+    Attempt,
     captured_labels,
     recovered_exactly,
     run_attacks,
@@ -46,6 +48,7 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
             kept[name] = Reconstructed(images, loss, _curve(result, index))
     if not result.complete:
         raise KeyboardInterrupt
+    measured.nearest = _nearest(setting, attempts)
     if ANALYTIC in attempts:
         measured.exact = recovered_exactly(setting, attempts[ANALYTIC])
     searched = attempts[GGL].images
@@ -54,7 +57,7 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
     measured.agreement_db = _agreement_db(measured.repeated)
     measured.null_agreement_db = _agreement_db(searched[SEARCHES_COMPARED:])
     if not setting.prior_saw_truth:
-        distance = candidate_distances(setting.model, setting.lpips)[setting.distance]
+        distance = setting.distances[setting.distance]
         random = setting.random("captured reconstruction ties")
         trials = setting.captured_trials()
         for name, attempt in attempts.items():
@@ -64,6 +67,18 @@ def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -
                 else reconstruction_ranks(attempt.images[:1], one, distance, random)[0]
                 for one in trials
             ]
+
+
+def _nearest(setting: Setting, attempts: dict[str, Attempt]) -> str:
+    """The attack with the best first picture, by a distance that is the same for all."""
+    distance, names = setting.spec.attack.distance, list(attempts)
+    matching = Matching(setting.model, setting.defense, distance, setting.memory)
+    images = [attempts[name].images[0].reshape(-1, *setting.model.shape) for name in names]
+    labels = torch.tensor(setting.labels, device=setting.model.device)
+    observed = stack([setting.observed])
+    sets = torch.stack(images)[None], labels.expand(1, len(names), -1)
+    losses = matching.distances(*sets, observed)[0]
+    return names[int(losses.nan_to_num(nan=torch.inf).argmin())]
 
 
 def _agreement_db(images: torch.Tensor) -> float:

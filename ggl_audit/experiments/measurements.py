@@ -10,6 +10,7 @@ from ggl_audit.clock import Clock
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate
 from ggl_audit.evidence.grade import strongest
 from ggl_audit.evidence.likeness import Likeness
+from ggl_audit.evidence.noise_tests import NoiseTest
 from ggl_audit.experiments.attacks import GGL, Suite
 
 
@@ -41,10 +42,12 @@ class Measurements:
         matching_control: canaries identified by candidate matching without the defense.
         membership: canaries identified in releases whose other images are unknown.
         promise: worst-case images identified in what the client's own code sends.
+        noise: what the noise of the client's own code is like.
         suite: the attacks that are made.
         exact: whether the image of the capture was read off the gradient exactly.
         seconds_each: that a canary and its null control took.
         captured: what each attack made of the captured gradient.
+        nearest: the attack whose picture of the capture has the best matching distance.
         captured_null: what each made of a random gradient of the same norm.
         repeated: the pictures of all searches of the capture, (searches, channels, height, width).
         repeated_losses: the losses of these searches.
@@ -69,10 +72,12 @@ class Measurements:
     matching_control: Rate | None = None
     membership: Rate | None = None
     promise: Rate | None = None
+    noise: NoiseTest | None = None
     exact: bool = False
     seconds_each: float = 0.0
     suite: Suite = field(default_factory=Suite)
     captured: dict[str, Reconstructed] = field(default_factory=dict)
+    nearest: str = GGL
     captured_null: dict[str, Reconstructed] = field(default_factory=dict)
     repeated: torch.Tensor | None = None
     repeated_losses: list[float] = field(default_factory=list)
@@ -89,6 +94,6 @@ class Measurements:
     others: list[Measurements] = field(default_factory=list)
 
     def strongest(self, distance: str) -> str:
-        """The attack that shows most by a distance; GGL where none was measured."""
+        """The attack that shows most by a distance; the nearest where none was measured."""
         floors = {name: floors[distance] for name, floors in self.floors.items()}
-        return strongest(floors) or GGL
+        return strongest(floors) or self.nearest

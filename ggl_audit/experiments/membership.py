@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ggl_audit.attack.matching import Matching
 from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.identification import Trials, rank_of_truth
 from ggl_audit.evidence.membership import UnknownMembers, public_images
 from ggl_audit.experiments.attacks import Advance
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE
 from ggl_audit.experiments.measurements import Measurements
-from ggl_audit.gradient import flat, take, unstack
+from ggl_audit.gradient import Gradient, flat, rows, take
 from ggl_audit.setting import Setting
 
 MEMBERSHIP_TRIALS = 100
@@ -31,20 +31,19 @@ def identify_members(
     # The attacker's public images are no members, as far as there are enough others.
     others = random.permutation(np.setdiff1d(every, trials.candidates[:, 0].cpu().numpy()))
     pool = others if len(others) >= len(every) // 2 else random.permutation(every)
-    public = pool[: min(public_images(model.size), len(every) // 2)]
+    public = pool[: min(public_images(model.size, setting.memory), len(every) // 2)]
     rest = torch.as_tensor(np.setdiff1d(every, public), device=model.device)
-    matching = Matching(model, setting.defense)
+    matching = setting.matching()
 
-    def contributed(chosen: torch.Tensor) -> torch.Tensor:
+    def contributed(chosen: torch.Tensor) -> Iterator[Gradient]:
         images, labels = setting.reference.images[chosen], setting.reference.labels[chosen]
-        each = unstack(matching.gradients(images, labels))
-        return torch.stack([flat(setting.defense.share_of_one(gradient)) for gradient in each])
+        return map(setting.defense.share_of_one, matching.each_gradient(images, labels))
 
     noise = setting.defense.total_noise()
     # A sum over each client's images is a mean over clients of sums.
     whole = members if not model.loss_sum else setting.defense.aggregation.clients
     unknown = UnknownMembers(
-        contributed(torch.as_tensor(public, device=model.device)),
+        rows(contributed(torch.as_tensor(public, device=model.device)), len(public)),
         members,
         whole,
         noise.std if noise else 0.0,
@@ -57,7 +56,7 @@ def identify_members(
         drawn = torch.as_tensor(random.permutation(len(companions)), device=model.device)
         trial = replace(one, companions=companions[drawn[: members - 1]][None])
         release = flat(take(setting.client.send(*trial.members, context), 0))
-        scores = unknown.log_likelihoods(contributed(trial.candidates[0]), release)
+        scores = unknown.log_likelihoods(map(flat, contributed(trial.candidates[0])), release)
         hits += rank_of_truth(-scores[None], random)[0] == 1
         done += 1
         advance(trial.candidates.numel() + 1)

@@ -6,14 +6,21 @@ from dataclasses import replace
 
 import torch
 
-from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import OwnClient
 from ggl_audit.evidence.bounds import measure_rate
-from ggl_audit.evidence.promise import CANDIDATES, Identifier, cancelling, farthest, pool_size
+from ggl_audit.evidence.promise import (
+    CANDIDATES,
+    Identifier,
+    cancelling,
+    farthest,
+    largest,
+    pool_size,
+    smallest,
+)
 from ggl_audit.experiments.attacks import Advance
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE
 from ggl_audit.experiments.measurements import Measurements
-from ggl_audit.gradient import flat, take
+from ggl_audit.gradient import flat, norm, rows, take
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.setting import Setting
 
@@ -24,20 +31,25 @@ def try_promise(setting: Setting, trials: int, measured: Measurements, advance: 
         return
     assert isinstance(setting.client, OwnClient)
     model, random = setting.model, setting.random("promise")
-    pool = pool_size(model.size)
+    pool = pool_size(model.size, setting.memory)
     drawn = torch.as_tensor(random.integers(len(setting.reference), size=pool), device=model.device)
     images = setting.reference.images[drawn]
     labels = torch.as_tensor(random.integers(model.classes, size=pool), device=model.device)
-    gradients = Matching(model, setting.defense).gradients(images, labels)
-    context = setting.context("promise clients")
-    each = [take(gradients, i) for i in range(pool)]
-    contributions = torch.stack([flat(setting.defense.without_noise(g, context)) for g in each])
-    raw = torch.stack([flat(gradient) for gradient in each])
-    chosen = farthest(contributions, raw.norm(dim=1), CANDIDATES)
-    others = cancelling(raw, setting.client.batch_size - 1, random)
+    matching, context = setting.matching(), setting.context("promise clients")
+    norms = torch.stack([norm(one) for one in matching.each_gradient(images, labels)])
+    few = smallest(norms)
+    raw = rows(matching.each_gradient(images[few], labels[few]), len(few))
+    others = few[cancelling(raw, setting.client.batch_size - 1, random)]
+    del raw
     companions = ImageSet(images[others], labels[others], "companions that cancel")
     client = replace(setting.client, companions=companions, always_the_same=True)
-    identifier = Identifier(contributions[chosen])
+    likely = largest(norms)
+    each = matching.each_gradient(images[likely], labels[likely])
+    sent = (setting.defense.without_noise(one, context) for one in each)
+    contributions = rows(sent, len(likely))
+    best = farthest(contributions, CANDIDATES)
+    chosen, identifier = likely[best], Identifier(contributions[best])
+    del contributions
     hits = done = 0
     for truth in random.integers(CANDIDATES, size=trials):
         if done and measured.clock.used(MATCHING_SHARE):

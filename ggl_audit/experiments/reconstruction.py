@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import DeclaredClient
 from ggl_audit.evidence.bounds import ReconstructionRate, measure_rate, paired_p_value
 from ggl_audit.evidence.controls import null_gradient
-from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr, nearest
+from ggl_audit.evidence.fidelity import mean_psnr, nearest
 from ggl_audit.evidence.grade import floor_is_settled
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
 from ggl_audit.experiments.attacks import GGL, Advance, run_attacks, run_search
@@ -37,7 +36,7 @@ def reconstruct(
     planned, chance = len(canaries), 1 / setting.spec.evidence.candidates
     if planned == 0:
         return
-    distances = candidate_distances(setting.model, setting.lpips)
+    distances = setting.distances
     context, random = setting.context("canary clients"), setting.random("reconstruction ties")
     names = measured.suite.names
     hits = {name: {distance: _Pairs() for distance in distances} for name in names}
@@ -64,7 +63,7 @@ def reconstruct(
         result, attempts = run_attacks(setting, measured.suite, observed, labels, purpose, advance)
         if not result.complete:
             raise KeyboardInterrupt
-        matching = Matching(setting.model, setting.defense)
+        matching = setting.matching()
         searched = attempts[GGL].images
         agreements.append(matching.agreement(searched, labels, observed).unflatten(0, (2, -1)))
         gradients.append(sent)
@@ -124,15 +123,14 @@ def reconstruct_undefended(
     """
     if len(canaries) == 0 or not setting.defense.steps:
         return
-    client = DeclaredClient(Matching(setting.model, undefended(setting)), undefended(setting))
+    without = undefended(setting)
+    client = DeclaredClient(setting.matching(without), without)
     gradients = client.send(*canaries.members, setting.context("undefended clients"))
     labels = setting.labels_seen(gradients, canaries.members[1])
-    result, images = run_search(
-        setting, undefended(setting), gradients, labels, "undefended search", advance
-    )
+    result, images = run_search(setting, without, gradients, labels, "undefended search", advance)
     if not result.complete:
         raise KeyboardInterrupt
-    distance = candidate_distances(setting.model, setting.lpips)[setting.distance]
+    distance = setting.distances[setting.distance]
     ranks = reconstruction_ranks(images, canaries, distance, setting.random("undefended ties"))
     measured.undefended = _rate(ranks.count(1), images, canaries, len(canaries))
 

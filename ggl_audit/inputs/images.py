@@ -332,6 +332,26 @@ def read_labels(spec: ImageSetSpec, folder: Path) -> torch.Tensor | None:
     return labels if _is_more(labels) else None
 
 
+def count_classes(spec: ImageSetSpec, folder: Path) -> int:
+    """One more than the largest class index of a reference set.
+
+    Raises:
+        InputError: the set is missing or broken.
+    """
+    if spec.bundled is not None:
+        return read_image_set(spec, folder, REFERENCE, "reference").classes
+    if spec.npz is None:
+        assert spec.folder is not None
+        return 1 + max(int(file.parent.name) for file in _pictures(folder / spec.folder, True))
+    path = folder / spec.npz
+    _check_reference(path)
+    prefix = _prefix(path, npz_names(path), spec.split, ("images", "labels"))
+    name = f"{prefix}labels"
+    labels = read_npz(path, [name])[name].numpy()
+    # What else is wrong with the set is told where its images are read.
+    return 1 + int(_class_indices(path, name, labels, len(labels)).max()) if labels.size else 1
+
+
 def _check_reference(path: Path) -> None:
     """Public images are often not beside the spec, but where whoever runs it has them."""
     if not path.is_file():
@@ -411,7 +431,8 @@ def _class_indices(path: Path, name: str, labels: NDArray[Any], count: int) -> t
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _read_folder(path: Path, shape: Shape | None, labelled: bool) -> ImageSet:
+def _pictures(path: Path, labelled: bool) -> list[Path]:
+    """The files of a folder of pictures, in the folders of their classes."""
     if not path.is_dir():
         raise InputError(path, "no such folder")
     folders = [folder for folder in path.iterdir() if folder.is_dir()]
@@ -432,6 +453,11 @@ def _read_folder(path: Path, shape: Shape | None, labelled: bool) -> ImageSet:
     if not files:
         form = "CLASS_INDEX/NAME" if labelled else "NAME or FOLDER/NAME"
         raise InputError(path, f"no pictures; expected {form} with {', '.join(IMAGE_SUFFIXES)}")
+    return files
+
+
+def _read_folder(path: Path, shape: Shape | None, labelled: bool) -> ImageSet:
+    files = _pictures(path, labelled)
     pixels = [_open(file) for file in files]
     wanted = (shape[1], shape[2], shape[0]) if shape else pixels[0].shape
     for file, array in zip(files, pixels, strict=True):

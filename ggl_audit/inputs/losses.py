@@ -187,7 +187,10 @@ class OwnLoss:
         return self.scale * loss.reshape(())
 
     def classes(self, outputs: torch.Tensor) -> int:
-        """The second dimension of the outputs; 2 where they have none, or of one."""
+        """The second dimension of the outputs, 2 where they have none or of one: at most so many.
+
+        Some may be no logits, so the labels of public images count where there are any.
+        """
         return max(2, outputs.shape[1]) if outputs.ndim > 1 else 2
 
     def mixable(self, labels: torch.Tensor, classes: int) -> None:

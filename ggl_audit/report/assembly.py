@@ -6,13 +6,12 @@ from dataclasses import replace
 
 from ggl_audit import __version__
 from ggl_audit.attack.labels import why_not_inferred
-from ggl_audit.attack.matching import Matching
 from ggl_audit.clients import OwnClient
 from ggl_audit.environment import describe, peak_memory_bytes
 from ggl_audit.evidence.assignment import assign
 from ggl_audit.evidence.bounds import empirical_mu
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
-from ggl_audit.evidence.fidelity import candidate_distances, compare
+from ggl_audit.evidence.fidelity import compare
 from ggl_audit.evidence.findings import find, promise_is_broken
 from ggl_audit.evidence.grade import decide, doubts_about_ceiling
 from ggl_audit.evidence.guarantee import largest_advantage
@@ -21,6 +20,7 @@ from ggl_audit.experiments.attacks import ATTACKS, GGL
 from ggl_audit.experiments.capture import SEARCHES_COMPARED
 from ggl_audit.experiments.measurements import Measurements, Reconstructed
 from ggl_audit.experiments.membership import can_identify_members
+from ggl_audit.experiments.noise import why_no_noise_test
 from ggl_audit.gradient import norm
 from ggl_audit.report.assumptions import assumptions
 from ggl_audit.report.model import (
@@ -41,6 +41,7 @@ from ggl_audit.report.model import (
 from ggl_audit.setting import Setting
 
 LONGEST_CURVE = 200
+HIDDEN = "the rounding of the gradient hides the noise"
 
 
 def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report:
@@ -72,7 +73,10 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
     proven = proven and not setting.others
     fits = proven or (likeness is not None and likeness.rules_out_larger)
     bound = largest_advantage(setting.defense.guarantee(), 1 / spec.evidence.candidates)
+    if setting.defense.in_the_clear:
+        bound = 1.0  # no clip and no noise is on them
     rates = [rate for rate in (measured.ceiling, measured.promise) if rate is not None]
+    not_measured = _not_measured(setting, measured)
     return Report(
         tool=Tool(version=__version__),
         verdict=decide(
@@ -92,15 +96,20 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
                     measured.ceiling, measured.promise, setting.guarantee
                 ),
                 about_the_client=setting.doubts,
+                noise=measured.noise,
             ),
             measured.stage,
             spec.gate.fail_on,
             0.0 if fits else bound,
             measured.exact,
-        ),
+        ).beside(measured.label, not_measured.get("label", "")),
         captured=_captured(setting, measured, attack),
         others=[
-            _captured(other, replace(own, stage=measured.stage), attack)
+            _captured(
+                other,
+                replace(own, stage=measured.stage),
+                attack if measured.floors else own.nearest,
+            )
             for other, own in zip(setting.others, measured.others, strict=True)
         ],
         evidence=EvidenceReport(
@@ -118,13 +127,14 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             ),
             membership=measured.membership,
             promise=measured.promise,
+            noise=measured.noise,
             guarantee=setting.guarantee,
             empirical_mu=max(map(empirical_mu, rates), default=None),
             checks=[
                 CheckedStep(step=check.step, outcome=check.outcome, detail=check.detail)
                 for check in checks
             ],
-            not_measured=_not_measured(setting, measured),
+            not_measured=not_measured,
         ),
         findings=find(
             floor,
@@ -136,8 +146,10 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             setting.guarantee,
             measured.promise,
             measured.membership,
+            measured.noise,
             recovered=spec.capture.kind == "moments",
             members=setting.members,
+            in_the_clear=setting.defense.in_the_clear,
             exact=measured.exact,
         ),
         assumptions=assumptions(setting, measured),
@@ -216,8 +228,8 @@ def _file(setting: Setting) -> str:
 def _confidence(likeness: Likeness | None) -> int:
     """The least first: a release is no better than the capture that fits worst."""
     if likeness is None:
-        return 1
-    outcomes = ("unlike", "hidden", "like")
+        return 3
+    outcomes = ("unlike", "undecided", "hidden", "like")
     return 2 * outcomes.index(likeness.outcome) + likeness.rules_out_larger
 
 
@@ -261,7 +273,7 @@ def _no_ranks(setting: Setting) -> dict[str, str]:
             "the prior was trained on a private image itself, but not on the other candidates, "
             "so its rank by the reconstruction would be no evidence"
         )
-    if not Matching(setting.model, setting.defense).adds_up:
+    if not setting.matching().adds_up:
         reasons["matching_rank"] = (
             "what the images of a client give does not add up, so that their order may matter"
         )
@@ -312,7 +324,7 @@ def _reconstructions(found: Reconstructed | None, setting: Setting) -> list[Reco
         curve.append(found.curve[-1])
     truths: list[int | None] = [None] * len(found.images)
     if len(setting.truths):
-        distance = candidate_distances(setting.model, setting.lpips)[setting.distance]
+        distance = setting.distances[setting.distance]
         truths = [*assign(found.images, setting.truths, distance)]
     pictures = zip(found.images, setting.labels, truths, strict=True)
     return [
@@ -349,6 +361,7 @@ def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
         "label": "" if measured.label else no_label or no_matching,
         "membership": "" if measured.membership else _no_membership(setting) or no_matching,
         "promise": "" if measured.promise else _no_promise(setting) or no_matching,
+        "noise": "" if measured.noise else why_no_noise_test(setting) or no_matching or HIDDEN,
         "controls.null": "" if measured.nulls else no_reconstruction,
         "controls.undefended": "" if measured.undefended else no_reconstruction or no_control,
         "controls.undefended_matching": "" if measured.matching_control else no_matching,

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.defenses import Encryption
+from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.last_layer import MODEL_AND_LOSS
+from ggl_audit.evidence.square_layers import LAYOUT, square_layers
 from ggl_audit.experiments.attacks import searched_by
 from ggl_audit.experiments.measurements import Measurements
+from ggl_audit.inputs.layouts import CHANNELS_LAST
 from ggl_audit.inputs.model import in_other_mode
+from ggl_audit.local_training import described
 from ggl_audit.setting import Setting
 
 MOST_NAMES = 5
-COLOURS = 3
+TWO, COLOURS = 2, 3
 COARSE = 1e-4
 
 
 def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     """Lists what was assumed and not measured, one sentence each."""
-    spec, model = setting.spec, setting.model
+    spec = setting.spec
     evidence = spec.evidence
     said = [
         "The attacker is the server: it sees this gradient, knows the model, its loss, and the "
@@ -26,6 +29,7 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
         f"{_loss(setting)} times {spec.model.loss.scale:g}, images normalized with mean "
         f"{spec.model.input.mean} and std {spec.model.input.std}{_channels(setting)}.",
         *_parts(setting),
+        *_layout(setting, measured),
         *_training(setting),
         *_cohort(setting),
     ]
@@ -44,6 +48,11 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
     said += [f"{doubt[:1].upper()}{doubt[1:]}." for doubt in setting.prior.doubts]
     if spec.capture.labels == "infer":
         said.append(_inferred(setting))
+        if setting.model.classes <= TWO:
+            said.append(
+                "With two classes the other sign of a gradient looks like the other label; the "
+                "capture is taken to have the declared sign."
+            )
     else:
         known = "label" if spec.capture.targets is None else "target"
         said.append(f"The attacker knows the {known}{'s' if setting.members > 1 else ''}.")
@@ -84,9 +93,6 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
         f"{search.evaluations} evaluations on {setting.prior.source}; others may do better. "
         f"The ceiling is about identification among {evidence.candidates} same-class images."
     )
-    reason = why_not_inferred(model, setting.members)
-    if reason:
-        said.append(f"Label recovery was not measured: {reason}.")
     return said
 
 
@@ -136,10 +142,11 @@ def _training(setting: Setting) -> list[str]:
         return []
     size = local.batch_size or setting.spec.capture.batch_size
     said = (
-        f"The attacker knows how a client trains: {local.epochs} epochs in batches of {size}, SGD "
-        f"with lr {local.lr:g}, momentum {local.momentum:g}, weight decay {local.weight_decay:g}, "
-        f"proximal term {local.proximal:g}"
+        f"The attacker knows how a client trains: {local.epochs} epochs in batches of {size}, "
+        f"{described(local)}"
     )
+    if local.remembers and local.fresh:
+        said += ", whose state is taken to start afresh in each round"
     if setting.members == 1:
         return [f"{said}."]
     known = "the order of its images" if local.order == "fixed" else "not the order of its images"
@@ -178,6 +185,9 @@ def _inferred(setting: Setting) -> str:
     if setting.members == 1:
         return f"The captured image's label is {setting.labels[0]}, as inferred."
     labels = ", ".join(map(str, setting.labels))
+    if setting.labels_in_doubt:
+        reason = setting.labels_in_doubt[0]
+        return f"The captured images' labels are inferred, in doubt: {labels}; {reason}."
     return f"The captured images' labels are {labels}, as inferred."
 
 
@@ -228,15 +238,58 @@ def _parts(setting: Setting) -> list[str]:
             f"Not in the file, and so taken for never sent: {_listed(captured.unsent)}. Declare "
             "capture.unsent if that is so."
         )
-    buffers = [name for name in captured.unused if name not in fixed]
-    if buffers:
-        said.append(
-            f"The file also holds buffers, which are not attacked: {_listed(buffers)}. Running "
-            "statistics say something about the images too."
-        )
+    said += beside(setting)
     if captured.rounding > COARSE:
         said.append(f"The file's numbers are rounded to {captured.rounding:.1g} of their size.")
     return said
+
+
+def beside(setting: Setting) -> list[str]:
+    """What was sent beside the trained parameters, or may have been, and what became of it."""
+    found, declared, said = setting.captured.beside, setting.spec.capture, []
+    if found.statistics:
+        names = _listed([*found.statistics])
+        if setting.defense.is_over_everything:
+            how = "under the declared steps like the parameters"
+        elif setting.defense.steps:
+            how = "in the clear, as no declared step is over them"
+        else:
+            how = "as they are"
+        said.append(
+            f"The client's running statistics are sent too, {how}, and are observed with the "
+            f"gradient: {names}."
+        )
+    said += [
+        f"Sent too, and not measured: {kind}, {_listed(names)}."
+        for kind, names in found.unmeasured.items()
+    ]
+    if found.idle:
+        said.append(f"In the file as it was before: {_listed(found.idle)}.")
+    if found.silent:
+        said.append(f"Not in the file, and not declared as never sent: {_listed(found.silent)}.")
+    unsent = sorted(setting.model.unsent)
+    if unsent:
+        said.append(f"Never sent, as capture.unsent says: {_listed(unsent)}.")
+    reasons = "; ".join(f"{one.name}: {one.reason}" for one in declared.ignored)
+    if found.ignored:
+        said.append(
+            f"Sent too, and left out as capture.ignored says: {_listed(found.ignored)} ({reasons})."
+        )
+    return said
+
+
+def _layout(setting: Setting, measured: Measurements) -> list[str]:
+    """Which matrices may be transposed, as far as anything tells."""
+    square = square_layers(setting.captured.gradient)
+    told = {check.step for check in setting.checks if check.outcome != "hidden"}
+    like = measured.likeness is not None and measured.likeness.outcome == "like"
+    declared = setting.spec.capture.layout == CHANNELS_LAST
+    if not square or declared or like or told & {LAYOUT, PRIVATE_IMAGE}:
+        return []
+    return [
+        f"Whether {_listed(square)} is (out, in) or transposed is ambiguous, as it is square and "
+        "nothing else tells; PyTorch's layout is taken for granted."
+    ]
 
 
 def _listed(names: list[str]) -> str:

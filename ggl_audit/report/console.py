@@ -12,7 +12,7 @@ from rich.text import Text
 from rich_pixels import HalfcellRenderer, Pixels
 
 from ggl_audit.errors import printable
-from ggl_audit.evidence.grade import IN_WORDS
+from ggl_audit.evidence.grade import in_words
 from ggl_audit.report import wording
 from ggl_audit.report.model import Captured, Report, picture
 
@@ -41,8 +41,9 @@ def render_console(report: Report, console: Console) -> None:
     grade = report.verdict.grade
     badge = Text(f" {grade} ", style=GRADE_STYLE[grade])
     console.print()
-    console.print(Text.assemble(badge, f"  {IN_WORDS[grade]}"))
-    console.print(Text(report.verdict.reason))
+    console.print(Text.assemble(badge, f"  {in_words(grade, report.evidence.ceiling)}"))
+    for sentence in (report.verdict.reason, *report.verdict.left_open):
+        console.print(Text(sentence))
     console.print()
     _print_pictures(report.captured, console)
     console.print(_rates(report))
@@ -50,6 +51,9 @@ def render_console(report: Report, console: Console) -> None:
     if distances:
         console.print(Text(distances))
     console.print(Text(wording.privacy(report)))
+    noise = wording.noise(report)
+    if noise:
+        console.print(Text(noise))
     console.print()
     for sentence in wording.captured(report.captured):
         console.print(Text(sentence))

@@ -7,7 +7,7 @@ import math
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ggl_audit.evidence.grade import IN_WORDS
+from ggl_audit.evidence.grade import in_words
 from ggl_audit.report import wording
 from ggl_audit.report.model import Report
 
@@ -26,12 +26,13 @@ def render_html(report: Report) -> str:
     )
     return environment.get_template("report.html.j2").render(
         report=report,
-        in_words=IN_WORDS[report.verdict.grade],
+        in_words=in_words(report.verdict.grade, report.evidence.ceiling),
         rates=wording.rate_rows(report),
         fidelity=wording.fidelity_rows(report),
         sentences=wording.captured,
         distances=wording.other_distances(report),
         privacy=wording.privacy(report),
+        noise=wording.noise(report),
         cost=wording.cost(report),
         plot=_plot(report),
         spec=yaml.safe_dump(report.spec, sort_keys=False),

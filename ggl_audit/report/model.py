@@ -17,6 +17,7 @@ from ggl_audit.evidence.findings import Finding
 from ggl_audit.evidence.grade import Verdict
 from ggl_audit.evidence.guarantee import Guarantee
 from ggl_audit.evidence.likeness import Likeness
+from ggl_audit.evidence.noise_tests import NoiseTest
 from ggl_audit.inputs.images import decode_picture, to_picture
 
 PNG_URI = "data:image/png;base64,"
@@ -134,7 +135,8 @@ class Captured(_Part):
         label_method: how they were found.
         norm: l2 norm of the defended gradient.
         truths: the private images as PNG data URIs; empty where they are not held.
-        attack: the strongest on the canaries, whose pictures the reconstructions are.
+        attack: the strongest on the canaries, whose pictures the reconstructions are; where none
+            were attacked, that with the best matching distance.
         by_attack: the pictures of each attack.
         reconstructions: one for each image of the release, in the order of the truths.
         nulls: what the same attack makes of a random gradient of the same norm, likewise.
@@ -216,6 +218,7 @@ class EvidenceReport(_Part):
         controls: null and undefended.
         membership: canaries identified in releases of several images, the others being unknown.
         promise: worst-case images identified in what the client's own code sends.
+        noise: what the noise in releases of the client's own code is like.
         guarantee: of the declared defense, or None.
         empirical_mu: the least Gaussian-DP parameter that the rates of ceiling and promise allow,
             each with 97.5 % confidence.
@@ -233,6 +236,7 @@ class EvidenceReport(_Part):
     controls: Controls = Controls()
     membership: Rate | None = None
     promise: Rate | None = None
+    noise: NoiseTest | None = None
     guarantee: Guarantee | None = None
     empirical_mu: float | None = None
     checks: list[CheckedStep] = []

@@ -135,6 +135,7 @@ def captured(about: Captured) -> list[str]:
     if about.likeness:
         outcome = {
             "like": "It is like the canaries' gradients",
+            "undecided": "It is neither like the canaries' gradients nor clearly unlike them",
             "unlike": "It is unlike the canaries' gradients",
             "hidden": "Whether it is like the canaries' gradients cannot be told",
         }[about.likeness.outcome]
@@ -178,6 +179,17 @@ def privacy(report: Report) -> str:
             text += f", and matching identifies {report.evidence.ceiling.rate:.1%}"
         text += "."
     return text
+
+
+def noise(report: Report) -> str | None:
+    """What became of the test of the client's own noise, where it was made and found nothing."""
+    tested = report.evidence.noise
+    if tested is None or tested.violations:
+        return None
+    return (
+        f"The noise of {tested.releases} releases of the client's own code ({tested.values:,} "
+        "values) is as fresh, independent and distributed as declared, as far as can be told."
+    )
 
 
 def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:

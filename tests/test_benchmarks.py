@@ -44,6 +44,18 @@ def measured(optimizers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+def test_a_setting_of_threads_is_all_that_is_said_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    neighbours = importlib.import_module("neighbours")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")
+    monkeypatch.setenv("PATH", "somewhere")
+    found = neighbours.environment("one thread")
+    said = {name: value for name, value in found.items() if name.startswith(("OMP", "MKL", "GOMP"))}
+    assert said == {"OMP_NUM_THREADS": "1"}
+    assert found["PATH"] == "somewhere"
+
+
 def outcomes(folder: Path) -> list[dict[str, Any]]:
     stored: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())["outcomes"]
     return stored

@@ -20,6 +20,7 @@ import yaml
 
 import ggl_audit
 from ggl_audit import errors
+from ggl_audit.evidence.grade import IN_WORDS
 from ggl_audit.inputs import yaml_file
 from ggl_audit.spec import Spec
 
@@ -39,7 +40,10 @@ FEWEST_IN_SENTENCE = 13
 """With fewer a string beside a finding is a name."""
 
 AUDIT_ERRORS = {**vars(errors), "NotYamlError": yaml_file.NotYamlError}
-JUDGED = ("Check", "Check | None", "list[Check]", "Likeness", "Likeness | None", "tuple[bool, str]")
+JUDGED = (
+    "Check", "Check | None", "list[Check]", "Likeness", "Likeness | None", "tuple[bool, str]",
+    "Iterator[Violation]", "list[Violation]", "tuple[list[Violation], set[str]]",
+)  # fmt: skip
 """What is returned by functions that judge a capture."""
 
 OTHER_JUDGES = (
@@ -49,6 +53,9 @@ OTHER_JUDGES = (
     "_modes",
     "_hinted",
     "other_layouts",
+    "_other_arrangements",
+    "other_signs",
+    "other_trainings",
     "why_not_inferred",
     "_check_range",
 )
@@ -351,6 +358,15 @@ def test_a_line_is_of_the_most_specific_message() -> None:
 @pytest.mark.parametrize("block", re.findall(r"^ *```yaml\n(.+?)^ *```$", PAGE, re.M | re.S))
 def test_examples_are_specs(block: str) -> None:
     Spec.model_validate({**MINIMAL, **yaml.safe_load(textwrap.dedent(block))})
+
+
+def test_a_grade_means_the_same_everywhere() -> None:
+    readme = (ROOT / "README.md").read_text()
+    method = " ".join((ROOT / "docs" / "method.md").read_text().split())
+    table = dict(re.findall(r"^\| ([A-F]) \| .+ \| (.+) \|$", readme, re.MULTILINE))
+    assert table == {grade: words for grade, words in IN_WORDS.items() if grade != "inconclusive"}
+    for grade in ("A", "B"):
+        assert IN_WORDS[grade] in method
 
 
 def test_links_lead_somewhere() -> None:

@@ -236,16 +236,17 @@ class TestAFlowerClient:
         ):
             assert outcomes("flower_client.yaml", **mistake)[PICTURE] == "contradicts"
 
-    @pytest.mark.parametrize(
-        "mistake",
-        [
-            ("parameters, trained,", "trained, parameters,"),
-            ("torch.optim.SGD(", "torch.optim.Adam("),
-        ],
-    )
-    def test_another_sign_or_optimizer(self, run: Run, mistake: tuple[str, str]) -> None:
-        self.fit(run, mistake)
+    def test_another_sign(self, run: Run) -> None:
+        self.fit(run, ("parameters, trained,", "trained, parameters,"))
+        assert outcomes("flower_client.yaml") == {GRADIENT: "contradicts", PICTURE: "contradicts"}
+        declared = {"capture__sign": "after_minus_before"}
+        assert outcomes("flower_client.yaml", **declared) == {PICTURE: "agrees"}
+
+    def test_another_optimizer(self, run: Run) -> None:
+        self.fit(run, ("torch.optim.SGD(", "torch.optim.Adam("))
         assert outcomes("flower_client.yaml") == {PICTURE: "contradicts"}
+        declared = {"capture__local__optimizer": "adam"}
+        assert outcomes("flower_client.yaml", **declared) == {PICTURE: "agrees"}
 
     def test_weights_that_share_the_models_memory(self, run: Run) -> None:
         shared = (

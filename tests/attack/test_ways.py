@@ -356,16 +356,18 @@ def test_a_candidate_without_a_gradient_has_no_direction(memory: int) -> None:
     assert float(found[0][0, 1]) == 1
 
 
-def test_residuals_are_compared_by_layers_only_where_they_fit_together() -> None:
+def test_residuals_are_compared_by_layers_only_where_they_fit_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = client(lenet)
     images, labels, observed = many(model, 8)
     arguments = images[:, :, None], labels[:, :, None], observed
     plenty, little = Matching(model, Pipeline([]), "l2"), Matching(model, Pipeline([]), "l2", 2**16)
     assert plenty.residual_products(*arguments) is not None
     assert little.residual_products(*arguments) is None
-    for own, whole in zip(
-        Residuals(plenty)(*arguments), Residuals(little)(*arguments), strict=True
-    ):
+    by_layers = Residuals(plenty)(*arguments)
+    monkeypatch.setattr(Matching, "residual_products", lambda *_: None)
+    for own, whole in zip(by_layers, Residuals(plenty)(*arguments), strict=True):
         torch.testing.assert_close(own, whole, rtol=1e-3, atol=1e-5)
 
 

@@ -320,7 +320,7 @@ def test_only_a_bounded_norm_with_noise_after_it_is_private(
         (
             {"name": "clip", "bound": 1, "norm": 2},
             ("defense", 0, "norm"),
-            "Known are: bound, scope",
+            "Known are: bound, over, scope",
         ),
         ({"name": "quantize", "bits": 99}, ("defense", 0, "bits"), "16"),
         ({"name": "sparsify", "fraction": 0.5, "scope": "all"}, ("defense", 0, "scope"), "layer"),

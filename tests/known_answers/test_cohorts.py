@@ -238,7 +238,7 @@ def test_an_update_of_the_wrong_sign_is_named(
     told = "infer" if labels == "infer" else private(seed, 1)[1].tolist()
     report = audit(negative, [], **UPDATE, **WELL_SEARCHED, capture__labels=told)
     assert report.verdict.grade not in SAFE, report.verdict
-    assert "after training minus those before" in report.verdict.reason
+    assert "declare the other capture.sign" in report.verdict.reason
 
 
 @pytest.mark.parametrize("declared", ["infer", "told"])

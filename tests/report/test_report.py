@@ -91,7 +91,7 @@ def test_nothing_that_was_not_measured_is_a_number(sample: Callable[..., Spec]) 
     assert evidence.controls.null is evidence.controls.undefended is evidence.guarantee is None
     assert set(evidence.not_measured) == {
         "ceiling", "floor", "controls.null", "controls.undefended", "label", "guarantee",
-        "controls.undefended_matching", "promise", "membership",
+        "controls.undefended_matching", "promise", "membership", "noise",
     }  # fmt: skip
     assert all(evidence.not_measured.values())
     found = report.captured.reconstructions[0]
@@ -100,6 +100,28 @@ def test_nothing_that_was_not_measured_is_a_number(sample: Callable[..., Spec]) 
     text = shown(report)
     assert "not measured" in text
     assert "safe" not in text.lower()
+
+
+def test_without_canaries_the_picture_that_matches_best_is_shown(
+    sample: Callable[..., Spec],
+) -> None:
+    """The latent search has hardly begun; the attack on pixels ends near the image."""
+    spec = sample(
+        "undefended",
+        attack__evaluations=13,
+        attack__steps=150,
+        evidence__matching_trials=0,
+        evidence__reconstruction_trials=0,
+    )
+    report = run_audit(spec, Counter())
+    captured = report.captured
+    assert set(captured.by_attack) == {"ggl", "refined", "pixels"}
+    shown = captured.reconstructions[0]
+    assert captured.attack != "ggl"
+    assert shown.image == captured.by_attack[captured.attack][0]
+    assert shown.image != captured.by_attack["ggl"][0]
+    assert "the best matching distance" in render_html(report)
+    assert "the strongest on the canaries" not in render_html(report)
 
 
 def test_the_same_seed_gives_the_same_report_and_another_another(
@@ -157,7 +179,8 @@ def shown(report: Report, *, colour: bool = False, width: int = 100) -> str:
 
 def test_the_terminal_shows_grade_reason_pictures_rates_and_findings(report: Report) -> None:
     text = " ".join(shown(report).split())
-    assert report.verdict.reason in text
+    for sentence in (report.verdict.reason, *report.verdict.left_open):
+        assert sentence in text
     for word in ("the private image", "out of the gradient", "null control", "ceiling", "Remedy"):
         assert word in text
     for finding in report.findings:
@@ -168,7 +191,7 @@ def test_the_terminal_shows_grade_reason_pictures_rates_and_findings(report: Rep
 def test_pictures_need_no_colour_and_use_it_where_it_is(report: Report) -> None:
     plain, coloured = shown(report), shown(report, colour=True)
     assert "\x1b[" not in plain
-    assert sum(line.count("@") for line in plain.splitlines()[4:14]) > 10
+    assert sum(line.count("@") for line in plain.splitlines()[4:20]) > 10
     assert "\x1b[38;2;255;255;255" in coloured or "\x1b[38;2;25" in coloured
     assert "▄" in coloured or "▀" in coloured
 
@@ -204,7 +227,7 @@ def test_the_page_is_self_contained_and_complete(report: Report) -> None:
     assert any(a.get("name") == "viewport" for _, a in page.tags)
     text = " ".join(page.text.split())
     assert report.verdict.reason in text
-    for sentence in report.assumptions:
+    for sentence in (*report.verdict.left_open, *report.assumptions):
         assert sentence in text
     assert "prefers-color-scheme: dark" in page.text
 
@@ -216,12 +239,14 @@ def test_what_comes_from_outside_is_escaped(report: Report) -> None:
             "spec": spec,
             "assumptions": [HOSTILE, "\x1b[2Jgone [bold]markup[/bold]"],
             "inputs": [report.inputs[0].model_copy(update={"path": HOSTILE})],
-            "verdict": report.verdict.model_copy(update={"reason": HOSTILE}),
+            "verdict": report.verdict.model_copy(
+                update={"reason": HOSTILE, "left_open": [HOSTILE, "\x1b[2Jgone"]}
+            ),
         }
     )
     page = render_html(evil)
     assert "<script" not in page
-    assert Page(page).text.count("<script>alert") >= 3
+    assert Page(page).text.count("<script>alert") >= 4
     terminal = shown(evil)
     assert "\x1b" not in terminal
     assert "[bold]markup[/bold]" in terminal

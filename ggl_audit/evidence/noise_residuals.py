@@ -29,6 +29,7 @@ Fault = Literal[
     "subspace",
     "coloured",
     "scale",
+    "excess",
     "direction",
     "distribution",
     "bias",

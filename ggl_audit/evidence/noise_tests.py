@@ -50,6 +50,7 @@ class NoiseTest(BaseModel):
     Attributes:
         releases: that were made for it.
         values: of noise in all of them that were tested.
+        rounding: of what is sent, relative; copies and grids finer than that are not seen.
         violations: what is not as declared, the most telling first.
     """
 
@@ -57,6 +58,7 @@ class NoiseTest(BaseModel):
 
     releases: int
     values: int
+    rounding: float
     violations: list[Violation]
 
 

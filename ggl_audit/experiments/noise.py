@@ -75,7 +75,10 @@ def try_noise(setting: Setting, measured: Measurements, advance: Advance) -> Non
     if residuals is None:
         return
     measured.noise = NoiseTest(
-        releases=len(releases), values=residuals.count, violations=find_violations(residuals)
+        releases=len(releases),
+        values=residuals.count,
+        rounding=max(grains),
+        violations=find_violations(residuals),
     )
 
 

@@ -1,7 +1,7 @@
 """What a capture holds beside the gradient of the trained parameters, and what it is taken for.
 
-Nothing of it is ignored. Running statistics are observed like the gradient; what is as it was, or
-as the declaration has it, tells nothing; all else was sent and is not measured.
+Nothing of it is ignored. Running statistics are observed like the gradient; what is as it was tells
+nothing; counts of batches are compared with the declaration; all else was sent and is not measured.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ ELSEWHERE = "other things beside the state dict or the gradients"
 BUFFERS = "buffers that were changed"
 
 ROUNDINGS = 4
+"""Of a value in its own type, by which another machine's may differ."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Beside:
     Attributes:
         statistics: what running statistics were changed by, before less after, by buffer name.
         counts: the same of the counts of batches.
-        idle: what is as it was before, or as the declaration has it, by the file's names.
+        idle: what is as it was before, by the file's names.
         unmeasured: what else was sent, by the file's names, under what it is.
         silent: running statistics that the mode has and the file has not.
         ignored: what is left out as capture.ignored says, by the file's names.
@@ -83,37 +84,25 @@ def look_beside(
     if numbers is None:
         numbers = _numbers(held, model)
     for name, tensor in held.items():
-        known = model.state.get(name, model.constants.get(name))
-        before = torch.zeros_like(tensor) if known is None else known
-        same = _is_same(tensor, before if numbers == "values" else torch.zeros_like(before))
-        if numbers == "changes" and not tensor.is_floating_point():
-            same = _is_same(tensor, before) or same  # kept as it is after training
-        change = before.float() - tensor.float() if numbers == "values" else tensor.float()
-        if name in of_layers and (same or not tensor.is_floating_point()):
-            kind = BUFFERS if not same else None
-            (beside.idle if kind is None else beside.unmeasured.setdefault(kind, [])).append(
-                sources[name]
-            )
-        elif name in of_layers and not of_layers[name].known:
-            beside.unmeasured.setdefault(UNKNOWN_BEFORE, []).append(sources[name])
-        elif name in of_layers:
-            beside.statistics[name] = change
-            beside.rounding = max(beside.rounding, torch.finfo(tensor.dtype).eps)
-        elif name.rpartition(".")[2] == COUNTER and tensor.numel() == 1:
-            change = -_counted(tensor, before, model)
+        before = model.state.get(name, model.constants.get(name, torch.zeros_like(tensor)))
+        layer = of_layers.get(name)
+        if name.rpartition(".")[2] == COUNTER and tensor.numel() == 1:
+            change = -_counted(tensor, before)
+            kind = None if name in counters or not bool(change) else COUNTS_IN_EVAL
             if name in counters:
                 beside.counts[name] = change
-            elif bool(change != 0):
-                beside.unmeasured.setdefault(COUNTS_IN_EVAL, []).append(sources[name])
-            else:
-                beside.idle.append(sources[name])
-        elif same:
-            beside.idle.append(sources[name])
+        elif _is_unchanged(tensor, before, numbers):
+            kind = None
+        elif layer is not None and layer.known and tensor.is_floating_point():
+            change = before.float() - tensor.float() if numbers == "values" else tensor.float()
+            beside.statistics[name], kind = change, None
+            beside.rounding = max(beside.rounding, torch.finfo(tensor.dtype).eps)
         else:
-            kind = BUFFERS
-            if name.rpartition(".")[2] in RUNNING:
-                kind = STATISTICS_OF_PROGRAM if _of_program(model) else STATISTICS_IN_EVAL
+            kind = _kind_of_buffer(name, layer, model)
+        if kind is not None:
             beside.unmeasured.setdefault(kind, []).append(sources[name])
+        elif name not in beside.statistics and name not in beside.counts:
+            beside.idle.append(sources[name])
     said = {*held, *model.unsent, *ignored}
     beside.silent.extend(name for name in (*of_layers, *_of_program(model)) if name not in said)
     if elsewhere:
@@ -129,6 +118,22 @@ def _is_same(found: torch.Tensor, before: torch.Tensor) -> bool:
         return bool((found == before).all())
     limit = ROUNDINGS * torch.finfo(found.dtype).eps * before.double().abs()
     return bool(((found.double() - before.double()).abs() <= limit).all())
+
+
+def _is_unchanged(tensor: torch.Tensor, before: torch.Tensor, numbers: Numbers) -> bool:
+    """Whether a buffer is as it was; of changes, what is no floating point is kept as it is."""
+    if numbers == "values" or not tensor.is_floating_point():
+        return _is_same(tensor, before) or (numbers == "changes" and not bool(tensor.any()))
+    return not bool(tensor.any())
+
+
+def _kind_of_buffer(name: str, layer: Normalization | None, model: ClientModel) -> str:
+    """What a buffer is that was changed, and that is not computed for candidates."""
+    if layer is not None and not layer.known:
+        return UNKNOWN_BEFORE
+    if layer is not None or name.rpartition(".")[2] not in RUNNING:
+        return BUFFERS
+    return STATISTICS_OF_PROGRAM if _of_program(model) else STATISTICS_IN_EVAL
 
 
 def _of_program(model: ClientModel) -> list[str]:
@@ -162,7 +167,7 @@ def _least_kept(layer: Normalization, model: ClientModel) -> float:
     return float((1 - layer.momentum) ** steps)
 
 
-def _counted(tensor: torch.Tensor, before: torch.Tensor, model: ClientModel) -> torch.Tensor:
+def _counted(tensor: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """How many batches a count went up by; a file has the count, or before less after."""
     found = tensor.reshape(()).float()
     return -found if bool(found < 0) else found - before.reshape(()).to(found)

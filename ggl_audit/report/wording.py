@@ -8,6 +8,9 @@ from ggl_audit.evidence.bounds import Rate
 from ggl_audit.evidence.fidelity import Fidelity
 from ggl_audit.report.model import Captured, EvidenceReport, Reconstruction, Report
 
+COARSE = 1e-6
+"""Relative; single precision rounds less."""
+
 
 @dataclass(frozen=True)
 class RateRow:
@@ -186,9 +189,12 @@ def noise(report: Report) -> str | None:
     tested = report.evidence.noise
     if tested is None or tested.violations:
         return None
+    coarse = tested.rounding > COARSE
+    blind = ": what is sent is rounded, which hides copies and finer grids" if coarse else ""
     return (
         f"The noise of {tested.releases} releases of the client's own code ({tested.values:,} "
-        "values) is as fresh, independent and distributed as declared, as far as can be told."
+        "values) is as fresh, independent and distributed as declared, as far as can be told"
+        f"{blind}."
     )
 
 

@@ -34,7 +34,8 @@ LABEL_BATCHES, FEWEST_BATCHES, LABELLED_IMAGES = 32, 8, 512
 """Public batches beside which inferred labels are judged, of so many images together."""
 
 CLEARLY_WORSE = 1.5
-"""Than the worst of these: of right batches fewer than 1 in 100 are."""
+"""Than the worst of these. A right batch is exchangeable with 32 public ones, so at most 1 in 33 is
+worse than all; of the digits' model, at round 0 and trained, 0.3 to 2.3 % are that much worse."""
 
 
 def capture_doubts(

@@ -69,6 +69,9 @@ NORMS_COMPARED = 8
 SAME_CHANGES = 2
 """In roundings of the file."""
 
+FAR_FROM_IMAGES = (100, -100)
+"""Multiples of images, whose probabilities are between 0 and 1 all the same."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -171,9 +174,11 @@ class Setting:
         plain = self.spec.model.loss.is_plain and model.targets is None
         seen = look_at_last_layer(model, gradient, self.captured.rounding) if plain else None
         usual = None if seen is None else usual_head(model, self.reference)
-        images, _ = self.reference.sets(1, model.batch_size)
+        sets, _ = self.reference.sets(NORMS_COMPARED, model.batch_size)
         with torch.no_grad():
-            outputs = model.logits(model.parameters, images[0])
+            # Logits of images may happen to be between 0 and 1; those of much more than images not.
+            tried = [factor * images for images in sets for factor in (1, *FAR_FROM_IMAGES)]
+            outputs = torch.cat([model.logits(model.parameters, images) for images in tried])
         loss = None if self.spec.model.loss.factory else self.spec.model.loss.name
         said = gives_probabilities(outputs, loss)
         computed = {name: self.usual[name] for name in gradient}

@@ -350,10 +350,15 @@ def _label(label: Rate | None) -> list[Finding]:
             title="The label is recovered",
             detail=f"The label is read off the last layer's gradient for {label.successes} of "
             f"{label.trials} canaries (95 % interval {label.lower:.0%} to {label.upper:.0%}, "
-            f"chance {label.chance:.0%}); a classifier of whole gradients may tell it more often.",
+            f"chance {label.chance:.0%}){_more_often(label)}.",
             remedy="If the label is itself sensitive (a diagnosis, say), treat it as disclosed.",
         )
     ]
+
+
+def _more_often(label: Rate) -> str:
+    more = "; a classifier of whole gradients may tell it more often"
+    return more if label.successes < label.trials else ""
 
 
 def _attack(undefended: Rate | None) -> list[Finding]:

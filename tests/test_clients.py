@@ -14,7 +14,8 @@ from ggl_audit.errors import SpecError
 from ggl_audit.experiments.alternatives import other_layouts, other_models
 from ggl_audit.gradient import Gradient, flat, stack, take
 from ggl_audit.inputs.images import digits
-from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import plain_gradient

@@ -29,7 +29,8 @@ from ggl_audit.defenses import (
 )
 from ggl_audit.gradient import Gradient, each, flat, stack
 from ggl_audit.inputs.losses import BinaryCrossEntropy
-from ggl_audit.inputs.model import ClientModel, Head, load_model
+from ggl_audit.inputs.model import ClientModel, Head
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.spec import LocalTrainingSpec, Spec
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

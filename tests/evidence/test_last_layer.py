@@ -14,7 +14,8 @@ from ggl_audit.evidence.appearance import appearance
 from ggl_audit.evidence.last_layer import check_last_layer, look_at_last_layer
 from ggl_audit.gradient import Gradient, each, norm, take
 from ggl_audit.inputs.images import ImageSet, digits
-from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.spec import DefenseSpec, LocalTrainingSpec, Spec
 from tests.conftest import plain_gradient
 

@@ -21,7 +21,8 @@ from ggl_audit.experiments.alternatives import other_signs
 from ggl_audit.gradient import Gradient, each, take
 from ggl_audit.inputs.images import ImageSet, digits
 from ggl_audit.inputs.losses import CrossEntropy
-from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.setting import prepare
 from ggl_audit.spec import LocalTrainingSpec, Spec
 

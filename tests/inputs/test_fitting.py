@@ -18,7 +18,8 @@ from ggl_audit.errors import AuditError, InputError, SpecError
 from ggl_audit.inputs.capture import read_capture
 from ggl_audit.inputs.fitting import Known, fit_file, know_tensors, same_shape_hint
 from ggl_audit.inputs.layouts import swapped, trace_arrangements
-from ggl_audit.inputs.model import call_with, load_model
+from ggl_audit.inputs.model import call_with
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.tensors import Tensors
 from ggl_audit.loading import load_client
 from ggl_audit.setting import prepare

@@ -17,7 +17,8 @@ from ggl_audit.experiments.alternatives import other_layouts
 from ggl_audit.experiments.measurements import Measurements
 from ggl_audit.inputs.capture import read_capture
 from ggl_audit.inputs.layouts import flattened, trace_arrangements
-from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.report.assumptions import assumptions
 from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec

@@ -24,7 +24,8 @@ from ggl_audit.evidence.identification import match
 from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, index_rows, read_image_set, to_picture
-from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.spec_file import read_spec
 from ggl_audit.loading import load_client
 from ggl_audit.setting import Setting, prepare

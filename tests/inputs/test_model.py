@@ -16,7 +16,8 @@ from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.factories import build_module
-from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.spec import Spec
 from tests.conftest import plain_gradient
 

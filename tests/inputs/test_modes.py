@@ -21,7 +21,8 @@ from ggl_audit.evidence.declarations import other_declarations
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.factories import build_module
 from ggl_audit.inputs.images import digits
-from ggl_audit.inputs.model import ClientModel, in_other_mode, load_model
+from ggl_audit.inputs.model import ClientModel, in_other_mode
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.spec import DefenseSpec, Spec
 
 CPU = torch.device("cpu")

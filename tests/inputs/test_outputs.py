@@ -18,7 +18,7 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import SpecError
 from ggl_audit.gradient import stack
-from ggl_audit.inputs.model import load_model
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.outputs import candidates, choose, described, first_rows
 from ggl_audit.spec import Spec
 

@@ -23,7 +23,8 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.interpreter import UnsupportedError
-from ggl_audit.inputs.model import differentiable_attention, load_model
+from ggl_audit.inputs.model import differentiable_attention
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.programs import load_exported, load_torchscript
 from ggl_audit.loading import load_client
 from ggl_audit.setting import prepare

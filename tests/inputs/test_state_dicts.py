@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ggl_audit.errors import InputError
-from ggl_audit.inputs.model import ClientModel, load_model
+from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.spec import Spec
 
 CPU = torch.device("cpu")

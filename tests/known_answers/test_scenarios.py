@@ -23,7 +23,7 @@ from ggl_audit.defenses import Context, build_pipeline
 from ggl_audit.experiments import likeness
 from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.images import digits, write_image
-from ggl_audit.inputs.model import load_model
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.report.model import Report
 from ggl_audit.setting import Setting
 from ggl_audit.spec import AttackSpec, DefenseSpec, Spec

@@ -21,7 +21,7 @@ from torchvision.transforms import functional as transforms
 
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.images import digits, fingerprints
-from ggl_audit.inputs.model import load_model
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.spec_file import read_spec
 from ggl_audit.priors.latents import DeclaredLatents, GaussianLatents
 from ggl_audit.priors.loading import load_prior, sample_images

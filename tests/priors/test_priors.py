@@ -10,7 +10,7 @@ from scipy.stats import kstest
 
 from ggl_audit.errors import AuditError, InputError, SpecError
 from ggl_audit.inputs.images import ImageSet, digits
-from ggl_audit.inputs.model import load_model
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.priors.card import read_card
 from ggl_audit.priors.generator import Architecture, Generator
 from ggl_audit.priors.latents import DeclaredLatents

@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 from ggl_audit.cli import app
 from ggl_audit.errors import AuditError, InputError
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image_set
-from ggl_audit.inputs.model import load_model
+from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.torchvision_set import read_torchvision_set
 from ggl_audit.priors import making
 from ggl_audit.priors import training as training_module

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NUMBERS := $(addprefix tests/,attack defenses evidence optimizers priors)
 SPECS := $(wildcard sample_specs/digits_*.yaml)
 
-.PHONY: audit test test-processors samples pneumonia clean
+.PHONY: audit test test-processors docs samples pneumonia clean
 
 audit: $(VENV)/installed
 	$(BIN)/ggl-audit run sample_specs/digits_sparsified.yaml --exit-zero -o report.html -o report.json
@@ -14,6 +14,7 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/make.py --check
 	$(BIN)/pytest
 
 # The tests of numbers as other processors compute them: without vector instructions, with those of
@@ -26,6 +27,10 @@ test-processors: $(VENV)/installed
 	do \
 		echo "$$processor" && env $$processor $(BIN)/pytest $(NUMBERS) || failed=yes; \
 	done; test -z "$$failed"
+
+# Makes the pages that follow from the program's own tables again.
+docs: $(VENV)/installed
+	$(BIN)/python docs/make.py
 
 # Makes the weights and captures of the digits below sample_specs/ again, bit for bit.
 samples: $(VENV)/installed

@@ -12,7 +12,6 @@ from ggl_audit.evidence.assignment import assign
 from ggl_audit.evidence.bounds import empirical_mu
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.fidelity import compare
-from ggl_audit.evidence.findings import find, promise_is_broken
 from ggl_audit.evidence.grade import decide, doubts_about_ceiling
 from ggl_audit.evidence.guarantee import largest_advantage
 from ggl_audit.evidence.likeness import Likeness
@@ -22,6 +21,7 @@ from ggl_audit.experiments.measurements import Measurements, Reconstructed
 from ggl_audit.experiments.membership import can_identify_members
 from ggl_audit.experiments.noise import why_no_noise_test
 from ggl_audit.gradient import norm
+from ggl_audit.judgement.findings import find, promise_is_broken
 from ggl_audit.report.assumptions import assumptions
 from ggl_audit.report.model import (
     Agreement,

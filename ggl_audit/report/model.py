@@ -13,12 +13,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ggl_audit.errors import AuditError
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate
 from ggl_audit.evidence.fidelity import Fidelity
-from ggl_audit.evidence.findings import Finding
 from ggl_audit.evidence.grade import Verdict
 from ggl_audit.evidence.guarantee import Guarantee
 from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.evidence.noise_tests import NoiseTest
 from ggl_audit.inputs.images import decode_picture, to_picture
+from ggl_audit.judgement.findings import Finding
 
 PNG_URI = "data:image/png;base64,"
 

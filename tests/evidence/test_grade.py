@@ -12,7 +12,6 @@ from ggl_audit.evidence.bounds import (
     measure_rate,
     paired_p_value,
 )
-from ggl_audit.evidence.findings import find
 from ggl_audit.evidence.grade import (
     IN_WORDS,
     ONE_QUESTION,
@@ -25,6 +24,7 @@ from ggl_audit.evidence.grade import (
 )
 from ggl_audit.evidence.guarantee import Guarantee
 from ggl_audit.evidence.likeness import Likeness
+from ggl_audit.judgement.findings import find
 
 CHANCE = 1 / 32
 CONTRADICTION = Check("sign()", "contradicts", "magnitudes from 0 to 1")
@@ -288,5 +288,5 @@ def test_every_finding_is_found_when_it_is_there_and_only_then() -> None:
 
 def test_more_trials_are_only_asked_for_where_they_can_help() -> None:
     few = find(None, rate(0, 5), None, None, [], None, None, None)[0]
-    assert "evidence.matching_trials=" in few.remedy
+    assert "evidence.matching_trials=" in few.detail
     assert ids(ceiling=rate(14, 200)) == []

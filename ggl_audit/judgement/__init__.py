@@ -1,0 +1,1 @@
+"""What the measured figures add up to. Nothing here computes a gradient."""

@@ -9,7 +9,7 @@ gradient, for which the null control's searches are the measure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -55,7 +55,7 @@ def judge_zeros(
     captured: torch.Tensor,
     canaries: torch.Tensor,
     names: Sequence[str],
-    normalizes: bool = False,
+    before_norm: Collection[str] = (),
     rounding: float = 0.0,
 ) -> Likeness | None:
     """Finds a tensor that holds nothing in all canaries and something in the capture, or reversed.
@@ -68,7 +68,7 @@ def judge_zeros(
         captured: (k,), the share of each tensor in the squared norm of the capture.
         canaries: (n, k), the same for the canaries.
         names: of the k tensors.
-        normalizes: whether the model has batch norm.
+        before_norm: the tensors that may be biases before batch norm.
         rounding: of the capture's numbers, relative.
 
     Returns:
@@ -88,12 +88,13 @@ def judge_zeros(
     for own, theirs, has, have, cause in pairs:
         different = torch.nonzero(own & theirs).flatten().tolist()
         if different:
-            listed = ", ".join(names[i] for i in different)
+            listed = [names[i] for i in different]
             return Likeness(
                 outcome="unlike",
-                detail=f"it holds {has} in {listed}, where every canary's gradient holds {have}",
+                detail=f"it holds {has} in {', '.join(listed)}, where every canary's gradient holds "
+                f"{have}",
                 cause="the mode: a bias before batch norm has a gradient in eval mode only"
-                if normalizes
+                if set(listed) <= set(before_norm)
                 else cause,
             )
     return None

@@ -89,8 +89,12 @@ def place_capture(
     if not setting.defense.empties_tensors():
         own_shares = shares(stack([setting.observed]))[0]
         names, rounding = list(setting.observed), setting.captured.rounding
-        normalizes = has_batch_norm(setting.model.module)
-        zeros = judge_zeros(own_shares, their_shares, names, normalizes, rounding)
+        before_norm = (
+            [name for name, tensor in setting.observed.items() if tensor.ndim == 1]
+            if has_batch_norm(setting.model.module)
+            else []
+        )
+        zeros = judge_zeros(own_shares, their_shares, names, before_norm, rounding)
         likeness = zeros or likeness
     is_placed = likeness.place is not None and likeness.place >= CLEAR
     is_explained = min(measured.repeated_losses) <= float(losses.median())

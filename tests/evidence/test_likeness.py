@@ -63,10 +63,15 @@ def test_a_tensor_that_the_declared_loss_does_not_reach_is_named_with_any_model(
     assert found is not None
     assert found.cause is not None
     assert "auxiliary head" in found.cause
-    found = judge_zeros(torch.tensor([0.6, 0.39, 0.01]), canaries, NAMES, normalizes=True)
+    found = judge_zeros(torch.tensor([0.6, 0.39, 0.01]), canaries, NAMES, before_norm=NAMES)
     assert found is not None
     assert found.cause is not None
     assert "the mode" in found.cause
+    # A kernel is no bias before batch norm, so that the mode would not explain it.
+    found = judge_zeros(torch.tensor([0.6, 0.3, 0.1]), canaries, NAMES, before_norm=NAMES[:2])
+    assert found is not None
+    assert found.cause is not None
+    assert "auxiliary head" in found.cause
     # What a file in half precision may hold for nothing.
     assert judge_zeros(torch.tensor([0.7, 0.3, 1e-6]), canaries, NAMES, rounding=1e-3) is None
 

@@ -14,7 +14,6 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python docs/make.py --check
 	$(BIN)/pytest
 
 # The tests of numbers as other processors compute them: without vector instructions, with those of

@@ -91,8 +91,8 @@ def judge_zeros(
             listed = [names[i] for i in different]
             return Likeness(
                 outcome="unlike",
-                detail=f"it holds {has} in {', '.join(listed)}, where every canary's gradient holds "
-                f"{have}",
+                detail=f"it holds {has} in {', '.join(listed)}, where every canary's gradient "
+                f"holds {have}",
                 cause="the mode: a bias before batch norm has a gradient in eval mode only"
                 if set(listed) <= set(before_norm)
                 else cause,

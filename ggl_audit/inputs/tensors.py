@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from ggl_audit.errors import AuditError, InputError
 from ggl_audit.inputs.archives import open_archive
-from ggl_audit.inputs.torch_files import read_torch
+from ggl_audit.inputs.torch_files import LONGEST_TEXT, read_torch
 
 Tensors = dict[str, torch.Tensor]
 
@@ -152,7 +152,11 @@ def _check_numbers(tensors: Tensors) -> None:
 
 def _read_safetensors(path: Path, _: int) -> tuple[Tensors, list[str]]:
     with safe_open(path, framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, []  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        notes = {**(file.metadata() or {})}
+    notes.pop("format", None)  # of what library it was saved by
+    texts = [text for note in notes.items() for text in note]
+    return tensors, ["__metadata__"] if sum(map(len, texts)) > LONGEST_TEXT else []
 
 
 def _read_npz(path: Path, most_bytes: int) -> tuple[Tensors, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ MOST_WRAPPERS = 4
 FEW_NUMBERS = 32
 """Of a list in a file, such as settings are; more may be an image."""
 
+LONGEST_TEXT = 128
+"""Of a setting or a name; more may be an image as well."""
+
 Leaf = StoredTensor | Array | Valueless
 LEAVES = (StoredTensor, Array, Valueless)
 
@@ -57,7 +60,8 @@ def read_torch(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor], li
 
     Returns:
         Tensors by name, or "0", "1", ... for a list; and the places of what else there is in the
-        file, other tensors and lists of many numbers.
+        file: other tensors, lists of many numbers, long texts, and values of a storage that none of
+        the tensors shows, as a slice of a larger tensor leaves.
 
     Raises:
         AuditError: it holds something else, or tensors without values, or more than ``most_bytes``.
@@ -164,6 +168,7 @@ def _tensors(
     if total > most_bytes:
         raise AuditError(f"its tensors have {total:,} bytes; at most {most_bytes:,} are read")
     contents: dict[str, torch.Tensor] = {}
+    views: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, leaf in leaves.items():
         if isinstance(leaf, Array):
@@ -178,11 +183,27 @@ def _tensors(
             whole = storage.nbytes // leaf.dtype.itemsize * leaf.dtype.itemsize
             numbers = contents[storage.key][:whole].view(leaf.dtype)
             tensors[name] = numbers.as_strided(leaf.shape, leaf.strides, leaf.offset)
-    return tensors, list(_beside(described, leaves))
+            views.setdefault(storage.key, {})[name] = leaf
+    beyond = [
+        f"{', '.join(of)} (beyond what is shown of the storage)"
+        for key, of in views.items()
+        if _holds_more(contents[key], of.values())
+    ]
+    return tensors, [*_beside(described, leaves), *beyond]
+
+
+def _holds_more(content: torch.Tensor, views: Collection[StoredTensor]) -> bool:
+    """Whether bytes of a storage that no tensor shows are anything but zero."""
+    left = content.clone()
+    for view in views:
+        size = view.dtype.itemsize
+        strides = [size * stride for stride in view.strides]
+        left.as_strided((*view.shape, size), (*strides, 1), size * view.offset).zero_()
+    return bool(left.any())
 
 
 def _beside(described: Any, leaves: dict[str, Leaf]) -> Iterator[str]:
-    """The places of other tensors, and of other lists of many numbers, in what a file holds."""
+    """The places of other tensors, lists of many numbers and long texts in what a file holds."""
     seen = {id(leaf) for leaf in leaves.values()}
     parts: list[tuple[str, Any]] = [("", described)]
     while parts:
@@ -198,6 +219,8 @@ def _beside(described: Any, leaves: dict[str, Leaf]) -> Iterator[str]:
             if sum(isinstance(one, (int, float)) for _, one in own) > FEW_NUMBERS:
                 yield place
             parts += reversed(own)
+        elif isinstance(part, (str, bytes)) and len(part) > LONGEST_TEXT:
+            yield place
 
 
 def find_tensors(described: Any, depth: int = 0) -> dict[str, Leaf]:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ggl_audit.errors import InputError, SpecError
-from ggl_audit.inputs.beside import STATISTICS_IN_EVAL
+from ggl_audit.inputs.beside import ELSEWHERE, STATISTICS_IN_EVAL
 from ggl_audit.inputs.capture import read_capture, read_update, write_capture
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
@@ -51,6 +51,18 @@ def test_a_capture_comes_back_in_the_order_of_the_model(
     assert list(read.gradient) == list(model.parameters)
     assert all(torch.equal(read.gradient[name], good[name]) for name in good)
     assert (read.how, read.unsent, read.unused) == ("name", [], {})
+
+
+def test_a_slice_of_a_larger_tensor_was_sent_with_all_of_it(
+    model: ClientModel, good: Tensors, tmp_path: Path
+) -> None:
+    path = tmp_path / "g.pt"
+    of_samples = {name: torch.stack([tensor, 2 * tensor]) for name, tensor in good.items()}
+    torch.save({name: pair[0] for name, pair in of_samples.items()}, path)
+    read = read_capture(path, model)
+    assert all(torch.equal(read.gradient[name], good[name]) for name in good)
+    assert len(read.beside.unmeasured[ELSEWHERE]) == len(good)
+    assert read_capture(path, model, ["*(beyond*"]).beside.unmeasured == {}
 
 
 @pytest.mark.parametrize(

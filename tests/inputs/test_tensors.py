@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ggl_audit.errors import InputError
-from ggl_audit.inputs.tensors import READERS, is_ordered, npz_names, read_npz, read_tensors
+from ggl_audit.inputs.tensors import (
+    READERS,
+    is_ordered,
+    npz_names,
+    read_file,
+    read_npz,
+    read_tensors,
+)
 
 TORCH = [".pt", ".pth", ".th", ".ckpt", ".bin"]
 
@@ -371,3 +378,35 @@ def test_programs_are_told_from_tensors(tmp_path: Path, names: list[str]) -> Non
             archive.writestr(name, b"")
     with pytest.raises(InputError, match=r"not of tensors that torch\.save wrote"):
         read_tensors(tmp_path / "x.pt")
+
+
+def test_what_a_storage_holds_beyond_its_tensors_is_said(tmp_path: Path) -> None:
+    of_samples = torch.arange(12.0).reshape(3, 4)
+    path = tmp_path / "gradient.pt"
+    for legacy in (False, True):
+        torch.save(
+            {"w": of_samples[1], "b": torch.ones(2)},
+            path,
+            _use_new_zipfile_serialization=not legacy,
+        )
+        tensors, beside = read_file(path)
+        assert tensors["w"].tolist() == [4, 5, 6, 7]
+        assert beside == ["w (beyond what is shown of the storage)"]
+    # Three views show all of it, in whatever order; a copy holds nothing else; nor do zeros.
+    shown = {"w": of_samples.T[:, 1], "v": of_samples[:, ::2], "u": of_samples[:, 1::2]}
+    for whole in (shown, {"w": of_samples[1].clone()}, {"w": torch.zeros(3, 4)[1]}):
+        torch.save(whole, path)
+        assert read_file(path)[1] == []
+
+
+def test_long_texts_beside_tensors_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"state_dict": {"w": torch.ones(2)}, "name": "resnet", "notes": "0f" * 65}, path)
+    assert read_file(path)[1] == ["notes"]
+    torch.save({"state_dict": {"w": torch.ones(2)}, "notes": ["fine", b"\0" * 129]}, path)
+    assert read_file(path)[1] == ["notes.1"]
+    path = tmp_path / "gradient.safetensors"
+    save_file({"w": torch.ones(2)}, path, {"format": "pt", "total_size": "4000"})
+    assert read_file(path)[1] == []
+    save_file({"w": torch.ones(2)}, path, {"format": "pt", "a": "0f" * 32, "b": "0f" * 32})
+    assert read_file(path)[1] == ["__metadata__"]

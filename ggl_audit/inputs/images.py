@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +22,8 @@ from ggl_audit.spec import ImageSetSpec, Split
 
 Shape = tuple[int, int, int]
 Part = Literal["prior", "reference", "private"]
+
+DIGITS = Path(__file__).parent / "digits.npz"
 
 LARGEST_LABEL = 99_999
 LONGEST_SIDE = 2048
@@ -106,21 +107,16 @@ def fingerprints(images: torch.Tensor) -> list[int]:
 def digits(part: Part) -> ImageSet:
     """The bundled handwritten digits: 1,797 scans, of which each part holds its own.
 
-    They ship with scikit-learn (Alpaydin and Kaynak, Optical Recognition of Handwritten Digits,
-    UCI, 1998, CC BY 4.0) as 8x8 images of 17 grey levels, and are resized here to 16x16 by bicubic
-    interpolation in integers, so that they are the same on every machine.
+    They are the test part of Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI,
+    1998 (CC BY 4.0), 8x8 images of 17 grey levels, as scikit-learn has them; and are resized here
+    to 16x16 by bicubic interpolation in integers, so that they are the same on every machine.
 
     Args:
         part: ``prior`` (1,100 images, what the bundled generator was trained on), ``reference``
             (500, candidates and canaries) or ``private`` (197, what the sample captures are of).
     """
-    # Read from the file that comes with scikit-learn, since importing that takes a second.
-    package = find_spec("sklearn")
-    assert package is not None
-    assert package.origin is not None
-    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    table = np.loadtxt(file, delimiter=",")
-    greys, digit = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    scans = read_npz(DIGITS, ("images", "labels"))
+    greys, digit = scans["images"].numpy(), scans["labels"].numpy().astype(np.int64)
     position_in_class = np.zeros(len(digit), dtype=np.int64)
     for label in range(10):
         members = np.flatnonzero(digit == label)
@@ -131,8 +127,8 @@ def digits(part: Part) -> ImageSet:
         "private": (PRIOR_DIGITS_A_CLASS + REFERENCE_DIGITS_A_CLASS, len(digit)),
     }[part]
     members = np.flatnonzero((position_in_class >= first) & (position_in_class < last))
-    scans = np.rint(greys[members] * (255 / 16)).astype(np.uint8)
-    resized = [Image.fromarray(scan).resize((16, 16), Image.Resampling.BICUBIC) for scan in scans]
+    bright = np.rint(greys[members] * (255 / 16)).astype(np.uint8)
+    resized = [Image.fromarray(scan).resize((16, 16), Image.Resampling.BICUBIC) for scan in bright]
     return ImageSet(
         images=as_images(np.stack([np.asarray(image) for image in resized])[..., None]),
         labels=torch.from_numpy(digit[members]),

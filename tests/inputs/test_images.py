@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from ggl_audit.cli.options import image_set
 from ggl_audit.errors import InputError, SpecError
-from ggl_audit.inputs.images import digits, read_image, read_image_set, write_image
+from ggl_audit.inputs.images import DIGITS, digits, read_image, read_image_set, write_image
 from ggl_audit.spec import ImageSetSpec
 
 KEY = ("evidence", "reference")
@@ -44,6 +44,12 @@ def test_the_digits_are_the_scans_and_carry_their_labels() -> None:
         int(np.abs(scans.images / 16 - image).reshape(1797, -1).sum(1).argmin()) for image in small
     ]
     assert scans.target[nearest].tolist() == images.labels.tolist()
+
+
+def test_the_file_of_digits_is_what_scikit_learn_has() -> None:
+    scans, file = load_digits(), np.load(DIGITS)
+    assert np.array_equal(file["images"], scans.images)
+    assert np.array_equal(file["labels"], scans.target)
 
 
 def test_the_sample_picture_is_a_private_one(samples: Path) -> None:

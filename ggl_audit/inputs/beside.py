@@ -46,6 +46,7 @@ class Beside:
         silent: running statistics that the mode has and the file has not.
         ignored: what is left out as capture.ignored says, by the file's names.
         rounding: of the numbers of the running statistics, relative.
+        numbers: what the file has of buffers.
     """
 
     statistics: Gradient = field(default_factory=dict)
@@ -55,6 +56,7 @@ class Beside:
     silent: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     rounding: float = 0.0
+    numbers: Numbers = "values"
 
 
 def look_beside(
@@ -83,6 +85,7 @@ def look_beside(
     counters = {layer.counter for layer in model.normalizations}
     if numbers is None:
         numbers = _numbers(held, model)
+    beside.numbers = numbers
     for name, tensor in held.items():
         before = model.state.get(name, model.constants.get(name, torch.zeros_like(tensor)))
         layer = of_layers.get(name)

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from ggl_audit.errors import AuditError, InputError
 from ggl_audit.files import write_whole
-from ggl_audit.gradient import Gradient, norm
+from ggl_audit.gradient import Gradient, each, norm
 from ggl_audit.inputs.beside import Beside, Numbers, look_beside
 from ggl_audit.inputs.fitting import Fit, fit_file, know_tensors, same_shape_hint
 from ggl_audit.inputs.model import ClientModel
@@ -73,9 +73,13 @@ def read_capture(
         return InputError(path, problem, hint)
 
     captured, elsewhere = read_file(path)
-    if negated:
-        captured = {n: -t if t.is_floating_point() else t for n, t in captured.items()}
-    return fit_capture(captured, model, misfit, ignored, elsewhere)
+    fitted = fit_capture(captured, model, misfit, ignored, elsewhere)
+    if not negated:
+        return fitted
+    beside = fitted.beside
+    if beside.numbers == "changes":  # values have no sign to be turned
+        beside = replace(beside, statistics=each(torch.neg, beside.statistics))
+    return replace(fitted, gradient=each(torch.neg, fitted.gradient), beside=beside)
 
 
 def fit_capture(

@@ -141,6 +141,35 @@ def test_a_list_of_the_state_dict_holds_buffers_too(
     assert len(read.beside.unmeasured[STATISTICS_IN_EVAL]) == len(buffers)
 
 
+@pytest.mark.parametrize("values", [True, False])
+def test_the_sign_of_an_update_is_not_that_of_the_values_beside_it(
+    sample: Callable[..., Spec], tmp_path: Path, values: bool
+) -> None:
+    factory = f"{HERE.parent / 'known_answers' / 'models.py'}:tiny_cnn"
+    spec = sample(
+        "undefended",
+        model__factory=factory,
+        model__kwargs={"batch_norm": True},
+        model__weights=None,
+        model__mode="train",
+    )
+    model = load_model(spec, torch.device("cpu"))
+    gradient = {name: torch.randn(t.shape) for name, t in model.parameters.items()}
+    changes = {n: -0.05 * torch.ones_like(t) for n, t in model.state.items() if "running" in n}
+    sent = {n: model.state[n] - t for n, t in changes.items()} if values else changes
+    declared = 1 if values else -1
+    path = tmp_path / "g.safetensors"
+    save_file({**gradient, **{n: t.clone() for n, t in sent.items()}}, path)
+    plain, turned = (read_capture(path, model, negated=sign) for sign in (False, True))
+    assert changes
+    for name in model.parameters:
+        assert torch.equal(plain.gradient[name], gradient[name])
+        assert torch.equal(turned.gradient[name], -gradient[name])
+    for name, change in changes.items():
+        torch.testing.assert_close(plain.beside.statistics[name], change)
+        torch.testing.assert_close(turned.beside.statistics[name], declared * change)
+
+
 def test_a_list_in_another_order_is_refused(
     model: ClientModel, good: Tensors, tmp_path: Path
 ) -> None:

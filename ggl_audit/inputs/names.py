@@ -10,20 +10,6 @@ WRAPPERS = frozenset({"module", "_module", "model", "net", COMPILED})
 """What DistributedDataParallel, Opacus, Lightning modules and torch.compile put before a name."""
 
 
-def match_names(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str] | None:
-    """Finds all wanted names among the found ones (:func:`unwrap_names`).
-
-    Returns:
-        From each wanted name, in the order of ``wanted``, to the found one; None if one is missing.
-
-    Raises:
-        ValueError: they fit in more than one way.
-    """
-    wanted = list(wanted)
-    files = {name: file for file, name in unwrap_names(found, wanted).items()}
-    return {name: files[name] for name in wanted} if len(files) == len(wanted) else None
-
-
 def unwrap_names(
     found: Iterable[str], wanted: Iterable[str], needed: Collection[str] = ()
 ) -> dict[str, str]:

@@ -16,10 +16,9 @@ from ggl_audit.optimizers.base import (
     Evaluation,
     Optimizer,
     Start,
-    State,
     Wants,
 )
-from ggl_audit.optimizers.side_by_side import Replayed, ResumableSearch, SideBySide
+from ggl_audit.optimizers.side_by_side import Search, SideBySide
 from ggl_audit.optimizers.subspace import Principal, make_subspace
 from ggl_audit.spec import AttackSpec, SubspaceSpec
 
@@ -30,7 +29,6 @@ __all__ = [
     "Evaluation",
     "Optimizer",
     "Start",
-    "State",
     "Wants",
     "start_optimizer",
     "wants_more",
@@ -154,18 +152,18 @@ def start_optimizer(
 
 def _start_one(
     attack: AttackSpec, dimension: int, evaluations: int, principal: Principal | None, seed: int
-) -> ResumableSearch:
+) -> Search:
     """Starts one search of an optimizer that knows only one."""
     family, _, name = attack.optimizer.partition(":")
     population, sigma = attack.population, attack.sigma
     if family == "pycma":
         from ggl_audit.optimizers.pycma import Pycma
 
-        return Replayed(Pycma(name, dimension, population, sigma, seed))
+        return Pycma(name, dimension, population, sigma, seed)
     if family == "nevergrad":
         from ggl_audit.optimizers.nevergrad import Nevergrad
 
-        return Replayed(Nevergrad(name, dimension, population, sigma, evaluations, seed))
+        return Nevergrad(name, dimension, population, sigma, evaluations, seed)
     if family == "bayesian":
         from ggl_audit.optimizers.bayesian import Bayesian
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ggl_audit.optimizers.base import Evaluation, State, Wants
+from ggl_audit.optimizers.base import Evaluation, Wants
 
 FIRST_STEP = 0.1
 """As in GGL (Li et al., CVPR 2022); falls to zero by half a cosine (Loshchilov, ICLR 2017)."""
@@ -62,16 +62,3 @@ class Adam:
     def recommend(self) -> torch.Tensor:
         """Where the best start of each search is now, (s, d)."""
         return self._latents.take_along_dim(self._leader[:, None, None], 1)[:, 0]
-
-    def state(self) -> State:
-        """The latents, and what Adam remembers of their derivatives."""
-        moments = self._adam.state[self._latents]
-        kept = {"latents": self._latents, "leader": self._leader, **moments}
-        return {name: value.clone() for name, value in kept.items()}
-
-    def restore(self, state: State) -> None:
-        """Goes on from there."""
-        moments = self._adam.state[self._latents]
-        self._leader = state["leader"].to(self._leader.device)
-        for name, value in {"latents": self._latents, **moments}.items():
-            value.copy_(state[name])

@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-State = dict[str, torch.Tensor]
-"""Where an optimizer is, in tensors alone, so that it can be kept in a file of safetensors."""
-
 Wants = Literal["losses", "derivatives", "products"]
 
 DERIVATIVE_COST = 4
@@ -60,14 +57,6 @@ class Optimizer(Protocol):
 
     def recommend(self) -> torch.Tensor:
         """Where each search believes its minimum to be, (s, d); it may never have been asked."""
-        ...
-
-    def state(self) -> State:
-        """Where it is, between a ``tell`` and the next ``ask``."""
-        ...
-
-    def restore(self, state: State) -> None:
-        """Goes on from there: a fresh optimizer of the same arguments does what that one did."""
         ...
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from skopt import Optimizer
 from skopt.learning import GaussianProcessRegressor
 from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern
 
-from ggl_audit.optimizers.base import Array, State
+from ggl_audit.optimizers.base import Array
 from ggl_audit.optimizers.subspace import Subspace
 
 MOST_POINTS = 100
@@ -70,24 +69,6 @@ class Bayesian:
     def recommend(self) -> Array:
         """The best candidate, (d,); the origin before any was told."""
         return self._subspace.latents(self._best)
-
-    def state(self) -> State:
-        """The process and its points, the best one, and how many batches there were."""
-        return {
-            "places": torch.as_tensor(self._places),
-            "losses": torch.as_tensor(self._losses),
-            "best": torch.as_tensor(self._best),
-            "least": torch.tensor(self._least, dtype=torch.float64),
-            "batch": torch.tensor(self._batch),
-            "parameters": torch.as_tensor(self._parameters),
-        }
-
-    def restore(self, state: State) -> None:
-        """Goes on from there."""
-        self._places, self._losses = state["places"].numpy(), state["losses"].numpy()
-        self._best, self._least = state["best"].numpy(), float(state["least"])
-        self._batch = int(state["batch"])
-        self._parameters = state["parameters"].numpy()
 
     def _chosen(self, seed: int) -> Array:
         fits = [self._fit(begin) for begin in (self._kernel.theta, self._parameters)]

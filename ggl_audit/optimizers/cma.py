@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ggl_audit.optimizers.base import Evaluation, State, Wants
+from ggl_audit.optimizers.base import Evaluation, Wants
 
 CONVERGED = 1e-4
 """Of the first step size: a search whose steps have become smaller starts anew."""
@@ -122,29 +122,6 @@ class DiagonalCma:
     def recommend(self) -> torch.Tensor:
         """The means of the search distributions, (s, d)."""
         return self._mean
-
-    def state(self) -> State:
-        """The distributions, and where the generators are."""
-        return {
-            "mean": self._mean,
-            "sigma": self._sigma,
-            "variances": self._variances,
-            "path": self._path,
-            "sigma_path": self._sigma_path,
-            "generation": self._generation,
-            "drawn": torch.stack(self._drawn) if self._drawn else self._steps[None][:0],
-            "random": torch.stack([generator.get_state() for generator in self._random]),
-        }
-
-    def restore(self, state: State) -> None:
-        """Goes on from there."""
-        here = {name: value.to(self._device) for name, value in state.items()}
-        self._mean, self._sigma = here["mean"], here["sigma"]
-        self._variances, self._generation = here["variances"], here["generation"]
-        self._path, self._sigma_path = here["path"], here["sigma_path"]
-        self._drawn = list(here["drawn"].unbind(0))
-        for generator, position in zip(self._random, state["random"].cpu(), strict=True):
-            generator.set_state(position.clone())  # a tensor in a file's bytes may not be aligned
 
     def _draw(self, count: int) -> torch.Tensor:
         drawn = [torch.randn(count, *self._shape, generator=each) for each in self._random]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ggl_audit.optimizers.base import Evaluation, State, Wants
+from ggl_audit.optimizers.base import Evaluation, Wants
 from ggl_audit.optimizers.cma import DiagonalCma
 
 EXPLORED = 0.3
@@ -113,35 +113,6 @@ class GaussNewton:
     def recommend(self) -> torch.Tensor:
         """The best latents, (s, d)."""
         return self._best
-
-    def state(self) -> State:
-        """The bases with what they leave unexplained, the dampings and the steps to be tried."""
-        return {
-            **{f"explorer.{name}": tensor for name, tensor in self._explorer.state().items()},
-            "exploring": torch.tensor(self._exploring),
-            "base": self._base,
-            "losses": torch.stack([self._loss, self._first_loss, self._best_loss]),
-            "best": self._best,
-            "damping": self._damping,
-            "idle": self._idle,
-            "turns": torch.tensor(self._turns),
-            "waiting": self._waiting,
-            "steps": self._steps,
-            "random": torch.stack([generator.get_state() for generator in self._random]),
-        }
-
-    def restore(self, state: State) -> None:
-        """Goes on from there."""
-        explorer = "explorer."
-        own = {n.removeprefix(explorer): t for n, t in state.items() if n.startswith(explorer)}
-        self._explorer.restore(own)
-        self._exploring = int(state["exploring"])
-        self._base, self._best = state["base"], state["best"]
-        self._loss, self._first_loss, self._best_loss = state["losses"]
-        self._damping, self._idle, self._steps = state["damping"], state["idle"], state["steps"]
-        self._waiting, self._turns = state["waiting"], int(state["turns"])
-        for generator, position in zip(self._random, state["random"], strict=True):
-            generator.set_state(position.cpu().clone())
 
     def _look(self, losses: torch.Tensor, products: torch.Tensor) -> None:
         """Computes the damped steps; or where a search starts anew, from the best of its draws."""

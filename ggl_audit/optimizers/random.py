@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ggl_audit.optimizers.base import Evaluation, State, Wants
+from ggl_audit.optimizers.base import Evaluation, Wants
 
 
 class RandomSearch:
@@ -44,18 +44,3 @@ class RandomSearch:
     def recommend(self) -> torch.Tensor:
         """The best candidates, (s, d); the origin before any was told."""
         return self._best
-
-    def state(self) -> State:
-        """The best candidates, and where the generators are."""
-        return {
-            "best": self._best,
-            "least": self._least,
-            "random": torch.stack([generator.get_state() for generator in self._random]),
-        }
-
-    def restore(self, state: State) -> None:
-        """Goes on from there."""
-        self._best = state["best"].to(self._device)
-        self._least = state["least"].to(self._device)
-        for generator, position in zip(self._random, state["random"].cpu(), strict=True):
-            generator.set_state(position.clone())  # a tensor in a file's bytes may not be aligned

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 
-from ggl_audit.optimizers.base import Array, Evaluation, State, Wants
+from ggl_audit.optimizers.base import Array, Evaluation, Wants
 
 
 class Search(Protocol):
@@ -29,18 +29,6 @@ class Search(Protocol):
         ...
 
 
-class ResumableSearch(Search, Protocol):
-    """A search that can be kept in tensors."""
-
-    def state(self) -> State:
-        """Where it is, between a ``tell`` and the next ``ask``."""
-        ...
-
-    def restore(self, state: State) -> None:
-        """Goes on from there."""
-        ...
-
-
 class SideBySide:
     """As many searches as there are seeds, each of which asks for as many candidates.
 
@@ -50,7 +38,7 @@ class SideBySide:
     wants: ClassVar[Wants] = "losses"
 
     def __init__(
-        self, start: Callable[[int], ResumableSearch], seeds: Sequence[int], device: torch.device
+        self, start: Callable[[int], Search], seeds: Sequence[int], device: torch.device
     ) -> None:
         with _quiet():
             self._searches = [start(seed) for seed in seeds]
@@ -73,56 +61,8 @@ class SideBySide:
         with _quiet():
             return self._stacked([search.recommend() for search in self._searches])
 
-    def state(self) -> State:
-        """The states of all, each under the number of its search."""
-        return {
-            f"{number}.{name}": value
-            for number, search in enumerate(self._searches)
-            for name, value in search.state().items()
-        }
-
-    def restore(self, state: State) -> None:
-        """Goes on from there."""
-        with _quiet():
-            for number, search in enumerate(self._searches):
-                own = f"{number}."
-                search.restore(
-                    {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
-                )
-
     def _stacked(self, values: list[Array]) -> torch.Tensor:
         return torch.as_tensor(np.stack(values), dtype=torch.float32, device=self._device)
-
-
-class Replayed:
-    """A library's search, whose state is what it was told: a fresh one is told all of it again."""
-
-    def __init__(self, search: Search) -> None:
-        self._search = search
-        self._told: list[Array] = []
-
-    def ask(self) -> Array:
-        """The next candidates, (P, d)."""
-        return self._search.ask()
-
-    def tell(self, losses: Array) -> None:
-        """Takes the losses of the last candidates."""
-        self._told.append(losses)
-        self._search.tell(losses)
-
-    def recommend(self) -> Array:
-        """Where the library believes the minimum to be, (d,)."""
-        return self._search.recommend()
-
-    def state(self) -> State:
-        """All losses that were told, (calls, P)."""
-        return {"losses": torch.as_tensor(np.array(self._told))}
-
-    def restore(self, state: State) -> None:
-        """Goes on from there."""
-        for losses in state["losses"].cpu().numpy():
-            self.ask()
-            self.tell(losses)
 
 
 @contextmanager

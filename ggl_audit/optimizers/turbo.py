@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import torch
 
-from ggl_audit.optimizers.base import Array, State
+from ggl_audit.optimizers.base import Array
 from ggl_audit.optimizers.subspace import Subspace
 
 with warnings.catch_warnings():
@@ -34,9 +34,6 @@ MOST_PLACES = 2000
 MOST_ITERATIONS = 10
 """In fitting a process, which begins at the parameters of the one before."""
 
-FITTED = "fitted."
-"""Before the names of the process's parameters, in the state."""
-
 
 class Turbo:
     """One search by TuRBO-1 (Eriksson et al., NeurIPS 2019), written from the paper.
@@ -60,7 +57,7 @@ class Turbo:
         self._least = torch.tensor(torch.inf, dtype=torch.float64)
         self._asked = torch.zeros(0, subspace.dimension, dtype=torch.float64)
         self._places, self._losses = self._asked, self._asked.sum(1)
-        self._fitted: State = {}
+        self._fitted: dict[str, torch.Tensor] = {}
         self._length, self._successes, self._failures = FIRST_LENGTH, 0, 0
 
     def ask(self) -> Array:
@@ -93,26 +90,6 @@ class Turbo:
     def recommend(self) -> Array:
         """The best candidate, (d,); the origin before any was told."""
         return self._subspace.latents(self._best.numpy())
-
-    def state(self) -> State:
-        """The points and the process since it last started anew, and the best point."""
-        return {
-            "places": self._places,
-            "losses": self._losses,
-            "best": self._best,
-            "least": self._least,
-            "region": torch.tensor([self._length], dtype=torch.float64),
-            "counts": torch.tensor([self._batch, self._successes, self._failures]),
-            **{FITTED + name: value for name, value in self._fitted.items()},
-        }
-
-    def restore(self, state: State) -> None:
-        """Goes on from there."""
-        self._places, self._losses = state["places"], state["losses"]
-        self._best, self._least = state["best"], state["least"]
-        self._length = float(state["region"])
-        self._batch, self._successes, self._failures = state["counts"].tolist()
-        self._fitted = {k.removeprefix(FITTED): v for k, v in state.items() if k.startswith(FITTED)}
 
     def _start_anew(self) -> None:
         self._places, self._losses, self._fitted = self._places[:0], self._losses[:0], {}

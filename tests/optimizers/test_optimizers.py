@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
-from safetensors.torch import load, save
 from scipy.stats import kstest, ncx2
 
 from ggl_audit.errors import SpecError
@@ -135,46 +132,6 @@ def test_a_search_does_the_same_whatever_is_beside_it(case: Case) -> None:
     assert torch.equal(among.recommend()[1], alone.recommend()[0])
     # The third has the seed of the second, and other losses.
     assert torch.equal(candidates[1], candidates[2]) == (case.name == "random")
-
-
-@every
-@pytest.mark.parametrize("steps", [0, 1, 5])
-def test_a_restored_optimizer_goes_on_as_if_it_had_not_stopped(case: Case, steps: int) -> None:
-    seeds = [3, 4]
-    uninterrupted = case.start(seeds)
-    for _ in range(steps):
-        step(uninterrupted, seeds)
-    kept = save(uninterrupted.state())
-    restored = case.start(seeds)
-    restored.restore(load(kept))
-    assert torch.equal(restored.recommend(), uninterrupted.recommend())
-    for _ in range(2):
-        assert torch.equal(step(restored, seeds)[0], step(uninterrupted, seeds)[0])
-    assert save(restored.state()) == save(uninterrupted.state())
-
-
-@given(steps=st.integers(0, 80), more=st.integers(1, 40))
-@settings(max_examples=15, deadline=None)
-def test_a_diagonal_cma_can_be_stopped_anywhere(steps: int, more: int) -> None:
-    case = Case("cma", 2, population=4)
-    uninterrupted = case.start([0])
-    for _ in range(steps):
-        step(uninterrupted, [0])
-    restored = case.start([0])
-    restored.restore(load(save(uninterrupted.state())))
-    for _ in range(more):
-        assert torch.equal(step(restored, [0])[0], step(uninterrupted, [0])[0])
-
-
-@pytest.mark.parametrize("name", ["cma", "adam", "random"])
-def test_the_state_does_not_grow(name: str) -> None:
-    optimizer = Case(name).start([0, 1])
-    sizes = set()
-    for call in range(200):
-        if call % 32 == 0:
-            sizes.add(len(save(optimizer.state())))
-        step(optimizer, [0, 1])
-    assert len(sizes - {min(sizes)}) <= 1
 
 
 @pytest.mark.parametrize("name", ["cma", "pycma:full", "pycma:diagonal", "pycma:vkd"])

@@ -91,28 +91,25 @@ def test_a_process_learns_from_the_best_and_the_latest_points_alone() -> None:
         search.ask()
         places.append(search._asked)
         search.tell(told)
-    kept = search.state()
     latest = losses[1, -MOST_POINTS // 2 :]
     earlier = np.concatenate([losses[0], losses[1, : -MOST_POINTS // 2]])
     best = np.sort(earlier)[: MOST_POINTS // 2]
-    np.testing.assert_array_equal(np.sort(kept["losses"]), np.sort([*latest, *best]))
+    np.testing.assert_array_equal(np.sort(search._losses), np.sort([*latest, *best]))
     told_at = dict(zip(losses.flat, np.concatenate(places), strict=True))
-    for place, loss in zip(kept["places"].numpy(), kept["losses"].tolist(), strict=True):
+    for place, loss in zip(search._places, search._losses.tolist(), strict=True):
         np.testing.assert_array_equal(place, told_at[loss])
 
 
 def test_a_process_that_takes_every_loss_for_noise_is_left() -> None:
     """Where all lengths are the shortest, the likelihood is flat: a fit from there ends there."""
     subspace = make_subspace(None, 4, 0, None)
-    optimizer = SideBySide(lambda seed: Bayesian(subspace, 6, seed), [0], CPU)
-    places = torch.rand(48, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    losses = (torch.as_tensor(subspace.latents(places.numpy())) - 0.5).square().sum(1)
-    noise = torch.tensor([1.0, *[0.01] * 4], dtype=torch.float64).log()
-    told = {"places": places, "losses": losses, "parameters": noise, "batch": torch.tensor(8)}
-    optimizer.restore(optimizer.state() | {f"0.{name}": value for name, value in told.items()})
-    asked = optimizer.ask()[0]
-    assert float((asked - 0.5).square().sum(1).min()) < losses.min() / 5
-    assert float(optimizer.state()["0.parameters"][1:].exp().min()) > 0.1
+    search = Bayesian(subspace, 6, 0)
+    search._places = np.random.default_rng(0).random((48, 4))
+    search._losses = np.square(subspace.latents(search._places) - 0.5).sum(1)
+    search._parameters, search._batch = np.log([1.0, *[0.01] * 4]), 8
+    asked = SideBySide(lambda _: search, [0], CPU).ask()[0].numpy()
+    assert np.square(asked - 0.5).sum(1).min() < search._losses.min() / 5
+    assert np.exp(search._parameters[1:]).min() > 0.1
 
 
 @needs_botorch
@@ -122,11 +119,12 @@ def test_the_trust_region_shrinks_where_nothing_is_better_and_starts_anew() -> N
     def lengths(losses: list[float]) -> list[float]:
         """After each batch, the first of which is before there is a process."""
         subspace = make_subspace(None, 2, 0, None)
-        optimizer = SideBySide(lambda seed: Turbo(subspace, 4, 100, seed), [0], CPU)
+        search = Turbo(subspace, 4, 100, 0)
+        optimizer = SideBySide(lambda _: search, [0], CPU)
         found = []
         for loss in losses:
             optimizer.tell(Evaluation(loss + optimizer.ask().square().sum(2)))
-            found.append(float(optimizer.state()["0.region"]))
+            found.append(search._length)
         return found
 
     worse = lengths([100.0 * batch for batch in range(9)])

@@ -104,7 +104,8 @@ def test_a_process_that_takes_every_loss_for_noise_is_left() -> None:
     """Where all lengths are the shortest, the likelihood is flat: a fit from there ends there."""
     subspace = make_subspace(None, 4, 0, None)
     search = Bayesian(subspace, 6, 0)
-    search._places = np.random.default_rng(0).random((48, 4))
+    random = torch.Generator().manual_seed(0)
+    search._places = torch.rand(48, 4, generator=random, dtype=torch.float64).numpy()
     search._losses = np.square(subspace.latents(search._places) - 0.5).sum(1)
     search._parameters, search._batch = np.log([1.0, *[0.01] * 4]), 8
     asked = SideBySide(lambda _: search, [0], CPU).ask()[0].numpy()

@@ -28,18 +28,18 @@ from PIL import Image
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.audit import run_audit
-from ggl_audit.capturing import capture_gradient
+from ggl_audit.basics.gradient import Gradient, take
+from ggl_audit.case.capturing import capture_gradient
+from ggl_audit.case.clients import DeclaredClient
+from ggl_audit.case.loading import load_client
 from ggl_audit.cli.progress import AuditProgress
-from ggl_audit.clients import DeclaredClient
+from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import RECIPES, REGISTRY, build_pipeline
 from ggl_audit.errors import AuditError
 from ggl_audit.evidence.bounds import Rate
-from ggl_audit.gradient import Gradient, take
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, read_image, read_image_set, write_image
 from ggl_audit.inputs.spec_file import parse_defense, read_spec
-from ggl_audit.loading import load_client
-from ggl_audit.randomness import client_context
 from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec
 

@@ -63,14 +63,14 @@ def child(experiment: str, budget: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from ggl_audit.clock import Clock
+    from ggl_audit.basics.clock import Clock
+    from ggl_audit.basics.gradient import stack
+    from ggl_audit.case.setting import prepare
     from ggl_audit.experiments.attacks import captured_labels, run_search
     from ggl_audit.experiments.candidate_matching import run_matching
     from ggl_audit.experiments.measurements import Measurements
     from ggl_audit.experiments.membership import identify_members
     from ggl_audit.experiments.promise import try_promise
-    from ggl_audit.gradient import stack
-    from ggl_audit.setting import prepare
     from ggl_audit.spec import Spec
 
     def nobody(_evaluations: int) -> None:

@@ -18,11 +18,11 @@ from typing import Annotated
 import torch
 import typer
 
+from ggl_audit.basics.gradient import Gradient, each, take
 from ggl_audit.defenses import FALSE_ACCUSATION, Context, Noise
 from ggl_audit.evidence.noise_residuals import Fault, residuals_of
 from ggl_audit.evidence.noise_tests import Violation, find_violations
 from ggl_audit.experiments.noise import RELEASES
-from ggl_audit.gradient import Gradient, each, take
 
 SHAPES = {
     "conv1.weight": (16, 1, 3, 3),

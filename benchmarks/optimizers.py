@@ -30,15 +30,15 @@ import ggl_audit
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.pixels import attack_pixels
 from ggl_audit.attack.refine import refine
-from ggl_audit.environment import describe
+from ggl_audit.basics.environment import describe
+from ggl_audit.basics.gradient import Gradient
+from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.fidelity import candidate_distances
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
 from ggl_audit.experiments.attacks import run_search
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.spec_file import parse_defense, read_spec
 from ggl_audit.optimizers import DERIVATIVE_COST, FAMILIES, start_optimizer
-from ggl_audit.setting import Setting, prepare
 from ggl_audit.spec import SubspaceSpec
 
 FACE_DATA = [

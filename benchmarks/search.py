@@ -28,11 +28,11 @@ from throughput import PlainLoop
 from ggl_audit import audit
 from ggl_audit.attack import search
 from ggl_audit.attack.objective import LatentObjective
+from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.experiments import attacks
 from ggl_audit.experiments.attacks import run_search
 from ggl_audit.inputs.spec_file import read_spec
 from ggl_audit.optimizers import Evaluation, start_optimizer
-from ggl_audit.setting import Setting, prepare
 from ggl_audit.spec import AttackSpec, Spec
 
 SAMPLE = Path(__file__).parent.parent / "sample_specs" / "digits_sparsified.yaml"

@@ -23,9 +23,9 @@ from torch import nn
 from torchvision.models import resnet18
 
 from ggl_audit.attack.matching import Distance, Matching
+from ggl_audit.basics.environment import keep_freed_memory
+from ggl_audit.basics.gradient import Gradient, stack
 from ggl_audit.defenses import Context, Defense, Pipeline, Sign, Sparsify
-from ggl_audit.environment import keep_freed_memory
-from ggl_audit.gradient import Gradient, stack
 from ggl_audit.inputs.model import ClientModel
 
 CLASSES = 10

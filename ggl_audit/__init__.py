@@ -10,13 +10,13 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "capture", "capture_update"]
 
 if TYPE_CHECKING:
-    from ggl_audit.recording import capture, capture_update
+    from ggl_audit.client.recording import capture, capture_update
 else:
 
     def __getattr__(name: str) -> object:
         """Imports what is asked for only then, as PyTorch takes seconds (PEP 562)."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from ggl_audit import recording
+        from ggl_audit.client import recording
 
         return getattr(recording, name)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ggl_audit.clock import Clock
+from ggl_audit.basics.clock import Clock
+from ggl_audit.case.setting import prepare
 from ggl_audit.experiments.attacks import choose_attacks
 from ggl_audit.experiments.candidate_matching import match_candidates
 from ggl_audit.experiments.capture import attack_capture
+from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.experiments.measurements import Measurements
 from ggl_audit.experiments.membership import MEMBERSHIP_TRIALS, identify_members
 from ggl_audit.experiments.noise import try_noise
 from ggl_audit.experiments.promise import try_promise
 from ggl_audit.experiments.reconstruction import reconstruct, reconstruct_undefended
-from ggl_audit.forecast import planned_evaluations
 from ggl_audit.report.assembly import assemble
 from ggl_audit.report.model import Report
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 
 

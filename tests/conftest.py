@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from ggl_audit.gradient import Gradient
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.spec_file import read_spec

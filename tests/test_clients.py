@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import save_file
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.clients import DeclaredClient, OwnClient
+from ggl_audit.basics.gradient import Gradient, flat, stack, take
+from ggl_audit.case.clients import DeclaredClient, OwnClient
+from ggl_audit.case.setting import prepare
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline
 from ggl_audit.errors import SpecError
 from ggl_audit.experiments.alternatives import other_layouts, other_models
-from ggl_audit.gradient import Gradient, flat, stack, take
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import plain_gradient
 from tests.known_answers.clients import step

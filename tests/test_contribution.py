@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.contribution import ORDER, Contribution
+from ggl_audit.basics.gradient import Gradient, flat, norm, take
+from ggl_audit.case.loading import load_client
+from ggl_audit.client.contribution import ORDER, Contribution
 from ggl_audit.defenses import Context, Pipeline
-from ggl_audit.gradient import Gradient, flat, norm, take
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.loading import load_client
 from ggl_audit.spec import Spec
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 
 HEAP_AFTER_A_CHUNK = """
 import ctypes, sys, torch
-from ggl_audit.environment import keep_freed_memory
+from ggl_audit.basics.environment import keep_freed_memory
 
 class Statistics(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in ("heap", *"bcdefghij")]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ggl_audit.factors import Factors
+from ggl_audit.basics.factors import Factors
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
-from ggl_audit import forecast as module
+from ggl_audit.case.setting import prepare
+from ggl_audit.experiments import forecast as module
 from ggl_audit.experiments.attacks import choose_attacks
-from ggl_audit.forecast import SECONDS_TO_PREDICT, forecast, predict_seconds, seconds_each
+from ggl_audit.experiments.forecast import (
+    SECONDS_TO_PREDICT,
+    forecast,
+    predict_seconds,
+    seconds_each,
+)
 from ggl_audit.optimizers import DERIVATIVE_COST
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 
 

@@ -16,18 +16,18 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attack.matching import Matching
-from ggl_audit.contribution import Contribution
+from ggl_audit.basics.gradient import Gradient, each, norm, take
+from ggl_audit.case.doubts import capture_doubts
+from ggl_audit.case.loading import load_client
+from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.client.contribution import Contribution
+from ggl_audit.client.local_training import described, rate_of_one_step
 from ggl_audit.defenses import Context, Pipeline
-from ggl_audit.doubts import capture_doubts
 from ggl_audit.errors import SpecError
 from ggl_audit.experiments.alternatives import other_trainings
-from ggl_audit.gradient import Gradient, each, norm, take
 from ggl_audit.inputs.capture import Capture
 from ggl_audit.inputs.images import digits, read_image
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.loading import load_client
-from ggl_audit.local_training import described, rate_of_one_step
-from ggl_audit.setting import Setting, prepare
 from ggl_audit.spec import LocalTrainingSpec, Spec
 
 CPU = torch.device("cpu")

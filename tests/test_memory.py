@@ -12,11 +12,11 @@ import pytest
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.matching import Matching
 from ggl_audit.audit import run_audit
+from ggl_audit.case.setting import prepare
 from ggl_audit.evidence.identification import Trials
 from ggl_audit.experiments import membership, promise
 from ggl_audit.experiments.attacks import choose_attacks
-from ggl_audit.forecast import predict_seconds
-from ggl_audit.setting import prepare
+from ggl_audit.experiments.forecast import predict_seconds
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 

@@ -9,14 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 from ggl_audit.audit import run_audit
-from ggl_audit.capturing import capture_gradient
+from ggl_audit.case.capturing import capture_gradient
+from ggl_audit.case.loading import load_client
+from ggl_audit.case.setting import prepare
 from ggl_audit.cli import app
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, write_image
-from ggl_audit.loading import load_client
 from ggl_audit.report.model import Report
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.cli import app
 from ggl_audit.errors import AuditError
 from ggl_audit.inputs.spec_file import read_spec
-from ggl_audit.setting import Setting, prepare
 
 PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

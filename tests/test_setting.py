@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ggl_audit.case.setting import prepare
 from ggl_audit.errors import SpecError
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 
 

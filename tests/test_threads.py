@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from ggl_audit.basics.threads import WAITING, allowed_threads, cores, limit_threads
 from ggl_audit.errors import AuditError
-from ggl_audit.threads import WAITING, allowed_threads, cores, limit_threads
 
 DECIDED = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", *WAITING)
 
 AFTER_LOADING = f"""
 import json, os, sys
-from ggl_audit.threads import limit_threads
+from ggl_audit.basics.threads import limit_threads
 limit_threads(*map(int, sys.argv[1:]))
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 import torch
@@ -28,9 +28,9 @@ print(json.dumps([torch.get_num_threads(), {{n: os.environ.get(n) for n in {DECI
 @pytest.fixture
 def eight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight processors and an environment that says nothing."""
-    monkeypatch.setattr("ggl_audit.threads._processors", lambda: set(range(8)))
-    monkeypatch.setattr("ggl_audit.threads.cores", lambda: 4)
-    monkeypatch.setattr("ggl_audit.threads._quotas", lambda _: [float("inf")])
+    monkeypatch.setattr("ggl_audit.basics.threads._processors", lambda: set(range(8)))
+    monkeypatch.setattr("ggl_audit.basics.threads.cores", lambda: 4)
+    monkeypatch.setattr("ggl_audit.basics.threads._quotas", lambda _: [float("inf")])
     for name in DECIDED:
         monkeypatch.setenv(name, "")  # what is put there is taken away again
         monkeypatch.delenv(name)
@@ -90,13 +90,13 @@ QUOTAS = {
 def test_a_container_is_kept_to_its_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("ggl_audit.threads._processors", lambda: set(range(8)))
+    monkeypatch.setattr("ggl_audit.basics.threads._processors", lambda: set(range(8)))
     files, expected = QUOTAS[name]
     assert allowed_threads(machine(tmp_path, files)) == expected
 
 
 def test_two_threads_of_a_core_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ggl_audit.threads._processors", lambda: {0, 1, 4})
+    monkeypatch.setattr("ggl_audit.basics.threads._processors", lambda: {0, 1, 4})
     topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     files = {topology.format(n): f"{n % 4},{n % 4 + 4}" for n in range(8)}
     assert cores(machine(tmp_path, files)) == 2

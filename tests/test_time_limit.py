@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from ggl_audit.audit import run_audit
-from ggl_audit.clock import WRITING, Clock, OutOfTimeError
+from ggl_audit.basics.clock import WRITING, Clock, OutOfTimeError
 from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec
 from tests.conftest import Counter

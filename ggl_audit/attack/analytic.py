@@ -17,6 +17,8 @@ import torch
 from torch.func import vjp
 
 from ggl_audit.attack.matching import MEMORY, Matching
+from ggl_audit.basics.gradient import Gradient
+from ggl_audit.client.local_training import rate_of_one_step
 from ggl_audit.defenses import (
     Clip,
     Encryption,
@@ -29,9 +31,7 @@ from ggl_audit.defenses import (
     Sparsify,
     Threshold,
 )
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.local_training import rate_of_one_step
 
 SAME = 1e-2
 """Relative, of a gradient and the product that it should be: above TF32's rounding of 2^-11 and

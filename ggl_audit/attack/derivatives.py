@@ -6,9 +6,9 @@ import torch
 from torch.func import grad_and_value, vmap
 
 from ggl_audit.attack.matching import COPIES_OF_A_GRADIENT, MEMORY, Distance, cosine
-from ggl_audit.contribution import Contribution
+from ggl_audit.basics.gradient import Gradient, each
+from ggl_audit.client.contribution import Contribution
 from ggl_audit.defenses import Drawn, Pipeline, relative_l2
-from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.model import ClientModel
 
 COPIES = 3 * COPIES_OF_A_GRADIENT

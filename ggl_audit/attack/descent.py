@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ggl_audit.attack.derivatives import Derivatives
-from ggl_audit.gradient import Gradient
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.optimizers import DERIVATIVE_COST
 
 Advance = Callable[[int], None]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import nnls
 
+from ggl_audit.basics.gradient import Gradient, unstack
 from ggl_audit.defenses import Encryption, Noise, Pipeline, SecureAggregation
-from ggl_audit.gradient import Gradient, unstack
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel, Head
 from ggl_audit.optimizers import Array

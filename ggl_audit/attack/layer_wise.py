@@ -9,8 +9,8 @@ import torch
 from torch.func import vmap
 
 from ggl_audit.attack.layers import Outer, Part, parts_of, products, slices
+from ggl_audit.basics.gradient import Gradient, norm
 from ggl_audit.defenses.value_wise import ValueWise
-from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.model import ClientModel
 
 BLOCK = 2**21

@@ -21,7 +21,7 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ggl_audit.gradient import Gradient
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
 Arguments = dict[str, Any]

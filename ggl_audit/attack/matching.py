@@ -18,11 +18,8 @@ import torch
 from torch.func import vmap
 
 from ggl_audit.attack.layer_wise import LayerWise, layer_wise
-from ggl_audit.contribution import Contribution
-from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
-from ggl_audit.environment import is_out_of_memory
-from ggl_audit.errors import SpecError
-from ggl_audit.gradient import (
+from ggl_audit.basics.environment import is_out_of_memory
+from ggl_audit.basics.gradient import (
     Gradient,
     concatenate,
     each,
@@ -32,6 +29,9 @@ from ggl_audit.gradient import (
     take,
     unstack,
 )
+from ggl_audit.client.contribution import Contribution
+from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
+from ggl_audit.errors import SpecError
 from ggl_audit.inputs.losses import CrossEntropy
 from ggl_audit.inputs.model import ClientModel
 

@@ -10,7 +10,7 @@ import torch
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.residuals import Residuals
-from ggl_audit.gradient import Gradient, repeated
+from ggl_audit.basics.gradient import Gradient, repeated
 from ggl_audit.optimizers import Evaluation, Wants
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import RegularizerSpec

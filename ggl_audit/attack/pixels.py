@@ -7,7 +7,7 @@ import torch
 
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.descent import Advance, Descent, Found, descend
-from ggl_audit.gradient import Gradient
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
 GREY, SPREAD = 0.5, 0.1

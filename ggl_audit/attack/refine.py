@@ -13,7 +13,7 @@ from torch import nn
 
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.descent import Advance, Descent, Found, descend
-from ggl_audit.gradient import Gradient
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.priors.prior import Prior
 
 Decode = Callable[[torch.Tensor], torch.Tensor]

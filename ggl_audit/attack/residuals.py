@@ -8,8 +8,8 @@ import torch
 from torch.func import vmap
 
 from ggl_audit.attack.matching import Matching, cosine
+from ggl_audit.basics.gradient import Gradient, each, flat, norm, unstack
 from ggl_audit.defenses import Drawn, relative_l2
-from ggl_audit.gradient import Gradient, each, flat, norm, unstack
 
 FEWEST_VALUES = 4096
 """Of a compressed residual, as searches follow differences."""

@@ -34,7 +34,7 @@ def capture(
 ) -> None:
     """Write what clients of the declared model and defense send, as safetensors."""
     options.begin(threads=threads, verbose=verbose)
-    from ggl_audit.capturing import capture_gradient
+    from ggl_audit.case.capturing import capture_gradient
     from ggl_audit.errors import SpecError
     from ggl_audit.inputs.capture import write_capture
 

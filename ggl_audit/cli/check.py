@@ -9,8 +9,8 @@ from ggl_audit.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ggl_audit.forecast import Forecast
-    from ggl_audit.setting import Setting
+    from ggl_audit.case.setting import Setting
+    from ggl_audit.experiments.forecast import Forecast
 
 TEXT = ("parameter", "in the file")
 
@@ -38,12 +38,12 @@ def check(
     from rich.console import Console
     from rich.markup import escape
 
+    from ggl_audit.case.setting import prepare
     from ggl_audit.cli.progress import AuditProgress
     from ggl_audit.errors import printable
     from ggl_audit.experiments.attacks import choose_attacks
-    from ggl_audit.forecast import forecast, planned_evaluations
+    from ggl_audit.experiments.forecast import forecast, planned_evaluations
     from ggl_audit.report.assumptions import beside
-    from ggl_audit.setting import prepare
 
     declared = options.load_spec(
         spec,

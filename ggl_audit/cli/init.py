@@ -49,8 +49,8 @@ def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("audit.yaml"),
 ) -> None:
     """Write a commented spec to start from; an existing file is never overwritten."""
+    from ggl_audit.basics.files import write_whole
     from ggl_audit.errors import InputError
-    from ggl_audit.files import write_whole
 
     if path.exists():
         raise InputError(path, "exists already", "Give another name.")

@@ -106,8 +106,8 @@ def begin(*, threads: int | None, verbose: bool, quiet: bool = False) -> None:
     Raises:
         AuditError: there are not so many threads.
     """
+    from ggl_audit.basics.threads import limit_threads
     from ggl_audit.cli.logs import library_warnings
-    from ggl_audit.threads import limit_threads
 
     limit_threads(threads)
     log = library_warnings(shown=verbose, told=not quiet)
@@ -200,9 +200,9 @@ def image_set(text: str, part: Part, *, labelled: bool = True) -> ImageSet:
     """
     from pydantic import ValidationError
 
+    from ggl_audit.basics.validation import first_problem
     from ggl_audit.inputs.images import read_image_set
     from ggl_audit.spec import ImageSetSpec
-    from ggl_audit.validation import first_problem
 
     try:
         declared = ImageSetSpec.model_validate(_image_source(text))

@@ -89,8 +89,8 @@ def train(
 ) -> None:
     """Train a GAN on images, as a prior for `run`; an interrupted training can be resumed."""
     options.begin(threads=threads, verbose=verbose, quiet=quiet)
+    from ggl_audit.basics.environment import choose_device
     from ggl_audit.cli.progress import AuditProgress
-    from ggl_audit.environment import choose_device
     from ggl_audit.priors.checkpoint import CHECKPOINT_NAME
     from ggl_audit.priors.held_out import hold_out
     from ggl_audit.priors.making import architecture_for, make_prior

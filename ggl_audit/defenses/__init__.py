@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ggl_audit.basics.validation import first_problem
 from ggl_audit.defenses.aggregation import Aggregation, SecureAggregation
 from ggl_audit.defenses.ats import Ats
 from ggl_audit.defenses.base import FALSE_ACCUSATION, BeforeGradient, Check, Context, Defense, Drawn
@@ -34,7 +35,6 @@ from ggl_audit.defenses.threshold import Threshold
 from ggl_audit.errors import SpecError, nearest
 from ggl_audit.inputs.factories import find_callable
 from ggl_audit.spec import DefenseSpec
-from ggl_audit.validation import first_problem
 
 REGISTRY: dict[str, type[Defense]] = {
     defense.name: defense

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient, added, each
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, ReplicaKind, Trace
-from ggl_audit.gradient import Gradient, added, each
 
 
 class Aggregation(Defense):

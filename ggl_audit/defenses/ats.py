@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import BeforeGradient, Context, Drawn
-from ggl_audit.gradient import Gradient
 
 POLICY, SIGNS = "ats.policy", "ats.signs"
 

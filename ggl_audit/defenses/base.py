@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ggl_audit.factors import Factors
-from ggl_audit.gradient import Gradient
+from ggl_audit.basics.factors import Factors
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
 if TYPE_CHECKING:

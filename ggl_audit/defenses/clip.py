@@ -7,6 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, PrivateAttr
 
+from ggl_audit.basics.factors import Factors
+from ggl_audit.basics.gradient import Gradient, each, flat, norm
 from ggl_audit.defenses.base import (
     FALSE_ACCUSATION,
     Context,
@@ -17,8 +19,6 @@ from ggl_audit.defenses.base import (
     Trace,
 )
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.factors import Factors
-from ggl_audit.gradient import Gradient, each, flat, norm
 from ggl_audit.inputs.model import ClientModel
 
 ROUNDING = 1e-4

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import (
     EVERY_TRACE,
     Context,
@@ -14,7 +15,6 @@ from ggl_audit.defenses.base import (
     ReplicaKind,
     Trace,
 )
-from ggl_audit.gradient import Gradient
 
 
 class Encryption(Defense):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient, each
 from ggl_audit.defenses.base import Context, Defense, Trace
-from ggl_audit.gradient import Gradient, each
 
 
 class ErrorFeedback(Defense):

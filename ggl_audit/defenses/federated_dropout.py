@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import grad
 from typing_extensions import Self
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import BeforeGradient, Context, Drawn, NoiseBound, Trace
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
 MASK = "kept_units"

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient, each, largest_magnitude
 from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.gradient import Gradient, each, largest_magnitude
 
 SMALLEST_SCALE = 1e-30
 ROUNDING = 1e-5

@@ -6,9 +6,9 @@ from abc import abstractmethod
 
 import torch
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, ReplicaKind, Trace
 from ggl_audit.defenses.error_feedback import ErrorFeedback
-from ggl_audit.gradient import Gradient
 
 
 class Masking(ErrorFeedback):

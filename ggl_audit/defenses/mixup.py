@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from scipy.special import betaincinv
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import BeforeGradient, Context, Drawn
-from ggl_audit.gradient import Gradient
 
 WEIGHT = "mixup.weight"
 

@@ -9,6 +9,8 @@ import torch
 from pydantic import Field
 from scipy.special import chdtri, ndtr, ndtri
 
+from ggl_audit.basics.factors import Factors
+from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import (
     FALSE_ACCUSATION,
     Context,
@@ -18,8 +20,6 @@ from ggl_audit.defenses.base import (
     ReplicaKind,
     Trace,
 )
-from ggl_audit.factors import Factors
-from ggl_audit.gradient import Gradient, each, flat
 
 THRESHOLDS = (0.01, 0.1, 0.3, 0.6745, 1.0)  # in standard deviations
 MOST_CERTAIN = -1e-12

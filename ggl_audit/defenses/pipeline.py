@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ggl_audit.basics.factors import Factors
+from ggl_audit.basics.gradient import Gradient, added, each, norm
 from ggl_audit.defenses.aggregation import Aggregation, SecureAggregation
 from ggl_audit.defenses.base import Check, Context, Defense, Drawn, ReplicaKind, Trace
 from ggl_audit.defenses.clip import Clip, is_per_sample
@@ -18,8 +20,6 @@ from ggl_audit.defenses.encryption import Encryption
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sensitivity import GaussianMechanism, Unit, gaussian_mechanism
 from ggl_audit.defenses.value_wise import ValueWise
-from ggl_audit.factors import Factors
-from ggl_audit.gradient import Gradient, added, each, norm
 from ggl_audit.inputs.model import ClientModel
 
 Replica = Literal["replicate", "exact_replica", "smooth"]

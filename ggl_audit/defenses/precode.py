@@ -11,8 +11,8 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 from typing_extensions import Self
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import BeforeGradient, Context, Drawn, NoiseBound, Trace
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
 ROUNDING = 1e-3

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient, each, flat, largest_magnitude
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
-from ggl_audit.gradient import Gradient, each, flat, largest_magnitude
 
 SMALLEST_NORM = 1e-30
 LEAST_PROBABILITY = 1e-12

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient, flat
 from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, Trace
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sign import WIDTH
-from ggl_audit.gradient import Gradient, flat
 
 SMALLEST_STEP = 1e-30
 MIDWAY = 1e-3

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 
+from ggl_audit.basics.gradient import Gradient, each
 from ggl_audit.defenses.base import Context, Trace
 from ggl_audit.defenses.noise import Noise
 from ggl_audit.defenses.sparsify import Sparsify
-from ggl_audit.gradient import Gradient, each
 
 
 class RandomK(Sparsify):

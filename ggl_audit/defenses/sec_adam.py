@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.aggregation import Aggregation
 from ggl_audit.defenses.base import NoiseBound, Trace
-from ggl_audit.gradient import Gradient, each, flat
 
 MEAN, VARIANCE = "m:", "v:"
 ROUNDING = 1e-3

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from ggl_audit.basics.gradient import Gradient, each, flat, largest_magnitude
 from ggl_audit.defenses.base import Context, Distribution, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.error_feedback import ErrorFeedback
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.gradient import Gradient, each, flat, largest_magnitude
 
 ROUNDING, TINY = 1e-5, 1e-30
 

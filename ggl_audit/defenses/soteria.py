@@ -9,8 +9,8 @@ from pydantic import Field, PrivateAttr
 from torch.func import vjp, vmap
 from typing_extensions import Self
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
 FEATURES_AT_A_TIME = 64

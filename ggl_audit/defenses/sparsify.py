@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import Distribution, NoiseBound, Trace
 from ggl_audit.defenses.masking import Masking
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.gradient import Gradient, each, flat
 
 
 class Sparsify(Masking):

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient, each, largest_magnitude
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
 from ggl_audit.defenses.qsgd import lengthened, log_probability, off_grid, rounded_at_random
-from ggl_audit.gradient import Gradient, each, largest_magnitude
 
 
 class TernGrad(Defense):

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import Distribution, NoiseBound, Trace
 from ggl_audit.defenses.masking import Masking
 from ggl_audit.defenses.noise import Noise
-from ggl_audit.gradient import Gradient, each, flat
 
 ROUNDING = 1e-6
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.func import vmap
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Defense
-from ggl_audit.gradient import Gradient
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ggl_audit.attack.labels import UsualHead, infer_several
+from ggl_audit.basics.gradient import Gradient, flat, stack, unstack
+from ggl_audit.client.local_training import rate_of_one_step
 from ggl_audit.evidence.last_layer import LastLayer
-from ggl_audit.gradient import Gradient, flat, stack, unstack
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.local_training import rate_of_one_step
 
 FEW_VALUES = 257
 """More distinct values than 8 bits have."""

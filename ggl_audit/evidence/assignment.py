@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.evidence.identification import Distances
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
 FARTHEST = 1e30

@@ -6,9 +6,9 @@ import torch
 from scipy.special import chdtri
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient, flat, norm, stack, take, unstack
 from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline, noise_norm
 from ggl_audit.evidence.signs import negated
-from ggl_audit.gradient import Gradient, flat, norm, stack, take, unstack
 
 PRIVATE_IMAGE = "the private image"
 DECLARED = "the declaration"

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from ggl_audit.basics.gradient import Gradient, each, norm
 from ggl_audit.defenses import Context, Noise, Pipeline
-from ggl_audit.gradient import Gradient, each, norm
 
 
 def null_gradient(

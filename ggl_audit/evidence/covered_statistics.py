@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from scipy.special import chdtri
 
+from ggl_audit.basics.gradient import Gradient, flat
 from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline
-from ggl_audit.gradient import Gradient, flat
 from ggl_audit.inputs.fitting import COUNTER
 
 OVER_EVERYTHING = "what the clip and the noise are over"

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient, stack
 from ggl_audit.defenses import Check, Pipeline
 from ggl_audit.evidence.noise_residuals import Residuals, Violation, grain_of, residuals_of
 from ggl_audit.evidence.noise_tests import MOST_SAID, find_violations, same_in_several
-from ggl_audit.gradient import Gradient, stack
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.spec import CaptureSpec
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.images import ImageSet
 
 Distances = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from ggl_audit.attack.labels import infer_labels
+from ggl_audit.basics.gradient import Gradient, norm, stack
+from ggl_audit.client.local_training import rate_of_one_step
 from ggl_audit.defenses import Check, Clip, Pipeline
-from ggl_audit.gradient import Gradient, norm, stack
 from ggl_audit.inputs.model import ClientModel, has_batch_norm
-from ggl_audit.local_training import rate_of_one_step
 
 MODEL_AND_LOSS = "the declared model and loss"
 ROUNDINGS = 25

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from scipy.special import ndtri_exp
 
+from ggl_audit.basics.gradient import Gradient, each
 from ggl_audit.defenses import Noise
 from ggl_audit.defenses.base import Distribution
-from ggl_audit.gradient import Gradient, each
 
 Fault = Literal[
     "missing",

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from ggl_audit.basics.gradient import Gradient, each
+from ggl_audit.client.local_training import rate_of_one_step
 from ggl_audit.defenses import Check, Pipeline
 from ggl_audit.evidence.last_layer import (
     MODEL_AND_LOSS,
@@ -19,9 +21,7 @@ from ggl_audit.evidence.last_layer import (
     check_last_layer,
     look_at_last_layer,
 )
-from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.local_training import rate_of_one_step
 
 NEARER = 10
 """How much nearer a scale has to be, in the logarithm, that speaks for the other sign."""

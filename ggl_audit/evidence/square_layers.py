@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses import Check, Pipeline
-from ggl_audit.gradient import Gradient
 
 LAYOUT = "the layout"
 

@@ -8,14 +8,14 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient
+from ggl_audit.case.loading import load_client, observe_statistics
+from ggl_audit.case.setting import Setting, labels_of
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.evidence.declarations import other_declarations
 from ggl_audit.evidence.signs import negated
 from ggl_audit.evidence.square_layers import square_layers
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.layouts import flattened, trace_arrangements
-from ggl_audit.loading import load_client, observe_statistics
-from ggl_audit.setting import Setting, labels_of
 from ggl_audit.spec import OPTIMIZER_KEYS, LocalTrainingSpec
 
 MOST_SWAPS = MOST_TRANSPOSED = 10

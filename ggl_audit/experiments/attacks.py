@@ -13,12 +13,12 @@ from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.pixels import attack_pixels
 from ggl_audit.attack.refine import refine
 from ggl_audit.attack.search import SearchResult, search
+from ggl_audit.basics.gradient import Gradient
+from ggl_audit.case.setting import Setting
 from ggl_audit.defenses import Pipeline
-from ggl_audit.gradient import Gradient
 from ggl_audit.optimizers import start_optimizer, wants_more
 from ggl_audit.optimizers.gauss_newton import full_steps
 from ggl_audit.priors.directions import principal_directions
-from ggl_audit.setting import Setting
 from ggl_audit.spec import AttackSpec
 
 Advance = Callable[[int], None]

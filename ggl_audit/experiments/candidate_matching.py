@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ggl_audit.attack.labels import why_not_inferred
-from ggl_audit.clients import Client, DeclaredClient
-from ggl_audit.clock import Clock
+from ggl_audit.basics.clock import Clock
+from ggl_audit.basics.gradient import stack
+from ggl_audit.case.clients import Client, DeclaredClient
+from ggl_audit.case.setting import Setting
 from ggl_audit.defenses import Pipeline, SecureAggregation
 from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.grade import ceiling_is_settled
 from ggl_audit.evidence.identification import Trials, blind_labels, match
 from ggl_audit.experiments.attacks import Advance
 from ggl_audit.experiments.measurements import Measurements
-from ggl_audit.gradient import stack
-from ggl_audit.setting import Setting
 
 CANARIES_TOGETHER = 25
 

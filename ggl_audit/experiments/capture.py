@@ -6,6 +6,8 @@ import torch
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.search import SearchResult
+from ggl_audit.basics.gradient import stack
+from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.controls import null_gradient
 from ggl_audit.evidence.fidelity import mean_psnr, nearest
 from ggl_audit.evidence.identification import reconstruction_ranks
@@ -19,8 +21,6 @@ from ggl_audit.experiments.attacks import (
     run_attacks,
 )
 from ggl_audit.experiments.measurements import Measurements, Reconstructed
-from ggl_audit.gradient import stack
-from ggl_audit.setting import Setting
 
 SEARCHES_COMPARED = 4
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ggl_audit.basics.gradient import Gradient, norm, shares, stack, take
+from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.likeness import (
     CLEAR,
     HALFWAY,
@@ -26,9 +28,7 @@ from ggl_audit.experiments.alternatives import (
 from ggl_audit.experiments.attacks import Advance, captured_labels, run_search
 from ggl_audit.experiments.capture import CAPTURED, SEARCHES_COMPARED
 from ggl_audit.experiments.measurements import Measurements
-from ggl_audit.gradient import Gradient, norm, shares, stack, take
 from ggl_audit.inputs.model import has_batch_norm
-from ggl_audit.setting import Setting
 
 
 @dataclass(frozen=True)

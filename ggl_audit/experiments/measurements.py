@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ggl_audit.clock import Clock
+from ggl_audit.basics.clock import Clock
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate
 from ggl_audit.evidence.grade import strongest
 from ggl_audit.evidence.likeness import Likeness

@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ggl_audit.basics.gradient import Gradient, flat, rows, take
+from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.identification import Trials, rank_of_truth
 from ggl_audit.evidence.membership import UnknownMembers, public_images
 from ggl_audit.experiments.attacks import Advance
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE
 from ggl_audit.experiments.measurements import Measurements
-from ggl_audit.gradient import Gradient, flat, rows, take
-from ggl_audit.setting import Setting
 
 MEMBERSHIP_TRIALS = 100
 

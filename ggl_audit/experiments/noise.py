@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ggl_audit.clients import OwnClient
+from ggl_audit.basics.gradient import Gradient, concatenate
+from ggl_audit.case.clients import OwnClient
+from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.noise_residuals import MOST_KEPT, grain_of, kept_values, residuals_of
 from ggl_audit.evidence.noise_tests import NoiseTest, find_violations
 from ggl_audit.experiments.attacks import Advance
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE
 from ggl_audit.experiments.measurements import Measurements
-from ggl_audit.gradient import Gradient, concatenate
-from ggl_audit.setting import Setting
 
 RELEASES, FEWEST_RELEASES = 64, 8
 MOST_VALUES = 2**23

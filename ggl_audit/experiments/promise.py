@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from ggl_audit.clients import OwnClient
+from ggl_audit.basics.gradient import flat, norm, rows, take
+from ggl_audit.case.clients import OwnClient
+from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.promise import (
     CANDIDATES,
@@ -20,9 +22,7 @@ from ggl_audit.evidence.promise import (
 from ggl_audit.experiments.attacks import Advance
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE
 from ggl_audit.experiments.measurements import Measurements
-from ggl_audit.gradient import flat, norm, rows, take
 from ggl_audit.inputs.images import ImageSet
-from ggl_audit.setting import Setting
 
 
 def try_promise(setting: Setting, trials: int, measured: Measurements, advance: Advance) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ggl_audit.clients import DeclaredClient
+from ggl_audit.basics.gradient import Gradient, concatenate, stack, unstack
+from ggl_audit.case.clients import DeclaredClient
+from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.bounds import ReconstructionRate, measure_rate, paired_p_value
 from ggl_audit.evidence.controls import null_gradient
 from ggl_audit.evidence.fidelity import mean_psnr, nearest
@@ -16,8 +18,6 @@ from ggl_audit.experiments.attacks import GGL, Advance, run_attacks, run_search
 from ggl_audit.experiments.candidate_matching import undefended
 from ggl_audit.experiments.likeness import place_capture
 from ggl_audit.experiments.measurements import Measurements
-from ggl_audit.gradient import Gradient, concatenate, stack, unstack
-from ggl_audit.setting import Setting
 
 CANARIES_BETWEEN_LOOKS = 5
 

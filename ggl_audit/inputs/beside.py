@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from ggl_audit.gradient import Gradient
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.inputs.fitting import COUNTER, RUNNING
 from ggl_audit.inputs.interpreter import recording_of
 from ggl_audit.inputs.kinds import kind_of

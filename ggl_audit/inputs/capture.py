@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from ggl_audit.basics.files import write_whole
+from ggl_audit.basics.gradient import Gradient, each, norm
 from ggl_audit.errors import AuditError, InputError
-from ggl_audit.files import write_whole
-from ggl_audit.gradient import Gradient, each, norm
 from ggl_audit.inputs.beside import Beside, Numbers, look_beside
 from ggl_audit.inputs.fitting import Fit, fit_file, know_tensors, same_shape_hint
 from ggl_audit.inputs.model import ClientModel

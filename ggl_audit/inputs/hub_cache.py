@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ggl_audit.basics.files import sha256
 from ggl_audit.errors import SpecError
-from ggl_audit.files import sha256
 
 BACKBONES = {
     "alex": "AlexNet_Weights.IMAGENET1K_V1",

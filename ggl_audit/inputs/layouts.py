@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ggl_audit.gradient import Gradient
+from ggl_audit.basics.gradient import Gradient
 
 Sizes = tuple[int, ...]
 

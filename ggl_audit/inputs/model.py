@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from ggl_audit.environment import is_out_of_memory
+from ggl_audit.basics.environment import is_out_of_memory
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.images import Shape
 from ggl_audit.inputs.interpreter import UnsupportedError, recording_of
 from ggl_audit.inputs.layouts import Arrangements

@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import AuditError, InputError, Key, SpecError, dotted
 from ggl_audit.inputs.confinement import check_paths
 from ggl_audit.inputs.yaml_file import NotYamlError, Yaml, parse_yaml, read_yaml
 from ggl_audit.spec import Spec
-from ggl_audit.validation import first_problem
 
 PLACE = re.compile(r"[0-9]{1,9}")
 

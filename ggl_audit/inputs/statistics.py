@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ggl_audit.gradient import Gradient
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.inputs.fitting import COUNTER, RUNNING
 
 MEAN, VARIANCE = RUNNING

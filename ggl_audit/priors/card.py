@@ -7,10 +7,10 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import InputError, dotted
 from ggl_audit.inputs.yaml_file import read_yaml
 from ggl_audit.priors.generator import Architecture
-from ggl_audit.validation import first_problem
 
 CARD_NAME = "card.yaml"
 WEIGHTS_NAME = "generator.safetensors"

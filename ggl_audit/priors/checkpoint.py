@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ggl_audit import __version__
+from ggl_audit.basics.files import write_whole
 from ggl_audit.errors import InputError
-from ggl_audit.files import write_whole
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.tensors import read_tensors
 from ggl_audit.priors.generator import Architecture

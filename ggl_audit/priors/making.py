@@ -11,8 +11,9 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save
 
+from ggl_audit.basics.files import write_whole
+from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import AuditError, InputError
-from ggl_audit.files import write_whole
 from ggl_audit.inputs.images import ImageSet, fingerprints, to_picture
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, SHEET_NAME, WEIGHTS_NAME, Card, render_card
 from ggl_audit.priors.checkpoint import (
@@ -25,7 +26,6 @@ from ggl_audit.priors.classes import place_in_class
 from ggl_audit.priors.generator import Architecture, Generator
 from ggl_audit.priors.held_out import apart
 from ggl_audit.priors.training import Schedule, Training, invert
-from ggl_audit.validation import first_problem
 
 INVERTED_IMAGES = 64
 SAMPLES_A_CLASS = 10

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ggl_audit.basics.randomness import stream
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.factories import build_module, find_callable
 from ggl_audit.inputs.images import fingerprints, read_image_set
@@ -18,7 +19,6 @@ from ggl_audit.inputs.tensors import read_tensors
 from ggl_audit.inputs.weights import fill_weights
 from ggl_audit.priors.latents import DeclaredLatents, LatentSpace, fit_gaussian
 from ggl_audit.priors.prior import Conversion, Prior
-from ggl_audit.randomness import stream
 from ggl_audit.spec import Spec
 
 MAPPED_LATENTS = 4096

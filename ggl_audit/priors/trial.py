@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ggl_audit.basics.randomness import stream
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.images import Shape
 from ggl_audit.priors.prior import Prior
-from ggl_audit.randomness import stream
 from ggl_audit.spec import PriorSpec
 
 SAMPLES = 64

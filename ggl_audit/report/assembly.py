@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from ggl_audit import __version__
 from ggl_audit.attack.labels import why_not_inferred
-from ggl_audit.clients import OwnClient
-from ggl_audit.environment import describe, peak_memory_bytes
+from ggl_audit.basics.environment import describe, peak_memory_bytes
+from ggl_audit.basics.gradient import norm
+from ggl_audit.case.clients import OwnClient
+from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.assignment import assign
 from ggl_audit.evidence.bounds import empirical_mu
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
@@ -20,7 +22,6 @@ from ggl_audit.experiments.capture import SEARCHES_COMPARED
 from ggl_audit.experiments.measurements import Measurements, Reconstructed
 from ggl_audit.experiments.membership import can_identify_members
 from ggl_audit.experiments.noise import why_no_noise_test
-from ggl_audit.gradient import norm
 from ggl_audit.judgement.findings import find, promise_is_broken
 from ggl_audit.report.assumptions import assumptions
 from ggl_audit.report.model import (
@@ -38,7 +39,6 @@ from ggl_audit.report.model import (
     Tool,
     png_uri,
 )
-from ggl_audit.setting import Setting
 
 LONGEST_CURVE = 200
 HIDDEN = "the rounding of the gradient hides the noise"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ggl_audit.case.setting import Setting
+from ggl_audit.client.local_training import described
 from ggl_audit.defenses import Encryption
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.last_layer import MODEL_AND_LOSS
@@ -10,8 +12,6 @@ from ggl_audit.experiments.attacks import searched_by
 from ggl_audit.experiments.measurements import Measurements
 from ggl_audit.inputs.layouts import CHANNELS_LAST
 from ggl_audit.inputs.model import in_other_mode
-from ggl_audit.local_training import described
-from ggl_audit.setting import Setting
 
 MOST_NAMES = 5
 TWO, COLOURS = 2, 3

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ggl_audit.basics.files import write_whole
+from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import AuditError, InputError, dotted
-from ggl_audit.files import write_whole
 from ggl_audit.report.html import render_html
 from ggl_audit.report.model import Report
-from ggl_audit.validation import first_problem
 
 
 def render_json(report: Report) -> str:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ggl_audit.attack.analytic import is_exact, recover_input, representation
+from ggl_audit.basics.gradient import Gradient, each, flat, stack
 from ggl_audit.defenses import (
     Clip,
     Context,
@@ -27,7 +28,6 @@ from ggl_audit.defenses import (
     Sign,
     Sparsify,
 )
-from ggl_audit.gradient import Gradient, each, flat, stack
 from ggl_audit.inputs.losses import BinaryCrossEntropy
 from ggl_audit.inputs.model import ClientModel, Head
 from ggl_audit.inputs.model_loading import load_model

@@ -18,16 +18,16 @@ from ggl_audit.attack.labels import infer_several, scale_of_one, usual_head
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.search import search
-from ggl_audit.clients import DeclaredClient
+from ggl_audit.basics.gradient import Gradient, each, flat, stack, take
+from ggl_audit.case.clients import DeclaredClient
+from ggl_audit.case.loading import load_client
 from ggl_audit.defenses import Clip, Context, Defense, Pipeline, Sign, Sparsify
 from ggl_audit.evidence.assignment import assign
 from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr
 from ggl_audit.evidence.identification import blind_labels, draw_trials, match, rank_of_truth
 from ggl_audit.evidence.membership import UnknownMembers
-from ggl_audit.gradient import Gradient, each, flat, stack, take
 from ggl_audit.inputs.images import ImageSet, digits, fingerprints
 from ggl_audit.inputs.model import ClientModel, Head
-from ggl_audit.loading import load_client
 from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.loading import bundled_folder, load_trained
 from ggl_audit.spec import AttackSpec, RegularizerSpec, Spec

@@ -16,8 +16,8 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective
 from ggl_audit.attack.pixels import attack_pixels
 from ggl_audit.attack.refine import LAYERS, refine
+from ggl_audit.basics.gradient import stack
 from ggl_audit.defenses import Clip, Defense, Pipeline, Sign, Sparsify
-from ggl_audit.gradient import stack
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.priors.loading import load_prior

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ggl_audit.attack.labels import infer_labels
+from ggl_audit.basics.gradient import stack
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline, Sign, Sparsify
-from ggl_audit.gradient import stack
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel, Head
 from tests.conftest import plain_gradient

@@ -7,9 +7,9 @@ import torch
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective, penalty
+from ggl_audit.basics.gradient import Gradient, flat, stack
 from ggl_audit.defenses import Clip, Context, Defense, Drawn, Pipeline, Quantize, Sign, Sparsify
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient, flat, stack
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.priors.loading import load_prior

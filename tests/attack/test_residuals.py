@@ -9,9 +9,9 @@ import torch
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective
 from ggl_audit.attack.residuals import Residuals, compressed
+from ggl_audit.basics.gradient import flat, norm, stack
 from ggl_audit.defenses import REGISTRY, Clip, Context, Defense, Noise, Pipeline, Quantize, Sign
 from ggl_audit.defenses.sparsify import Sparsify
-from ggl_audit.gradient import flat, norm, stack
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.priors.loading import load_prior
 from ggl_audit.spec import RegularizerSpec, Spec

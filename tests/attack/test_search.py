@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ggl_audit.attack.search import search
+from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.experiments.attacks import searched_by
-from ggl_audit.optimizers import DERIVATIVE_COST, Evaluation, State, Wants, start_optimizer
-from ggl_audit.setting import Setting, prepare
+from ggl_audit.optimizers import DERIVATIVE_COST, Evaluation, Wants, start_optimizer
 from ggl_audit.spec import AttackSpec, Spec
 
 
@@ -59,12 +59,6 @@ class Forgetful:
 
     def recommend(self) -> torch.Tensor:
         return torch.full((len(self.random), 3), 100.0)
-
-    def state(self) -> State:
-        return {}
-
-    def restore(self, state: State) -> None:
-        del state
 
 
 TARGETS = torch.tensor([[0.0, 1.0, 0.5], [2.0, 0.0, -1.0]])

@@ -15,6 +15,8 @@ from ggl_audit.attack.layers import slices
 from ggl_audit.attack.matching import MEMORY, Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.residuals import Residuals
+from ggl_audit.basics.gradient import Gradient, each, flat, norm, stack
+from ggl_audit.case.setting import prepare
 from ggl_audit.defenses import (
     REGISTRY,
     Ats,
@@ -39,9 +41,7 @@ from ggl_audit.defenses import (
     TernGrad,
     Threshold,
 )
-from ggl_audit.gradient import Gradient, each, flat, norm, stack
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.setting import prepare
 from ggl_audit.spec import RegularizerSpec, Spec
 
 SHAPE = (3, 12, 12)

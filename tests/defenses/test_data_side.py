@@ -16,10 +16,10 @@ from scipy import stats
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from ggl_audit.basics.gradient import Gradient, flat
 from ggl_audit.defenses.ats import POLICY, SIGNS, TRANSFORMATIONS, Ats
 from ggl_audit.defenses.base import Context, Drawn
 from ggl_audit.defenses.mixup import WEIGHT, Mixup
-from ggl_audit.gradient import Gradient, flat
 
 HYBRID = Ats(
     policies=(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import vmap
 
+from ggl_audit.basics.gradient import Gradient, flat, norm
 from ggl_audit.defenses import (
     Clip,
     Context,
@@ -28,7 +29,6 @@ from ggl_audit.defenses import (
 )
 from ggl_audit.defenses.float_format import FORMATS
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient, flat, norm
 from ggl_audit.spec import DefenseSpec
 
 ALL = [

@@ -11,6 +11,7 @@ from scipy.integrate import quad
 from scipy.stats import binomtest, laplace
 from scipy.stats import norm as normal
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses import (
     Clip,
     Context,
@@ -25,7 +26,6 @@ from ggl_audit.defenses import (
     Threshold,
 )
 from ggl_audit.defenses.float_format import FORMATS
-from ggl_audit.gradient import Gradient
 
 DISTRIBUTIONS = {
     "gaussian": lambda std: normal(scale=std),

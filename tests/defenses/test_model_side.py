@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from ggl_audit.basics.gradient import Gradient, flat
 from ggl_audit.defenses.base import Context, Defense, Drawn
 from ggl_audit.defenses.clip import Clip
 from ggl_audit.defenses.federated_dropout import FederatedDropout
 from ggl_audit.defenses.precode import Bottleneck, Precode
 from ggl_audit.defenses.soteria import Soteria
-from ggl_audit.gradient import Gradient, flat
 from ggl_audit.inputs.model import ClientModel, Head
 
 

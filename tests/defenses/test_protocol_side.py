@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.audit import run_audit
-from ggl_audit.capturing import capture_gradient
+from ggl_audit.basics.gradient import Gradient, each, flat, norm, stack, take
+from ggl_audit.case.capturing import capture_gradient
+from ggl_audit.case.clients import DeclaredClient
+from ggl_audit.case.loading import load_client
 from ggl_audit.cli import app
-from ggl_audit.clients import DeclaredClient
 from ggl_audit.defenses import (
     Clip,
     Context,
@@ -30,11 +32,9 @@ from ggl_audit.defenses import (
 )
 from ggl_audit.defenses.sec_adam import last_gradient
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient, each, flat, norm, stack, take
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.loading import load_client
 from ggl_audit.spec import Spec
 from tests.conftest import Counter, plain_gradient
 
@@ -354,7 +354,7 @@ def test_a_clip_of_the_mean_lets_one_client_turn_it_around() -> None:
 def test_a_guarantee_that_the_steps_do_not_give_is_refused(
     sample: Callable[..., Spec], unit: str
 ) -> None:
-    from ggl_audit.setting import prepare
+    from ggl_audit.case.setting import prepare
 
     promise = {"unit": unit, "reduction": "mean", "rounds": 1, "sampling_rate": 1, "delta": 1e-5}
     steps = [clip(1.0), noise(0.5)] if unit == "sample" else [dp_sgd()]

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from ggl_audit.attack.labels import scale_of_one
 from ggl_audit.attack.matching import Matching
-from ggl_audit.clients import DeclaredClient
+from ggl_audit.basics.gradient import Gradient, take
+from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.defenses import Context, build_pipeline
 from ggl_audit.evidence.assignment import assign, assign_labels
 from ggl_audit.evidence.consistency import check_truth
 from ggl_audit.evidence.fidelity import candidate_distances
 from ggl_audit.evidence.identification import captured_trial, match, reconstruction_ranks
-from ggl_audit.gradient import Gradient, take
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel, Head
 from ggl_audit.spec import DefenseSpec

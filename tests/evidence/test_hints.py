@@ -13,17 +13,17 @@ from scipy.stats import binom
 from torch import nn
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.clients import DeclaredClient
+from ggl_audit.basics.gradient import Gradient, each, stack, take
+from ggl_audit.case.clients import DeclaredClient
+from ggl_audit.case.doubts import label_doubts
+from ggl_audit.case.loading import load_client
+from ggl_audit.case.setting import prepare
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline
-from ggl_audit.doubts import label_doubts
 from ggl_audit.evidence.appearance import appearance, gives_probabilities
 from ggl_audit.evidence.consistency import check_remainder, check_truth
-from ggl_audit.gradient import Gradient, each, stack, take
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.loading import load_client
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 
 Declare = Callable[..., Spec]

@@ -8,7 +8,8 @@ import torch
 from scipy.stats import binomtest
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.clients import DeclaredClient
+from ggl_audit.basics.gradient import flat, norm
+from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.defenses import Context, Noise, Pipeline, Sign
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.evidence.controls import null_gradient
@@ -19,7 +20,6 @@ from ggl_audit.evidence.identification import (
     rank_of_truth,
     reconstruction_ranks,
 )
-from ggl_audit.gradient import flat, norm
 from ggl_audit.inputs.images import ImageSet, digits
 from ggl_audit.inputs.model import ClientModel
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from ggl_audit.attack.labels import usual_head
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient, each, norm, take
 from ggl_audit.defenses import Pipeline, build_pipeline
 from ggl_audit.evidence.appearance import appearance
 from ggl_audit.evidence.last_layer import check_last_layer, look_at_last_layer
-from ggl_audit.gradient import Gradient, each, norm, take
 from ggl_audit.inputs.images import ImageSet, digits
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from scipy.special import ndtr
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses import FALSE_ACCUSATION, Noise
 from ggl_audit.evidence.noise_dependence import _pairs_along, between_releases
 from ggl_audit.evidence.noise_directions import _own, _principal
@@ -29,7 +30,6 @@ from ggl_audit.evidence.noise_residuals import (
     residuals_of,
 )
 from ggl_audit.evidence.noise_tests import TESTS, find_violations
-from ggl_audit.gradient import Gradient
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 SMALL = {

@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient, each, take
+from ggl_audit.case.setting import prepare
 from ggl_audit.defenses import Clip, Noise, Pipeline
 from ggl_audit.errors import SpecError
 from ggl_audit.evidence.consistency import check_truth
 from ggl_audit.evidence.signs import check_last_layer_and_sign, negated
 from ggl_audit.experiments.alternatives import other_signs
-from ggl_audit.gradient import Gradient, each, take
 from ggl_audit.inputs.images import ImageSet, digits
 from ggl_audit.inputs.losses import CrossEntropy
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
-from ggl_audit.setting import prepare
 from ggl_audit.spec import LocalTrainingSpec, Spec
 
 EPS = torch.finfo(torch.float32).eps

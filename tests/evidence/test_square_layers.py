@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses import Pipeline, build_pipeline
 from ggl_audit.evidence.square_layers import check_square_layers, square_layers
-from ggl_audit.gradient import Gradient
 from ggl_audit.spec import DefenseSpec
 
 EPS = torch.finfo(torch.float32).eps

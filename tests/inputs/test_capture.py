@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ggl_audit.case.loading import load_client
+from ggl_audit.case.setting import prepare
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.beside import ELSEWHERE, STATISTICS_IN_EVAL
 from ggl_audit.inputs.capture import read_capture, read_update, write_capture
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
-from ggl_audit.loading import load_client
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import plain_gradient
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file, save_model
 from torch import nn
 
+from ggl_audit.case.loading import load_client
+from ggl_audit.case.setting import prepare
 from ggl_audit.errors import AuditError, InputError, SpecError
 from ggl_audit.inputs.capture import read_capture
 from ggl_audit.inputs.fitting import Known, fit_file, know_tensors, same_shape_hint
@@ -21,8 +23,6 @@ from ggl_audit.inputs.layouts import swapped, trace_arrangements
 from ggl_audit.inputs.model import call_with
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.tensors import Tensors
-from ggl_audit.loading import load_client
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 
 FACTORY = '''

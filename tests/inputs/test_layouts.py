@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ggl_audit.capturing import capture_gradient
+from ggl_audit.case.capturing import capture_gradient
+from ggl_audit.case.setting import prepare
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.evidence.square_layers import LAYOUT
 from ggl_audit.experiments.alternatives import other_layouts
@@ -20,7 +21,6 @@ from ggl_audit.inputs.layouts import flattened, trace_arrangements
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.report.assumptions import assumptions
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 
 Tensors = dict[str, torch.Tensor]

@@ -16,19 +16,19 @@ from torch import nn
 from ggl_audit.attack.labels import infer_labels, infer_ones, why_not_inferred
 from ggl_audit.attack.matching import Matching
 from ggl_audit.audit import run_audit
-from ggl_audit.capturing import capture_gradient
+from ggl_audit.basics.gradient import Gradient, norm
+from ggl_audit.case.capturing import capture_gradient
+from ggl_audit.case.loading import load_client
+from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import AuditError, InputError, SpecError
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.identification import match
-from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, index_rows, read_image_set, to_picture
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.spec_file import read_spec
-from ggl_audit.loading import load_client
-from ggl_audit.setting import Setting, prepare
 from ggl_audit.spec import ImageSetSpec, LossSpec, Spec
 from tests.conftest import Counter
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.func import grad, jvp
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import InputError, SpecError
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.factories import build_module
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model

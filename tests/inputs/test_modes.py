@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses import Pipeline, build_pipeline
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.evidence.consistency import check_truth
 from ggl_audit.evidence.declarations import other_declarations
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.factories import build_module
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel, in_other_mode

@@ -11,10 +11,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from ggl_audit.case.loading import load_client
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.factories import build_module, find_callable
 from ggl_audit.inputs.neighbours import Neighbours
-from ggl_audit.loading import load_client
 from ggl_audit.spec import Spec
 
 KEY = ("model", "factory")

@@ -15,9 +15,9 @@ from torch import nn
 from ggl_audit.attack.labels import infer_labels
 from ggl_audit.attack.layers import parts_of
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import stack
 from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import stack
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.outputs import candidates, choose, described, first_rows
 from ggl_audit.spec import Spec

@@ -20,14 +20,14 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient, norm
+from ggl_audit.case.loading import load_client
+from ggl_audit.case.setting import prepare
 from ggl_audit.errors import InputError, SpecError
-from ggl_audit.gradient import Gradient, norm
 from ggl_audit.inputs.interpreter import UnsupportedError
 from ggl_audit.inputs.model import differentiable_attention
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.programs import load_exported, load_torchscript
-from ggl_audit.loading import load_client
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 
 pytestmark = [

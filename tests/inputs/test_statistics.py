@@ -15,11 +15,11 @@ from torch import nn
 
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import stack
+from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.evidence.covered_statistics import OVER_EVERYTHING
-from ggl_audit.gradient import stack
 from ggl_audit.inputs.images import digits, write_image
-from ggl_audit.setting import Setting, prepare
 from ggl_audit.spec import Spec
 
 MODELS = """

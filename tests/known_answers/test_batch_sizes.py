@@ -11,13 +11,13 @@ import torch
 from scipy.stats import binom
 
 from ggl_audit.audit import run_audit
-from ggl_audit.capturing import capture_gradient
+from ggl_audit.case.capturing import capture_gradient
+from ggl_audit.case.setting import prepare
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, write_image
 from ggl_audit.report.html import render_html
 from ggl_audit.report.model import Report, png_uri
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 

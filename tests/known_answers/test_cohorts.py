@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from ggl_audit.audit import run_audit
+from ggl_audit.basics.gradient import Gradient, each
+from ggl_audit.case.setting import prepare
 from ggl_audit.defenses import Clip, Context, Noise
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.report.model import Report
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import Counter, plain_gradient
 

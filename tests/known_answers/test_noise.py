@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ggl_audit.audit import run_audit
+from ggl_audit.basics.gradient import Gradient
+from ggl_audit.case.setting import prepare
 from ggl_audit.defenses import Check
 from ggl_audit.evidence.noise_tests import NoiseTest
+from ggl_audit.experiments.forecast import planned_matching
 from ggl_audit.experiments.measurements import Measurements
 from ggl_audit.experiments.noise import planned_releases, try_noise
-from ggl_audit.forecast import planned_matching
-from ggl_audit.gradient import Gradient
 from ggl_audit.report.model import Report
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from ggl_audit.audit import run_audit
-from ggl_audit.capturing import capture_gradient
+from ggl_audit.case.capturing import capture_gradient
+from ggl_audit.case.setting import prepare
 from ggl_audit.errors import InputError
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import fingerprints, read_image
 from ggl_audit.inputs.spec_file import read_spec
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import SAMPLES, Counter
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.clients import DeclaredClient
+from ggl_audit.basics.gradient import take
+from ggl_audit.case.clients import DeclaredClient
+from ggl_audit.case.loading import load_client
+from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import RECIPES, REGISTRY, Pipeline, SecureAggregation, relative_l2
 from ggl_audit.evidence.identification import draw_trials, match
-from ggl_audit.gradient import take
 from ggl_audit.inputs.images import digits
-from ggl_audit.loading import load_client
-from ggl_audit.randomness import client_context
 from ggl_audit.spec import Spec
 
 HERE = Path(__file__).parent

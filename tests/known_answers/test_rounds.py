@@ -11,15 +11,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from ggl_audit.audit import run_audit
-from ggl_audit.capturing import capture_gradient
+from ggl_audit.case.capturing import capture_gradient
+from ggl_audit.case.setting import prepare
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.experiments.attacks import choose_attacks
-from ggl_audit.forecast import planned_evaluations
+from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, write_image
 from ggl_audit.report.console import render_console
 from ggl_audit.report.html import render_html
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 

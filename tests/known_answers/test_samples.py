@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ggl_audit.audit import run_audit
-from ggl_audit.capturing import capture_gradient
+from ggl_audit.case.capturing import capture_gradient
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ggl_audit.audit import run_audit
+from ggl_audit.basics.gradient import Gradient
+from ggl_audit.case.setting import Setting
 from ggl_audit.defenses import Context, build_pipeline
 from ggl_audit.experiments import likeness
-from ggl_audit.gradient import Gradient
 from ggl_audit.inputs.images import digits, write_image
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.report.model import Report
-from ggl_audit.setting import Setting
 from ggl_audit.spec import AttackSpec, DefenseSpec, Spec
 from tests.conftest import Counter, plain_gradient
 from tests.known_answers.models import tiny_cnn

@@ -16,16 +16,16 @@ from PIL import Image
 from rich.console import Console
 
 from ggl_audit.audit import run_audit
+from ggl_audit.case.setting import prepare
 from ggl_audit.errors import AuditError, InputError
 from ggl_audit.experiments.attacks import choose_attacks
-from ggl_audit.forecast import planned_evaluations
+from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.inputs.images import read_image
 from ggl_audit.report.compare import render_comparison
 from ggl_audit.report.console import render_console
 from ggl_audit.report.formats import check_outputs, read_report, render_json, write_report
 from ggl_audit.report.html import render_html
 from ggl_audit.report.model import Reconstruction, Report, picture, png_uri
-from ggl_audit.setting import prepare
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 

@@ -11,16 +11,16 @@ import torch
 
 from ggl_audit.attack.labels import scale_of_one, unequal_weights, usual_head
 from ggl_audit.attack.matching import Matching
-from ggl_audit.clients import Client, DeclaredClient, OwnClient
+from ggl_audit.basics.gradient import Gradient, norm, stack, take
+from ggl_audit.case.clients import Client, DeclaredClient, OwnClient
+from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import Context, Pipeline, is_own, relative_l2
 from ggl_audit.evidence.consistency import check_remainder, check_truth
-from ggl_audit.gradient import Gradient, norm, stack, take
 from ggl_audit.inputs.beside import Beside
 from ggl_audit.inputs.capture import Capture
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.statistics import Statistics
-from ggl_audit.randomness import client_context
 from ggl_audit.spec import Spec
 
 CLIENT_TRIALS = 3

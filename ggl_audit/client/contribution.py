@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch.func import grad, vmap
 
+from ggl_audit.basics.gradient import Gradient, added, each
+from ggl_audit.client.local_training import OPTIMIZERS, clip_norm
 from ggl_audit.defenses import Context, Drawn, Pipeline
 from ggl_audit.errors import SpecError
-from ggl_audit.gradient import Gradient, added, each
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.statistics import Batch, batches_seen
-from ggl_audit.local_training import OPTIMIZERS, clip_norm
 from ggl_audit.spec import LocalTrainingSpec
 
 ORDER = "local.order"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from ggl_audit.contribution import Contribution
+from ggl_audit.basics.gradient import Gradient, each
+from ggl_audit.case.loading import load_client
+from ggl_audit.client.contribution import Contribution
+from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import AuditError, SpecError
-from ggl_audit.gradient import Gradient, each
 from ggl_audit.inputs.images import read_image
 from ggl_audit.inputs.layouts import CHANNELS_LAST
-from ggl_audit.loading import load_client
-from ggl_audit.randomness import client_context
 from ggl_audit.spec import Spec
 
 

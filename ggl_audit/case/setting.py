@@ -21,7 +21,14 @@ from ggl_audit.attack.labels import (
     why_not_inferred,
 )
 from ggl_audit.attack.matching import Distance, Matching
-from ggl_audit.clients import Client, DeclaredClient, OwnClient
+from ggl_audit.basics.environment import choose_device, keep_freed_memory
+from ggl_audit.basics.files import sha256
+from ggl_audit.basics.gradient import Gradient, each, norm, stack, unstack
+from ggl_audit.basics.randomness import stream
+from ggl_audit.case.clients import Client, DeclaredClient, OwnClient
+from ggl_audit.case.doubts import capture_doubts, client_doubts, label_doubts, replica_doubts
+from ggl_audit.case.loading import load_client, observe_statistics
+from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import (
     Check,
     Clip,
@@ -29,8 +36,6 @@ from ggl_audit.defenses import (
     Pipeline,
 )
 from ggl_audit.defenses.sec_adam import last_gradient
-from ggl_audit.doubts import capture_doubts, client_doubts, label_doubts, replica_doubts
-from ggl_audit.environment import choose_device, keep_freed_memory
 from ggl_audit.errors import AuditError, InputError, Key, NothingToMeasureError, SpecError
 from ggl_audit.evidence.appearance import appearance, gives_probabilities
 from ggl_audit.evidence.assignment import assign_labels
@@ -49,19 +54,15 @@ from ggl_audit.evidence.identification import Trials, captured_trial, draw_trial
 from ggl_audit.evidence.last_layer import look_at_last_layer
 from ggl_audit.evidence.signs import check_last_layer_and_sign
 from ggl_audit.evidence.square_layers import check_square_layers
-from ggl_audit.files import sha256
-from ggl_audit.gradient import Gradient, each, norm, stack, unstack
 from ggl_audit.inputs.capture import Capture, read_capture, read_update
 from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.hub_cache import find_backbone
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image, read_image_set
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.loading import load_client, observe_statistics
 from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME
 from ggl_audit.priors.loading import load_prior, prior_folder, sample_images
 from ggl_audit.priors.prior import Prior
-from ggl_audit.randomness import client_context, stream
 from ggl_audit.spec import LpipsSpec, Spec
 
 SAMPLED_CLASSES = 10

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 from ggl_audit.attack.pixels import attack_pixels
 from ggl_audit.attack.refine import refinement_steps
-from ggl_audit.clock import Clock
+from ggl_audit.basics.clock import Clock
+from ggl_audit.basics.gradient import stack
+from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.bounds import hits_needed, trials_needed
 from ggl_audit.evidence.grade import (
     LITTLE_LEAKAGE,
@@ -24,9 +26,7 @@ from ggl_audit.experiments.capture import SEARCHES_COMPARED
 from ggl_audit.experiments.membership import MEMBERSHIP_TRIALS, can_identify_members
 from ggl_audit.experiments.noise import planned_releases
 from ggl_audit.experiments.promise import tests_promise
-from ggl_audit.gradient import stack
 from ggl_audit.optimizers import DERIVATIVE_COST
-from ggl_audit.setting import Setting
 
 TRIALS_TO_PREDICT = 8
 SEARCHES_TO_PREDICT = 20

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.gradient import Gradient, each, stack, take, unstack
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import AuditError, SpecError
-from ggl_audit.gradient import Gradient, each, stack, take, unstack
 from ggl_audit.inputs.capture import Capture, fit_capture
 from ggl_audit.inputs.images import ImageSet
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.func import vmap
 
+from ggl_audit.basics.gradient import each, take
+from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import DPSGD, Pipeline, build_pipeline, is_own
 from ggl_audit.errors import Key, SpecError, nearest
-from ggl_audit.gradient import each, take
 from ggl_audit.inputs.fitting import tied_names
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.statistics import Statistics
-from ggl_audit.randomness import client_context
 from ggl_audit.spec import Spec
 
 

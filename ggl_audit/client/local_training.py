@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ggl_audit.gradient import Gradient, each, norm
+from ggl_audit.basics.gradient import Gradient, each, norm
 from ggl_audit.spec import OPTIMIZER_KEYS, LocalTrainingSpec
 
 State = dict[str, Gradient]

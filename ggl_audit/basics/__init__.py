@@ -1,0 +1,1 @@
+"""What every room needs: gradients, files, clocks, threads, streams of randomness."""

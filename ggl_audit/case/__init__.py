@@ -1,0 +1,1 @@
+"""What an audit works on, loaded once and checked against each other."""

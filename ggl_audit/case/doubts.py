@@ -166,6 +166,7 @@ def _batch_doubts(
 
 
 def label_doubts(
+    spec: Spec,
     model: ClientModel,
     client: Client,
     defense: Pipeline,
@@ -174,9 +175,11 @@ def label_doubts(
 ) -> list[str]:
     """Compares how well equally weighted images explain the capture with public batches.
 
-    Only asked of a release of several images whose labels are inferred.
+    There are none for a single image, or where the labels are declared.
     """
     members = model.batch_size * defense.aggregation.clients
+    if spec.capture.labels != "infer" or members == 1:
+        return []
     batches = max(FEWEST_BATCHES, min(LABEL_BATCHES, LABELLED_IMAGES // members))
     context = client_context(0, "label batches", model.device)
     # A set may be sorted by its classes.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,20 +12,23 @@ import torch
 
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.labels import (
-    infer_labels,
-    infer_ones,
-    infer_several,
-    scale_of_one,
     usual_head,
-    why_not_inferred,
 )
 from ggl_audit.attack.matching import Distance, Matching
 from ggl_audit.basics.environment import choose_device, keep_freed_memory
 from ggl_audit.basics.files import sha256
-from ggl_audit.basics.gradient import Gradient, each, norm, stack, unstack
+from ggl_audit.basics.gradient import Gradient, each, norm, unstack
 from ggl_audit.basics.randomness import stream
+from ggl_audit.case.checks import (
+    NORMS_COMPARED,
+    check_truths,
+    look_at_noise,
+    look_for_covering_noise,
+    observe,
+)
 from ggl_audit.case.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.case.doubts import capture_doubts, client_doubts, label_doubts, replica_doubts
+from ggl_audit.case.labels import infer, labels_of
 from ggl_audit.case.loading import load_client, observe_statistics
 from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import (
@@ -36,24 +38,17 @@ from ggl_audit.defenses import (
     Pipeline,
 )
 from ggl_audit.defenses.sec_adam import last_gradient
-from ggl_audit.errors import AuditError, InputError, Key, NothingToMeasureError, SpecError
+from ggl_audit.errors import InputError, NothingToMeasureError, SpecError
 from ggl_audit.evidence.appearance import appearance, gives_probabilities
-from ggl_audit.evidence.assignment import assign_labels
-from ggl_audit.evidence.consistency import PRIVATE_IMAGE, check_truth
-from ggl_audit.evidence.covered_statistics import check_covered
-from ggl_audit.evidence.declarations import other_declarations
+from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.declared_noise import (
-    MOST_LABELS,
     check_noise,
-    check_noise_beside,
     check_shared_noise,
 )
 from ggl_audit.evidence.fidelity import Perceptual, candidate_distances, load_lpips
 from ggl_audit.evidence.guarantee import Guarantee, account
 from ggl_audit.evidence.identification import Trials, captured_trial, draw_trials
 from ggl_audit.evidence.last_layer import look_at_last_layer
-from ggl_audit.evidence.signs import check_last_layer_and_sign
-from ggl_audit.evidence.square_layers import check_square_layers
 from ggl_audit.inputs.capture import Capture, read_capture, read_update
 from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.hub_cache import find_backbone
@@ -66,7 +61,6 @@ from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import LpipsSpec, Spec
 
 SAMPLED_CLASSES = 10
-NORMS_COMPARED = 8
 SAME_CHANGES = 2
 """In roundings of the file."""
 
@@ -239,7 +233,7 @@ class Setting:
         Args:
             observed: tensors with a leading dimension t.
         """
-        return _infer(self.model, self.defense, observed, self.members, self.reference)
+        return infer(self.model, self.defense, observed, self.members, self.reference)
 
 
 def prepare(spec: Spec) -> Setting:
@@ -292,7 +286,7 @@ def _prepare(spec: Spec) -> Setting:
         defense, model = load_client(spec, device, unsent=captured.unsent)
     model, defense = _with_statistics(model, defense, captured)
     Matching(model, defense, memory=spec.memory_bytes).try_out()
-    gradient, checks = _observe(spec, model, defense, captured)
+    gradient, checks = observe(spec, model, defense, captured)
     members = capture.batch_size * defense.aggregation.clients
     if spec.evidence.distance == "representation" and model.head is None:
         raise SpecError(
@@ -316,18 +310,18 @@ def _prepare(spec: Spec) -> Setting:
     lpips, backbone = _lpips(spec, device, shown=len(truths) > 0)
     guarantee = _guarantee(spec, model, defense)
     labels = labels_of(spec, model, defense, gradient, members, reference)
-    truth_labels, truth_checks = _check_truths(
+    truth_labels, truth_checks = check_truths(
         spec, model, defense, gradient, truths, labels, reference
     )
-    checks += _check_noise(
+    checks += look_at_noise(
         spec, model, defense, captured, gradient, truths, truth_labels, truth_checks
     )
     checks += truth_checks
-    checks += _check_covered(spec, model, defense, gradient, reference)
+    checks += look_for_covering_noise(spec, model, defense, gradient, reference)
     client = _client(spec, model, defense, reference)
     proven = any(check.outcome == "agrees" for check in truth_checks) and not defense.is_random()
     labels_in_doubt = (
-        [] if proven else _label_doubts(spec, model, client, defense, gradient, reference)
+        [] if proven else label_doubts(spec, model, client, defense, gradient, reference)
     )
     setting = Setting(
         spec=spec,
@@ -374,27 +368,6 @@ def _prepare(spec: Spec) -> Setting:
     return replace(setting, others=others)
 
 
-def _observe(
-    spec: Spec, model: ClientModel, defense: Pipeline, captured: Capture
-) -> tuple[Gradient, list[Check]]:
-    """What the attacker sees, and the capture against the declared steps, model and loss."""
-    gradient, raw = _sent(captured, model), spec.capture.stage == "raw"
-    if raw:
-        context = client_context(spec.seed, "captured client", model.device)
-        gradient, checks = defense.apply(gradient, context), []
-    else:
-        checks = defense.verify(gradient)
-    applied = Pipeline() if raw else defense
-    layout = check_square_layers(applied, captured.gradient, captured.rounding)
-    checks += [] if layout is None else [layout]
-    if spec.model.loss.is_plain and model.targets is None:
-        members = model.batch_size * defense.aggregation.clients
-        own = captured.gradient
-        check = check_last_layer_and_sign(model, applied, own, members, captured.rounding)
-        checks += [] if check is None else [check]
-    return gradient, checks
-
-
 def _with_statistics(
     model: ClientModel, defense: Pipeline, captured: Capture
 ) -> tuple[ClientModel, Pipeline]:
@@ -412,15 +385,6 @@ def _with_statistics(
     size = max(float(tensor.norm()) for tensor in after) * captured.beside.rounding
     rounding = (SAME_CHANGES * size / float(norm(changes))) ** 2
     return observe_statistics(model, defense, names, unit, rounding)
-
-
-def _sent(captured: Capture, model: ClientModel) -> Gradient:
-    """The gradient, and the running statistics that were sent with it."""
-    if model.statistics is None:
-        return captured.gradient
-    changes = {**captured.beside.statistics, **captured.beside.counts}
-    unit = model.statistics.unit
-    return {**captured.gradient, **{n: unit * changes[n] for n in model.statistics.names}}
 
 
 def _other(setting: Setting, number: int) -> Setting:
@@ -447,7 +411,7 @@ def _other(setting: Setting, number: int) -> Setting:
             "holds other running statistics than the first capture",
             "Captures that hold different tensors are audits of their own.",
         )
-    observed, checks = _observe(spec, model, defense, captured)
+    observed, checks = observe(spec, model, defense, captured)
     if spec.capture.stage == "defended":
         checks += check_noise(defense, observed, model, spec.capture, captured.rounding)
     try:
@@ -465,7 +429,7 @@ def _other(setting: Setting, number: int) -> Setting:
         observed=observed,
         checks=checks,
         labels=labels,
-        labels_in_doubt=_label_doubts(
+        labels_in_doubt=label_doubts(
             spec, model, setting.client, defense, observed, setting.reference
         ),
         truths=setting.truths[:0],
@@ -501,10 +465,12 @@ def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Capture:
     previous = each(torch.zeros_like, captured.gradient)
     if capture.previous is not None:
         path = spec.resolve(capture.previous)
-        previous = read_capture(path, model).gradient
+        earlier = read_capture(path, model, ignored)
+        previous = earlier.gradient
         if previous.keys() != captured.gradient.keys():
             odd = min(previous.keys() ^ captured.gradient.keys())
             raise InputError(path, f"{odd!r} is only in one of capture.previous and the capture")
+        captured = replace(captured, beside=captured.beside.after(earlier.beside))
     gradient = last_gradient(captured.gradient, previous, capture.beta1)
     return replace(captured, gradient=gradient)
 
@@ -577,117 +543,6 @@ def _lpips(
     return load_lpips(declared.net, found, device), [(found.name, sha256([found]))]
 
 
-def _check_truths(
-    spec: Spec,
-    model: ClientModel,
-    defense: Pipeline,
-    observed: Gradient,
-    truths: torch.Tensor,
-    labels: list[int],
-    reference: ImageSet,
-) -> tuple[list[int] | None, list[Check]]:
-    """Compares the capture with the private images, where these are held.
-
-    Returns:
-        The label of each, None where it is not known, and what came of the comparison.
-    """
-    told = spec.capture.labels != "infer" or len(labels) == 1
-    known = labels if told or len(set(labels)) == 1 else None
-    fixed = [name for name, _ in model.module.named_parameters() if name in model.constants]
-    if len(truths) == 0 or not defense.leaves_only_noise():
-        return known, []
-    if fixed and defense.acts_on_the_whole():
-        return known, []  # whether the client's norm is over what is sent alone is not known
-    matching = Matching(model, defense, memory=spec.memory_bytes)
-    if len(truths) == 1:
-        # Of class indices every one is tried; targets of one's own may be too many.
-        own = None if model.targets is None else torch.tensor(labels, device=model.device)
-        check = check_truth(matching, defense, observed, truths[0], reference.images, own)
-        return known, [_hinted(check, spec, model, observed, truths[0], reference, own)]
-    ordered = labels
-    if not told:
-        scale = scale_of_one(model, defense, len(truths))
-        ordered = assign_labels(observed, model, truths, labels, scale)
-    of_each = torch.tensor(ordered, device=model.device)
-    check = check_truth(matching, defense, observed, truths, reference.images, of_each)
-    if told:
-        return labels, [_hinted(check, spec, model, observed, truths, reference, of_each)]
-    if check.outcome == "contradicts":
-        return None, []  # the images may be the right ones, with their labels in another order
-    return None if defense.is_random() else ordered, [check]
-
-
-def _hinted(
-    check: Check,
-    spec: Spec,
-    model: ClientModel,
-    observed: Gradient,
-    truth: torch.Tensor,
-    reference: ImageSet,
-    labels: torch.Tensor | None,
-) -> Check:
-    """The check of the private images, with the other declaration of the model that fits them."""
-    if check.outcome != "contradicts":
-        return check
-    trained = {name for name, own in model.module.named_parameters() if own.requires_grad}
-    unsent = trained - model.parameters.keys()
-    for cause, changed in other_declarations(spec, model):
-        with suppress(AuditError):  # as it cannot be so
-            defense, other = load_client(changed, model.device, unsent=unsent)
-            if model.statistics is not None:
-                names, unit = model.statistics.names, model.statistics.unit
-                other, defense = observe_statistics(other, defense, names, unit)
-            matching = Matching(other, defense, memory=spec.memory_bytes)
-            images = reference.images
-            seen = matching.seen_of(observed)
-            if seen is None:
-                continue
-            if check_truth(matching, defense, seen, truth, images, labels).outcome == "agrees":
-                return replace(check, detail=f"{check.detail}; it would agree if {cause}")
-    return check
-
-
-def _check_covered(
-    spec: Spec, model: ClientModel, defense: Pipeline, observed: Gradient, reference: ImageSet
-) -> list[Check]:
-    """Looks for the noise that is said to be over everything in the running statistics."""
-    if model.statistics is None or not defense.is_over_everything or spec.client is not None:
-        return []
-    sets, labels = reference.sets(NORMS_COMPARED, model.batch_size)
-    gradients = unstack(Matching(model, defense, memory=spec.memory_bytes).gradients(sets, labels))
-    context = client_context(spec.seed, "statistics", model.device)
-    usual = [g for one in gradients for g in (one, defense.without_noise(one, context))]
-    check = check_covered(defense, model.statistics.names, observed, usual)
-    return [] if check is None else [check]
-
-
-def _check_noise(
-    spec: Spec,
-    model: ClientModel,
-    defense: Pipeline,
-    captured: Capture,
-    observed: Gradient,
-    truths: torch.Tensor,
-    labels: list[int] | None,
-    checks: list[Check],
-) -> list[Check]:
-    """Tests the noise in the capture; beside the private images, where these were compared."""
-    capture, rounding = spec.capture, captured.rounding
-    if capture.stage == "raw":
-        return []
-    told = capture.labels != "infer"
-    every = len(truths) == 1 and model.targets is None and not told
-    if not checks or labels is None or (every and model.classes > MOST_LABELS):
-        return check_noise(defense, observed, model, capture, rounding)
-    rows = torch.tensor([labels], device=model.device)
-    if every:  # what noise makes of the inferred label may be wrong
-        rest = [[label] for label in range(model.classes) if [label] != labels]
-        rows = torch.tensor([labels, *rest], device=model.device)
-    fits = checks[0].outcome == "agrees"
-    matching = Matching(model, defense, memory=spec.memory_bytes)
-    return check_noise_beside(matching, observed, truths, rows, capture, rounding, fits)
-
-
 def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageSet) -> Client:
     matching = Matching(model, defense, memory=spec.memory_bytes)
     if spec.client is None:
@@ -750,94 +605,6 @@ def _guarantee(spec: Spec, model: ClientModel, defense: Pipeline) -> Guarantee |
     alone = spec.client is None or capture.batch_size > 1
     batch_size = 1 if alone or spec.client is None else spec.client.batch_size
     return account(mechanism, declared, batch_size, 1 / spec.evidence.candidates)
-
-
-def labels_of(
-    spec: Spec,
-    model: ClientModel,
-    defense: Pipeline,
-    observed: Gradient,
-    members: int,
-    reference: ImageSet,
-) -> list[int]:
-    """The labels of the captured images, as declared or as the capture gives them away.
-
-    Raises:
-        SpecError: they cannot be inferred, are not of the model, or are too few or too many.
-    """
-    declared, targets = spec.capture.labels, model.targets
-    key: Key = ("capture", "targets" if declared is None else "labels")
-    if declared == "infer":
-        reason = why_not_inferred(model, members)
-        if reason:
-            raise SpecError(key, reason, _declare_labels(model))
-        inferred = _infer(model, defense, stack([observed]), members, reference)
-        labels = inferred.flatten().tolist()
-        if targets is not None and model.head is not None:
-            ones = infer_ones(stack([observed]), model.head)[0]
-            if not torch.equal(ones, targets.rows[labels[0]].bool()):
-                shown = ", ".join(map(str, ones.nonzero().flatten().tolist())) or "none"
-                raise SpecError(
-                    key,
-                    f"the capture gives away that of the labels {shown} apply, which is so for no "
-                    f"image of {reference.source}",
-                    _declare_labels(model),
-                )
-        return labels
-    if declared is None:
-        assert targets is not None
-        labels = list(targets.captured)
-    elif targets is not None:
-        raise SpecError(key, "class indices, but reference labels are not", _declare_labels(model))
-    else:
-        labels = declared
-    for index, label in enumerate(labels):
-        if label >= model.classes:
-            raise SpecError(
-                (*key, index),
-                f"{label}; the model has {model.classes} classes, 0 to {model.classes - 1}",
-            )
-    if len(labels) != members:
-        raise SpecError(
-            key,
-            f"{key[1]} has {len(labels)} entries; the capture is made of {members} images",
-        )
-    return labels
-
-
-def _label_doubts(
-    spec: Spec,
-    model: ClientModel,
-    client: Client,
-    defense: Pipeline,
-    observed: Gradient,
-    reference: ImageSet,
-) -> list[str]:
-    members = spec.capture.batch_size * defense.aggregation.clients
-    if spec.capture.labels != "infer" or members == 1:
-        return []
-    return label_doubts(model, client, defense, observed, reference)
-
-
-def _declare_labels(model: ClientModel) -> str:
-    if model.targets is None:
-        return "Declare it: labels: [3]."
-    return "Declare capture.targets, a file of one tensor with a row for each captured image."
-
-
-def _infer(
-    model: ClientModel, defense: Pipeline, observed: Gradient, members: int, reference: ImageSet
-) -> torch.Tensor:
-    assert model.head is not None
-    if members > 1:
-        scale = scale_of_one(model, defense, members)
-        return infer_several(observed, model, usual_head(model, reference), members, scale)
-    if model.criterion.shows == "lowest":
-        return infer_labels(observed, model.head)
-    ones = infer_ones(observed, model.head)
-    if model.targets is None:
-        return ones[:, 0].long()
-    return torch.cdist(ones.to(model.targets.rows), model.targets.rows, p=1).argmin(dim=1)
 
 
 def _files(spec: Spec, reference: ImageSet) -> list[tuple[str, str]]:

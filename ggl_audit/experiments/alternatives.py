@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient
+from ggl_audit.case.labels import labels_of
 from ggl_audit.case.loading import load_client, observe_statistics
-from ggl_audit.case.setting import Setting, labels_of
+from ggl_audit.case.setting import Setting
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.evidence.declarations import other_declarations
 from ggl_audit.evidence.signs import negated

@@ -7,7 +7,7 @@ nothing; counts of batches are compared with the declaration; all else was sent 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ STATISTICS_OF_PROGRAM = "running statistics of a saved program, which are not co
 UNKNOWN_BEFORE = "running statistics whose values before are not in model.weights"
 ELSEWHERE = "other things beside the state dict or the gradients"
 BUFFERS = "buffers that were changed"
+STATISTICS_EARLIER = "running statistics of the release before"
 
 ROUNDINGS = 4
 """Of a value in its own type, by which another machine's may differ."""
@@ -57,6 +58,17 @@ class Beside:
     ignored: list[str] = field(default_factory=list)
     rounding: float = 0.0
     numbers: Numbers = "values"
+
+    def after(self, earlier: Beside) -> Beside:
+        """With what was sent beside an earlier release too, none of which is measured."""
+        unmeasured = {kind: [*names] for kind, names in self.unmeasured.items()}
+        sent = {**earlier.unmeasured}
+        if earlier.statistics:
+            sent[STATISTICS_EARLIER] = [*earlier.statistics]
+        for kind, names in sent.items():
+            kept = unmeasured.setdefault(kind, [])
+            kept += [name for name in names if name not in kept]
+        return replace(self, unmeasured=unmeasured)
 
 
 def look_beside(

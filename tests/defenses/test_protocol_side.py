@@ -18,6 +18,7 @@ from ggl_audit.basics.gradient import Gradient, each, flat, norm, stack, take
 from ggl_audit.case.capturing import capture_gradient
 from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
+from ggl_audit.case.setting import prepare
 from ggl_audit.cli import app
 from ggl_audit.defenses import (
     Clip,
@@ -354,8 +355,6 @@ def test_a_clip_of_the_mean_lets_one_client_turn_it_around() -> None:
 def test_a_guarantee_that_the_steps_do_not_give_is_refused(
     sample: Callable[..., Spec], unit: str
 ) -> None:
-    from ggl_audit.case.setting import prepare
-
     promise = {"unit": unit, "reduction": "mean", "rounds": 1, "sampling_rate": 1, "delta": 1e-5}
     steps = [clip(1.0), noise(0.5)] if unit == "sample" else [dp_sgd()]
     spec = sample(
@@ -626,6 +625,27 @@ def test_moments_in_the_clear_are_the_gradient(
     assert report.verdict.grade in ("D", "F"), report.verdict
     assert report.captured.norm == pytest.approx(float(norm(last)), rel=1e-4)
     assert report.captured.labels == [int(data.labels[0])]
+
+
+def test_what_was_sent_beside_the_moments_before_counts(
+    sample: Callable[..., Spec], model: ClientModel, tmp_path: Path
+) -> None:
+    data = digits("private")
+    gradient = plain_gradient(model, data.images[0], int(data.labels[0]))
+    before = each(lambda tensor: 0.2 * tensor, gradient)
+    write_capture(tmp_path / "m.safetensors", gradient)
+    keys: dict[str, Any] = {
+        "capture__gradient": str(tmp_path / "m.safetensors"),
+        "capture__previous": str(tmp_path / "before.safetensors"),
+        "capture__kind": "moments",
+        "evidence__truth": None,
+    }
+    write_capture(tmp_path / "before.safetensors", before)
+    assert prepare(sample("undefended", **keys)).doubts == []
+    write_capture(tmp_path / "before.safetensors", {**before, "odd": torch.ones(2)})
+    (doubt,) = prepare(sample("undefended", **keys)).doubts
+    assert "'odd'" in doubt
+    assert "not measured" in doubt
 
 
 # Encryption.

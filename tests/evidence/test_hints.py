@@ -172,7 +172,7 @@ def test_labels_of_right_batches_are_rarely_in_doubt(sample: Declare, size: int)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(size))
     chosen = chosen[: CAPTURES * size].view(CAPTURES, size)
     sent = sender.send(data.images[chosen], data.labels[chosen], context(0))
-    doubted = _doubted(model, sender, defense, sent, CAPTURES)
+    doubted = _doubted(sample("undefended"), model, sender, defense, sent, CAPTURES)
     assert doubted <= binom.isf(1e-4, CAPTURES, 1 / 33)
 
 
@@ -186,7 +186,7 @@ def test_labels_of_unequal_images_are_in_doubt(sample: Declare) -> None:
     first = _alone(model, data.images[chosen[:, 0]], data.labels[chosen[:, 0]])
     whole = matching.gradients(data.images[chosen], data.labels[chosen])
     uneven = {n: (first[n] + (4 * whole[n] - first[n]) / 3) / 2 for n in whole}
-    assert _doubted(model, sender, defense, uneven, 10) >= 9
+    assert _doubted(sample("undefended"), model, sender, defense, uneven, 10) >= 9
 
 
 def _alone(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> Gradient:
@@ -200,8 +200,13 @@ def _alone(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> Gr
 
 
 def _doubted(
-    model: ClientModel, sender: DeclaredClient, defense: Pipeline, sent: Gradient, count: int
+    spec: Spec,
+    model: ClientModel,
+    sender: DeclaredClient,
+    defense: Pipeline,
+    sent: Gradient,
+    count: int,
 ) -> int:
     data = digits("reference")
-    found = [label_doubts(model, sender, defense, take(sent, i), data) for i in range(count)]
+    found = [label_doubts(spec, model, sender, defense, take(sent, i), data) for i in range(count)]
     return sum(map(bool, found))

@@ -97,3 +97,23 @@ class Counter:
         self.done += evaluations
         if self.interrupt_at is not None and self.done >= self.interrupt_at:
             raise KeyboardInterrupt
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], Path]:
+    """Installs a package of one file, which names one thing in it as an entry point."""
+
+    def install(group: str, point: str, source: str) -> Path:
+        folder = tmp_path / "packages"
+        name = point.partition("=")[2].strip().partition(":")[0]
+        about = folder / f"{name}-1.0.dist-info"
+        about.mkdir(parents=True)
+        (folder / f"{name}.py").write_text(source)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[ggl_audit.{group}]\n{point}\n")
+        monkeypatch.syspath_prepend(str(folder))
+        paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
+        return folder
+
+    return install

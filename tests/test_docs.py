@@ -20,7 +20,7 @@ import yaml
 
 import ggl_audit
 from ggl_audit import errors
-from ggl_audit.evidence.grade import IN_WORDS
+from ggl_audit.judgement.grade import IN_WORDS
 from ggl_audit.inputs import yaml_file
 from ggl_audit.spec import Spec
 

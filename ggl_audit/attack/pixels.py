@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -23,7 +25,7 @@ def attack_pixels(
     labels: torch.Tensor,
     observed: Gradient,
     steps: int,
-    random: np.random.Generator,
+    randoms: Sequence[np.random.Generator],
     advance: Advance,
 ) -> Found:
     """Searches the pixels: cosine distance and total variation, by the signs of derivatives.
@@ -36,10 +38,11 @@ def attack_pixels(
         labels: (t, k).
         observed: tensors with a leading dimension t.
         steps: of Adam.
-        random: for the noise that it starts from.
+        randoms: t streams, for the noise that each starts from.
         advance: told of the candidates.
     """
-    noise = torch.as_tensor(random.standard_normal((*labels.shape, *model.shape)))
+    shape = (labels.shape[1], *model.shape)
+    noise = torch.as_tensor(np.stack([one.standard_normal(shape) for one in randoms]))
     start = (GREY + SPREAD * noise).clamp(0, 1).to(labels.device, torch.float32)
     descent = Descent(steps, STEP, VARIATION, pixels=True, by_sign=True)
     return descend(start, torch.clone, derivatives, labels, observed, descent, advance)

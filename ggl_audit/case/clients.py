@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.basics.gradient import Gradient, each, stack, take, unstack
+from ggl_audit.basics.gradient import Gradient, concatenate, each, stack, take, unstack
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.inputs.capture import Capture, fit_capture
@@ -23,13 +23,15 @@ Step = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]
 class Client(Protocol):
     """Whose gradients are audited."""
 
-    def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
+    def send(
+        self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]
+    ) -> Gradient:
         """What the attacker sees of n releases, each made on its own.
 
         Args:
-            images: (n, channels, height, width) in [0, 1], or (n, k, ...) for k images each.
-            labels: (n,) or (n, k).
-            context: the clients' randomness.
+            images: (n, k, channels, height, width) in [0, 1].
+            labels: (n, k).
+            contexts: the clients' randomness in each of the n releases.
 
         Returns:
             Tensors with a leading dimension n.
@@ -55,22 +57,24 @@ class DeclaredClient:
     defense: Pipeline
     history: ImageSet | None = None
 
-    def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
+    def send(
+        self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]
+    ) -> Gradient:
         """The declared defense on what each client computes."""
         batch_size = self.matching.model.batch_size
-        releases = len(labels)
         images = images.reshape(-1, batch_size, *self.matching.model.shape)
         labels = labels.reshape(-1, batch_size)
-        cohort = len(labels) // releases
-        drawn = self.matching.draw(context, len(labels))
+        cohort = len(labels) // len(contexts)
+        drawn = concatenate([self.matching.draw(context, cohort) for context in contexts])
         computed = unstack(self.matching.gradients(images, labels, drawn))
-        contexts = [
+        of_each = [context for context in contexts for _ in range(cohort)]
+        of_each = [
             replace(context, images=own, drawn=take(drawn, i), earlier=self._earlier(context))
-            for i, own in enumerate(images)
+            for i, (context, own) in enumerate(zip(of_each, images, strict=True))
         ]
         sent = stack(
             [
-                self.defense.release(computed[i : i + cohort], contexts[i : i + cohort])
+                self.defense.release(computed[i : i + cohort], of_each[i : i + cohort])
                 for i in range(0, len(computed), cohort)
             ]
         )
@@ -124,23 +128,24 @@ class OwnClient:
     always_the_same: bool = False
     ignored: Sequence[str] = ()
 
-    def send(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
+    def send(
+        self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]
+    ) -> Gradient:
         """What the client's own code sends: for each set, or each image less its companions."""
-        pairs = zip(images, labels, strict=True)
-        if labels.ndim == 2:
-            return stack([self._step(*pair, context) for pair in pairs])
-        return stack([self._send_one(image, label, context) for image, label in pairs])
+        releases = zip(images, labels, contexts, strict=True)
+        send_one = self._step if labels.shape[1] == self.batch_size else self._among_companions
+        return stack([send_one(*release) for release in releases])
 
-    def _send_one(self, image: torch.Tensor, label: torch.Tensor, context: Context) -> Gradient:
+    def _among_companions(
+        self, images: torch.Tensor, labels: torch.Tensor, context: Context
+    ) -> Gradient:
         generator = context.generator
         drawn = torch.arange(self.batch_size - 1, device=generator.device)
         if not self.always_the_same:
             drawn.random_(0, len(self.companions), generator=generator)
         others, other_labels = self.companions.images[drawn], self.companions.labels[drawn]
-        images, labels = torch.cat([image[None], others]), torch.cat([label[None], other_labels])
+        images, labels = torch.cat([images, others]), torch.cat([labels, other_labels])
         gradient = self._step(images, labels, context)
-        if self.batch_size == 1:
-            return gradient
         factor = self.batch_size if self.averaged else 1
         gradients = self.matching.gradients(others, other_labels)
         shares = stack(

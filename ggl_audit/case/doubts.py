@@ -13,8 +13,8 @@ from ggl_audit.attack.labels import scale_of_one, unequal_weights, usual_head
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, norm, stack, take
 from ggl_audit.case.clients import Client, DeclaredClient, OwnClient
-from ggl_audit.client.randomness import client_context
-from ggl_audit.defenses import Context, Pipeline, is_own, relative_l2
+from ggl_audit.client.randomness import client_context, client_contexts
+from ggl_audit.defenses import Pipeline, is_own, relative_l2
 from ggl_audit.evidence.consistency import check_remainder, check_truth
 from ggl_audit.inputs.beside import Beside
 from ggl_audit.inputs.capture import Capture
@@ -129,9 +129,10 @@ def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Imag
     if sent_too:
         return sent_too
     if spec.capture.batch_size > 1:
-        return _batch_doubts(client, defense, reference, context)
+        return _batch_doubts(client, defense, reference, spec.seed)
     images, labels = reference.images[:CLIENT_TRIALS], reference.labels[:CLIENT_TRIALS]
-    sent = client.send(images, labels, context)
+    contexts = client_contexts(spec.seed, "client trials", model.device, range(len(labels)))
+    sent = client.send(images[:, None], labels[:, None], contexts)
     if client.averaged and client.batch_size > 1:
         return [
             f"canaries share a mean over {client.batch_size} images with others, which hides them "
@@ -151,12 +152,15 @@ def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Imag
 
 
 def _batch_doubts(
-    client: OwnClient, defense: Pipeline, reference: ImageSet, context: Context
+    client: OwnClient, defense: Pipeline, reference: ImageSet, seed: int
 ) -> list[str]:
     if not defense.leaves_only_noise():
         return [f"whether the client's own code does {defense} to a batch cannot be checked"]
     images, labels = reference.sets(CLIENT_TRIALS, client.batch_size)
-    sent = client.send(images, labels, context)
+    contexts = client_contexts(
+        seed, "client trials", client.matching.model.device, range(CLIENT_TRIALS)
+    )
+    sent = client.send(images, labels, contexts)
     replicas = client.matching.replicas(images, labels, sent)
     for index in range(CLIENT_TRIALS):
         check = check_remainder(defense, take(replicas, index), take(sent, index))
@@ -181,12 +185,12 @@ def label_doubts(
     if spec.capture.labels != "infer" or members == 1:
         return []
     batches = max(FEWEST_BATCHES, min(LABEL_BATCHES, LABELLED_IMAGES // members))
-    context = client_context(0, "label batches", model.device)
+    contexts = client_contexts(0, "label batches", model.device, range(batches))
     # A set may be sorted by its classes.
     shuffled = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))
     chosen = shuffled.repeat(-(-batches * members // len(reference)))[: batches * members]
     chosen = chosen.view(batches, members).to(model.device)
-    sent = client.send(reference.images[chosen], reference.labels[chosen], context)
+    sent = client.send(reference.images[chosen], reference.labels[chosen], contexts)
     usual, scale = usual_head(model, reference), scale_of_one(model, defense, members)
 
     def gained(gradients: Gradient, scale: float | None) -> float:
@@ -225,8 +229,8 @@ def replica_doubts(
     matching = Matching(model, without, memory=spec.memory_bytes)
     members = model.batch_size * defense.aggregation.clients
     images, labels = reference.sets(CLIENT_TRIALS if members <= MANY else 1, members)
-    context = client_context(spec.seed, "replica trial", model.device)
-    sent = DeclaredClient(matching, without, reference).send(images, labels, context)
+    contexts = client_contexts(spec.seed, "replica trial", model.device, range(len(labels)))
+    sent = DeclaredClient(matching, without, reference).send(images, labels, contexts)
     replicas = matching.replicas(images, labels, sent)
     for index in range(len(labels)):
         observed = take(sent, index)

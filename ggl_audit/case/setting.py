@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ggl_audit.attack.labels import (
 from ggl_audit.attack.matching import Distance, Matching
 from ggl_audit.basics.environment import choose_device, keep_freed_memory
 from ggl_audit.basics.files import sha256
-from ggl_audit.basics.gradient import Gradient, each, norm, unstack
+from ggl_audit.basics.gradient import Gradient, each, norm, stack, unstack
 from ggl_audit.basics.randomness import stream
 from ggl_audit.case.checks import (
     NORMS_COMPARED,
@@ -30,7 +30,7 @@ from ggl_audit.case.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.case.doubts import capture_doubts, client_doubts, label_doubts, replica_doubts
 from ggl_audit.case.labels import infer, labels_of
 from ggl_audit.case.loading import load_client, observe_statistics
-from ggl_audit.client.randomness import client_context
+from ggl_audit.client.randomness import client_contexts
 from ggl_audit.defenses import (
     Check,
     Clip,
@@ -117,9 +117,13 @@ class Setting:
     files: list[tuple[str, str]]
     others: list[Setting] = field(default_factory=list)
 
-    def random(self, purpose: str) -> np.random.Generator:
-        """A stream of randomness for one purpose, decided by the spec's seed alone."""
-        return stream(self.spec.seed, purpose)
+    def random(self, purpose: str, trial: int | None = None) -> np.random.Generator:
+        """A stream of randomness for one purpose or trial of it, decided by the seed alone."""
+        return stream(self.spec.seed, purpose, trial)
+
+    def lots(self, purpose: str, trials: Iterable[int]) -> list[float]:
+        """By which ties are broken in each of several trials."""
+        return [float(self.random(purpose, trial).random()) for trial in trials]
 
     @property
     def members(self) -> int:
@@ -130,6 +134,10 @@ class Setting:
     def memory(self) -> int:
         """Bytes that candidates' gradients may take at a time."""
         return self.spec.memory_bytes
+
+    def captured_labels(self, count: int) -> torch.Tensor:
+        """The captured labels for so many searches, (count, k)."""
+        return torch.tensor(self.labels, device=self.model.device).expand(count, -1)
 
     def matching(
         self, defense: Pipeline | None = None, distance: Distance = "likelihood"
@@ -143,6 +151,23 @@ class Setting:
     ) -> Derivatives:
         """Derivatives of the matching distance, within the memory."""
         return Derivatives(self.model, self.defense, distance, shown, weight, self.memory)
+
+    @functools.cached_property
+    def why_no_derivatives(self) -> str:
+        """Why derivatives of the matching distance lead nowhere; empty where they lead somewhere."""
+        random = torch.Generator().manual_seed(0)
+        shape = (1, self.members, *self.model.shape)
+        images = torch.rand(shape, generator=random).to(self.model.mean)
+        labels = torch.tensor([self.labels], device=self.model.device)
+        try:
+            _, slopes = self.derivatives("l2")(images, labels, stack([self.observed]))
+        except (Exception, SystemExit) as error:
+            # The model, the loss or a step of the defense is the user's own code.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"the gradient cannot be differentiated once more ({reason})"
+        if not bool(slopes.isfinite().all()) or not bool(slopes.any()):
+            return "the replica of the defense has no derivative to follow"
+        return ""
 
     @property
     def has_likelihood(self) -> bool:
@@ -192,10 +217,11 @@ class Setting:
         lpips = self.lpips if wanted and not isinstance(self.lpips, str) else None
         return candidate_distances(self.model, lpips)
 
-    def context(self, purpose: str) -> Context:
-        """A client's randomness for one purpose, on the model's device."""
-        return client_context(self.spec.seed, purpose, self.model.device)
+    def contexts(self, purpose: str, trials: Iterable[int]) -> list[Context]:
+        """A client's randomness in each of several trials, on the model's device."""
+        return client_contexts(self.spec.seed, purpose, self.model.device, trials)
 
+    @functools.cached_property
     def trials(self) -> Trials:
         """The canaries of the ceiling; those of the floor are the first of them."""
         evidence = self.spec.evidence
@@ -209,11 +235,16 @@ class Setting:
         """Each truth among candidates of its class; None where that or they are lacking."""
         if self.truth_labels is None:
             return [None] * len(self.truths)
-        random, wanted = self.random("captured candidates"), self.spec.evidence.candidates
-        batch_size = self.model.batch_size
+        wanted, batch_size = self.spec.evidence.candidates, self.model.batch_size
         return [
             captured_trial(
-                self.truths, self.truth_labels, place, batch_size, self.reference, wanted, random
+                self.truths,
+                self.truth_labels,
+                place,
+                batch_size,
+                self.reference,
+                wanted,
+                self.random("captured candidates", place),
             )
             for place in range(len(self.truths))
         ]
@@ -223,17 +254,18 @@ class Setting:
 
         Args:
             observed: tensors with a leading dimension t.
-            true_labels: (t,) or (t, k), what an attacker who is told the labels is told.
+            true_labels: (t, k), what an attacker who is told the labels is told.
         """
         return true_labels if self.spec.capture.labels != "infer" else self.infer(observed)
 
     def infer(self, observed: Gradient) -> torch.Tensor:
-        """The labels that t gradients give away, (t,) or (t, k).
+        """The labels that t gradients give away, (t, k).
 
         Args:
             observed: tensors with a leading dimension t.
         """
-        return infer(self.model, self.defense, observed, self.members, self.reference)
+        found = infer(self.model, self.defense, observed, self.members, self.reference)
+        return found.reshape(-1, self.members)
 
 
 def prepare(spec: Spec) -> Setting:

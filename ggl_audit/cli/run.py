@@ -51,7 +51,7 @@ def run(
     from ggl_audit.audit import run_audit
     from ggl_audit.basics.clock import Clock
     from ggl_audit.cli.progress import AuditProgress
-    from ggl_audit.evidence.grade import in_words
+    from ggl_audit.judgement.grade import in_words
     from ggl_audit.report.console import render_console
     from ggl_audit.report.formats import check_outputs, write_report
 

@@ -106,14 +106,12 @@ def nearest(pictures: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
     """Of k pictures each, the one with the smallest squared error.
 
     Args:
-        pictures: (t, k, channels, height, width); without k they are returned as they are.
+        pictures: (t, k, channels, height, width).
         truths: (t, channels, height, width).
 
     Returns:
         (t, channels, height, width).
     """
-    if pictures.ndim == 4:
-        return pictures
     best = (pictures - truths[:, None]).square().flatten(2).sum(2).argmin(1)
     return pictures[torch.arange(len(pictures), device=pictures.device), best]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient
@@ -20,6 +21,8 @@ from ggl_audit.errors import SpecError
 from ggl_audit.inputs.images import ImageSet
 
 Distances = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+Lots = Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,22 @@ class Trials:
 
     def first(self, count: int) -> Trials:
         """The first trials."""
-        return self._part(slice(count))
+        return self.part(slice(count))
 
     def batches(self, size: int) -> Iterator[Trials]:
         """The trials in order, a few at a time."""
         for start in range(0, len(self), size):
-            yield self._part(slice(start, start + size))
+            yield self.part(slice(start, start + size))
 
-    def _part(self, part: slice) -> Trials:
+    def part(self, part: slice) -> Trials:
+        """Some of the trials."""
         return Trials(
             self.candidates[part], self.labels[part], self.reference, self.companions[part]
         )
+
+    def among(self, candidates: int | None) -> Trials:
+        """The trials with so many candidates each; all unless told."""
+        return replace(self, candidates=self.candidates[:, :candidates])
 
     @property
     def canaries(self) -> torch.Tensor:
@@ -70,10 +78,11 @@ class Trials:
         """The images that each gradient is made of, the canary first, and their labels.
 
         Returns:
-            (t, k, channels, height, width) and (t, k); without k where the canary is alone.
+            (t, k, channels, height, width) and (t, k).
         """
         if self.companions.shape[1] == 0:
-            return self.canaries, self.labels
+            # A captured image that is no member of the set has a label of its own.
+            return self.canaries[:, None], self.labels[:, None]
         chosen = torch.cat([self.candidates[:, :1], self.companions], dim=1)
         return self.reference.images[chosen], self.reference.labels[chosen]
 
@@ -93,7 +102,7 @@ def draw_trials(
         reference: public images that are alike the private ones.
         trials: how many canaries at most.
         candidates: N, the canary included.
-        random: decides both.
+        random: decides both; not used up, each trial has a stream of its own.
         companions: other images, of any class and none of the candidates, for each canary.
 
     Raises:
@@ -111,10 +120,12 @@ def draw_trials(
             "Lower it, or give a larger evidence.reference.",
         )
     canaries = random.permutation(eligible)[:trials]
+    # A stream for each, so that a trial does not depend on how many there are.
+    randoms = random.spawn(len(canaries))
     rows = []
-    for canary in canaries:
+    for canary, own in zip(canaries, randoms, strict=True):
         others = members[int(groups[canary])]
-        others = random.permutation(others[others != canary])
+        others = own.permutation(others[others != canary])
         rows.append(np.concatenate([[canary], others[: candidates - 1]]))
     if len(reference) < candidates + companions:
         raise SpecError(
@@ -124,8 +135,8 @@ def draw_trials(
             "Give a larger one.",
         )
     others_of = [
-        random.permutation(np.setdiff1d(np.arange(len(reference)), row))[:companions]
-        for row in (rows if companions else [])
+        own.permutation(np.setdiff1d(np.arange(len(reference)), row))[:companions]
+        for row, own in (zip(rows, randoms, strict=True) if companions else [])
     ]
 
     def table(filled: list[np.ndarray], width: int) -> torch.Tensor:
@@ -187,12 +198,12 @@ def captured_trial(
     return Trials(indices[:, :candidates], source.labels[:1], source, indices[:, candidates:])
 
 
-def rank_of_truth(distances: torch.Tensor, random: np.random.Generator) -> list[int]:
+def rank_of_truth(distances: torch.Tensor, lots: Lots) -> list[int]:
     """The rank of candidate 0 among N, 1 for the nearest; ties are broken by lot.
 
     Args:
         distances: (t, N); a distance that is not finite is the farthest.
-        random: the lot.
+        lots: (t,), drawn evenly from [0, 1), which break ties.
 
     Returns:
         t ranks from 1 to N.
@@ -201,11 +212,12 @@ def rank_of_truth(distances: torch.Tensor, random: np.random.Generator) -> list[
     truth = values[:, :1]
     nearer = (values[:, 1:] < truth).sum(axis=1)
     level = (values[:, 1:] == truth).sum(axis=1)
-    return [int(1 + n + random.integers(0, e + 1)) for n, e in zip(nearer, level, strict=True)]
+    drawn = zip(nearer, level, lots, strict=True)
+    return [int(1 + before + lot * (equal + 1)) for before, equal, lot in drawn]
 
 
 def match(
-    matching: Matching, trials: Trials, observed: Gradient, random: np.random.Generator
+    matching: Matching, trials: Trials, observed: Gradient, lots: Lots
 ) -> list[int]:
     """The ceiling: ranks the truth by the matching distance of the candidates themselves.
 
@@ -218,7 +230,7 @@ def match(
         matching: with the declared defense, by likelihood.
         trials: t trials.
         observed: what the attacker sees of each truth, tensors with a leading dimension t.
-        random: breaks ties.
+        lots: (t,), break ties.
 
     Returns:
         t ranks.
@@ -226,7 +238,7 @@ def match(
     labels = trials.labels[:, None].expand_as(trials.candidates)
     companions = trials.companions.shape[1]
     if companions == 0:
-        return rank_of_truth(matching.distances(trials.images, labels, observed), random)
+        return rank_of_truth(matching.distances(trials.images, labels, observed), lots)
     own = matching.model.batch_size - 1
     images, all_labels = trials.members
     beside = images[:, None, 1 : own + 1].expand(-1, labels.shape[1], *images[0, 1 : own + 1].shape)
@@ -234,24 +246,22 @@ def match(
     sets = torch.cat([trials.images[:, :, None], beside], dim=2)
     set_labels = torch.cat([labels[..., None], beside_labels], dim=2)
     others = (images[:, own + 1 :], all_labels[:, own + 1 :])
-    return rank_of_truth(matching.distances(sets, set_labels, observed, others), random)
+    return rank_of_truth(matching.distances(sets, set_labels, observed, others), lots)
 
 
 def reconstruction_ranks(
-    reconstructions: torch.Tensor, trials: Trials, distance: Distances, random: np.random.Generator
+    reconstructions: torch.Tensor, trials: Trials, distance: Distances, lots: Lots
 ) -> list[int]:
     """The floor: ranks each canary by the distance of the candidates to a reconstruction.
 
     Args:
-        reconstructions: (t, channels, height, width), or (t, k, ...) of which the nearest counts.
+        reconstructions: (t, k, channels, height, width), of which the nearest counts.
         trials: t trials.
         distance: from images (t, N, ...) and reconstructions (t, ...) to (t, N).
-        random: breaks ties.
+        lots: (t,), break ties.
 
     Returns:
         t ranks.
     """
-    if reconstructions.ndim == 4:
-        return rank_of_truth(distance(trials.images, reconstructions), random)
-    each = [distance(trials.images, picture) for picture in reconstructions.unbind(1)]
-    return rank_of_truth(torch.stack(each).amin(0), random)
+    of_each = [distance(trials.images, picture) for picture in reconstructions.unbind(1)]
+    return rank_of_truth(torch.stack(of_each).amin(0), lots)

@@ -7,6 +7,8 @@ Natural images of one class have much alike in their gradients and would hide mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -86,36 +88,45 @@ def cancelling(gradients: torch.Tensor, count: int, random: np.random.Generator)
     return sets[int(sums.argmin())]
 
 
-class Identifier:
-    """Guesses which candidate a release was made with, and learns the client's offset on the way.
+def scores_of(contributions: torch.Tensor, release: torch.Tensor) -> list[float]:
+    """How well each candidate explains a release, less what it would if the release were its own.
 
-    The score of a candidate is its inner product with the release, as for a likelihood, less what
-    the score has been on average: a client with a fault adds an offset to all releases that would
-    otherwise drown the differences. Each guess uses earlier releases only, so that a client that
-    keeps its promise is identified with at most the promised probability in every single trial, and
-    the exact binomial interval keeps its lower end (the hits are dominated by independent ones).
+    The score of a candidate is its inner product with the release, as for a likelihood.
 
     Args:
         contributions: (N, size), what each candidate adds to a release under the declaration.
+        release: (size,).
+
+    Returns:
+        N scores.
     """
+    seen = release.double()
+    inner = torch.stack([row.double() @ seen for row in contributions])
+    expected = torch.stack([row.double().square().sum() / 2 for row in contributions])
+    return [float(score) for score in inner - expected]
 
-    def __init__(self, contributions: torch.Tensor) -> None:
-        self._contributions = contributions
-        self._expected = torch.stack([row.double().square().sum() / 2 for row in contributions])
-        self._total = torch.zeros_like(self._expected)
-        self._seen = 0
 
-    def guess(self, release: torch.Tensor, random: np.random.Generator) -> int:
-        """The index of the candidate that explains a release best; ties are broken by lot.
+def guesses(scores: Sequence[Sequence[float]], lots: Sequence[float]) -> list[int]:
+    """Guesses which candidate each release was made with, and learns the client's offset on the way.
 
-        Args:
-            release: (size,).
-            random: the lot.
-        """
-        seen = release.double()
-        scores = torch.stack([row.double() @ seen for row in self._contributions])
-        usual = self._total / self._seen if self._seen >= WARM_UP else self._expected
-        self._total += scores
-        self._seen += 1
-        standing = scores - usual
-        return int(random.choice(torch.nonzero(standing == standing.max()).flatten().cpu().numpy()))
+    A client with a fault adds an offset to all releases that would otherwise drown the differences,
+    so what a score has been on average is taken off. Each guess uses earlier releases only, so that
+    a client that keeps its promise is identified with at most the promised probability in every
+    single trial, and the exact binomial interval keeps its lower end (the hits are dominated by
+    independent ones).
+
+    Args:
+        scores: of N candidates in each release, as :func:`scores_of` gives them.
+        lots: drawn evenly from [0, 1), which break ties.
+
+    Returns:
+        A candidate's index for each release.
+    """
+    found = []
+    table = np.array(scores, dtype=np.float64)
+    for place, (row, lot) in enumerate(zip(table, lots, strict=True)):
+        usual = table[:place].mean(axis=0) if place >= WARM_UP else 0.0
+        standing = row - usual
+        best = np.flatnonzero(standing == standing.max())
+        found.append(int(best[int(lot * len(best))]))
+    return found

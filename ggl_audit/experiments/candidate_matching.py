@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator, Sequence
 
 from ggl_audit.attack.labels import why_not_inferred
-from ggl_audit.basics.clock import Clock
-from ggl_audit.basics.gradient import stack
 from ggl_audit.case.clients import Client, DeclaredClient
 from ggl_audit.case.setting import Setting
 from ggl_audit.defenses import Pipeline, SecureAggregation
-from ggl_audit.evidence.bounds import measure_rate
-from ggl_audit.evidence.grade import ceiling_is_settled
-from ggl_audit.evidence.identification import Trials, blind_labels, match
-from ggl_audit.experiments.attacks import Advance
-from ggl_audit.experiments.measurements import Measurements
+from ggl_audit.evidence.identification import match
+from ggl_audit.evidence.standing import ceiling_is_settled
+from ggl_audit.attacks.attack import Advance
+from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
+from ggl_audit.experiments.ledger import Ledger
+from ggl_audit.spec import EvidenceSpec
 
 CANARIES_TOGETHER = 25
 
@@ -26,102 +26,126 @@ MATCHING_CONTROL_TRIALS = 50
 MATCHING_SHARE = 0.4
 """Of a time limit, after which no further experiment by matching is begun or goes on."""
 
-
-def match_candidates(
-    setting: Setting, trials: Trials, measured: Measurements, advance: Advance
-) -> None:
-    """Measures the ceiling, how often the label is recovered, and matching without the defense."""
-    matching, random = setting.matching(), setting.random("captured ties")
-    observed = stack([setting.observed])
-    measured.matching_ranks = [
-        # The attacker tries a candidate as its client's first image.
-        None if one is None or not matching.adds_up else match(matching, one, observed, random)[0]
-        for one in setting.captured_trials()
-    ]
-    if len(trials) == 0:
-        return
-    chance = 1 / setting.spec.evidence.candidates
-    clock = measured.clock
-    counted = run_matching(
-        setting, setting.client, setting.defense, trials, "matching", advance, clock
-    )
-    measured.ceiling = measure_rate(counted.hits, counted.done, chance, counted.planned)
-    if not why_not_inferred(setting.model, setting.members):
-        guessed = blind_labels(setting.model.classes, setting.members)
-        if guessed < 1:
-            labels_right = counted.labels_right
-            measured.label = measure_rate(labels_right, counted.done, guessed, counted.planned)
-    if setting.defense.steps:
-        control = trials.first(MATCHING_CONTROL_TRIALS)
-        without = undefended(setting)
-        client = DeclaredClient(setting.matching(without), without)
-        counted = run_matching(
-            setting,
-            client,
-            without,
-            control,
-            "matching control",
-            advance,
-            clock,
-            to_the_end=True,
-        )
-        measured.matching_control = measure_rate(counted.hits, counted.done, chance)
-    else:
-        measured.matching_control = measured.ceiling
+NO_TRIALS = "evidence.matching_trials is 0"
 
 
-def undefended(setting: Setting) -> Pipeline:
+class Matched(Result):
+    """What matching made of a canary.
+
+    Attributes:
+        hit: whether it was identified among the candidates.
+        label: whether its label, or all labels of its release, were inferred; None where labels
+            cannot be.
+    """
+
+    hit: bool
+    label: bool | None = None
+
+
+class CandidateMatching(Experiment[Matched]):
+    """The ceiling: how often a canary is identified, and its label inferred."""
+
+    name = "matching"
+    stage = "candidate matching"
+    result = Matched
+    share = MATCHING_SHARE
+
+    def plan(self) -> Plan | NotMeasured:
+        """As many trials as are declared and the reference set has canaries for."""
+        evidence = self.case.spec.evidence
+        trials = min(evidence.matching_trials, len(self.case.trials))
+        if trials == 0:
+            return NotMeasured(reason=NO_TRIALS)
+        return _plan(self.case, trials)
+
+    def run(self, trials: range, advance: Advance) -> Iterator[Matched]:
+        """Matches candidates under the declared defense."""
+        case = self.case
+        return match_canaries(case, case.client, case.defense, self.name, trials, advance)
+
+    def is_wanted(self, trials: range, ledger: Ledger) -> bool:
+        """As long as the ceiling is not settled, where that is declared to end the trials."""
+        evidence, plan = self.case.spec.evidence, self.plan()
+        hits = [one.hit for one in ledger.results(CandidateMatching)]
+        return not is_settled(hits, plan, evidence)
+
+
+class UndefendedMatching(Experiment[Matched]):
+    """The control of the ceiling: can matching work at all, with this model and these images?"""
+
+    name = "undefended_matching"
+    stage = "candidate matching without the defense"
+    result = Matched
+    share = MATCHING_SHARE
+
+    def plan(self) -> Plan | NotMeasured:
+        """The first canaries of the ceiling; none where there is no defense to leave out."""
+        if not self.case.defense.steps:
+            return NotMeasured(reason="no defense is declared, so that the ceiling is its control")
+        evidence = self.case.spec.evidence
+        trials = min(evidence.matching_trials, len(self.case.trials), MATCHING_CONTROL_TRIALS)
+        return _plan(self.case, trials) if trials else NotMeasured(reason=NO_TRIALS)
+
+    @functools.cached_property
+    def _without(self) -> Pipeline:
+        return undefended(self.case)
+
+    def run(self, trials: range, advance: Advance) -> Iterator[Matched]:
+        """Matches candidates without the declared steps."""
+        client = DeclaredClient(self.case.matching(self._without), self._without)
+        return match_canaries(self.case, client, self._without, self.name, trials, advance)
+
+
+def is_settled(hits: Sequence[bool], plan: Plan | NotMeasured, evidence: EvidenceSpec) -> bool:
+    """Whether trials end early as declared, since none of those left can change the ceiling."""
+    if not evidence.stop_early or isinstance(plan, NotMeasured) or not hits:
+        return False
+    return ceiling_is_settled(sum(hits), len(hits), plan.trials, 1 / evidence.candidates)
+
+
+def undefended(case: Setting) -> Pipeline:
     """The cohort without its defense."""
-    clients = setting.defense.aggregation.clients
+    clients = case.defense.aggregation.clients
     return Pipeline([SecureAggregation(clients=clients)] if clients > 1 else [])
 
 
-@dataclass(frozen=True)
-class Counted:
-    """What came of matching trials.
-
-    Attributes:
-        hits: canaries that were identified.
-        labels_right: canaries whose label was inferred.
-        done: trials.
-        planned: trials that there would have been, had it not ended because of what came out.
-    """
-
-    hits: int
-    labels_right: int
-    done: int
-    planned: int
-
-
-def run_matching(
-    setting: Setting,
+def match_canaries(
+    case: Setting,
     client: Client,
     defense: Pipeline,
-    trials: Trials,
     purpose: str,
+    trials: range,
     advance: Advance,
-    clock: Clock,
-    to_the_end: bool = False,
-) -> Counted:
-    """Counts canaries that matching identifies, and those whose label is inferred."""
-    matching = setting.matching(defense)
-    context, random = setting.context(f"{purpose} clients"), setting.random(f"{purpose} ties")
-    infers = not why_not_inferred(setting.model, setting.members)
-    evidence = setting.spec.evidence
-    hits = labels_right = done = 0
-    held = COPIES_OF_A_CANARY * 4 * setting.model.size * setting.defense.aggregation.clients
-    for part in trials.batches(max(1, min(CANARIES_TOGETHER, setting.memory // held))):
-        observed = client.send(*part.members, context)
-        hits += match(matching, part, observed, random).count(1)
-        if infers:
-            inferred = setting.infer(observed).reshape(len(part), -1).sort(dim=1).values
-            true = part.members[1].reshape(len(part), -1).sort(dim=1).values
-            labels_right += int((inferred == true).all(1).sum())
-        done += len(part)
-        advance(part.candidates.numel() + len(part))
-        settled = ceiling_is_settled(hits, done, len(trials), 1 / evidence.candidates)
-        if evidence.stop_early and settled and not to_the_end:
-            break
-        if clock.used(MATCHING_SHARE):
-            return Counted(hits, labels_right, done, done)
-    return Counted(hits, labels_right, done, len(trials))
+    candidates: int | None = None,
+) -> Iterator[Matched]:
+    """Sends canaries, and matches candidates with what is seen of each.
+
+    Args:
+        case: what was handed in.
+        client: sends them.
+        defense: which is replicated.
+        purpose: names the streams of randomness.
+        trials: their numbers.
+        advance: told of the candidates.
+        candidates: how many of each canary's; all unless given.
+    """
+    canaries = case.trials.part(slice(trials.start, trials.stop)).among(candidates)
+    observed = client.send(*canaries.members, case.contexts(f"{purpose} clients", trials))
+    lots = case.lots(f"{purpose} ties", trials)
+    ranks = match(case.matching(defense), canaries, observed, lots)
+    labels: list[bool | None] = [None] * len(trials)
+    if not why_not_inferred(case.model, case.members):
+        inferred = case.infer(observed).sort(dim=1).values
+        labels = (inferred == canaries.members[1].sort(dim=1).values).all(1).tolist()
+    advance(canaries.candidates.numel() + len(trials))
+    for rank, label in zip(ranks, labels, strict=True):
+        yield Matched(hit=rank == 1, label=label)
+
+
+def _plan(case: Setting, trials: int) -> Plan:
+    held = COPIES_OF_A_CANARY * 4 * case.model.size * case.defense.aggregation.clients
+    return Plan(
+        trials=trials,
+        evaluations=trials * (case.spec.evidence.candidates + 1),
+        together=max(1, min(CANARIES_TOGETHER, case.memory // held)),
+    )

@@ -1,83 +1,201 @@
-"""The attack on the captured gradient, and on a random one beside it."""
+"""The attacks on the captured gradients, and on a random gradient beside each."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Mapping
+
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from ggl_audit.attack.matching import Matching
-from ggl_audit.attack.search import SearchResult
-from ggl_audit.basics.gradient import stack
+from ggl_audit.attacks.attack import Advance, Attempt, Curve
+from ggl_audit.attacks.ggl import GenerativeGradientLeakage
+from ggl_audit.basics.gradient import Gradient, norm, shares, stack
 from ggl_audit.case.setting import Setting
+from ggl_audit.evidence.assignment import assign
 from ggl_audit.evidence.controls import null_gradient
-from ggl_audit.evidence.fidelity import mean_psnr, nearest
-from ggl_audit.evidence.identification import reconstruction_ranks
-from ggl_audit.experiments.attacks import (
-    ANALYTIC,
-    GGL,
-    Advance,
-    Attempt,
-    captured_labels,
-    recovered_exactly,
-    run_attacks,
-)
-from ggl_audit.experiments.measurements import Measurements, Reconstructed
+from ggl_audit.evidence.fidelity import Fidelity, compare, mean_psnr, nearest
+from ggl_audit.evidence.identification import match, reconstruction_ranks
+from ggl_audit.experiments.experiment import Experiment, Plan, Result
+from ggl_audit.inputs.png_uri import PngUri, png_uri
 
 SEARCHES_COMPARED = 4
 
 CAPTURED = "captured search"
 """What the searches of a capture draw their random numbers for."""
 
+LONGEST_CURVE = 200
 
-def attack_capture(setting: Setting, measured: Measurements, advance: Advance) -> None:
-    """Attacks the captured gradient, and a random one of its norm, each in several searches.
 
-    The first search of each is the one that counts; the others show whether it can be repeated.
+class Picture(BaseModel):
+    """One picture of an attack on a captured gradient.
 
-    Raises:
-        KeyboardInterrupt: interrupted; the pictures found so far are kept.
+    Attributes:
+        image: PNG as a data URI.
+        truth: the private image that it is compared with; None where they are not held.
+        metrics: against that image.
     """
-    context = setting.context("captured null")
-    null = null_gradient(setting.observed, setting.defense, context, setting.usual_norm)
-    observed = stack([setting.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
-    labels = captured_labels(setting, 2 * SEARCHES_COMPARED)
-    result, attempts = run_attacks(setting, measured.suite, observed, labels, CAPTURED, advance)
-    for name, attempt in attempts.items():
-        for kept, index in ((measured.captured, 0), (measured.captured_null, SEARCHES_COMPARED)):
-            images = attempt.images[index].reshape(-1, *setting.model.shape)
-            loss = float(attempt.losses[index])
-            kept[name] = Reconstructed(images, loss, _curve(result, index))
-    if not result.complete:
-        raise KeyboardInterrupt
-    measured.nearest = _nearest(setting, attempts)
-    if ANALYTIC in attempts:
-        measured.exact = recovered_exactly(setting, attempts[ANALYTIC])
-    searched = attempts[GGL].images
-    measured.repeated = searched[:SEARCHES_COMPARED]
-    measured.repeated_losses = result.losses[:SEARCHES_COMPARED].tolist()
-    measured.agreement_db = _agreement_db(measured.repeated)
-    measured.null_agreement_db = _agreement_db(searched[SEARCHES_COMPARED:])
-    if not setting.prior_saw_truth:
-        distance = setting.distances[setting.distance]
-        random = setting.random("captured reconstruction ties")
-        trials = setting.captured_trials()
-        for name, attempt in attempts.items():
-            measured.ranks[name] = [
-                None
-                if one is None
-                else reconstruction_ranks(attempt.images[:1], one, distance, random)[0]
-                for one in trials
-            ]
+
+    model_config = ConfigDict(frozen=True)
+
+    image: PngUri
+    truth: int | None = None
+    metrics: Fidelity | None = None
 
 
-def _nearest(setting: Setting, attempts: dict[str, Attempt]) -> str:
+class Attacked(Result):
+    """What came of the attacks on one captured gradient.
+
+    The first search of each attack is the one that counts; the others show whether it can be
+    repeated.
+
+    Attributes:
+        pictures: of each attack, one for each image of the release.
+        null_pictures: what each made of a random gradient of the same norm.
+        loss: the matching distance that each reached.
+        null_loss: the same for the random gradient.
+        curve: of the latent search, the best loss so far by evaluations.
+        null_curve: the same for the random gradient.
+        nearest: the attack whose picture has the best distance, by one that is the same for all.
+        exact: whether the image was read off the gradient, exactly.
+        agreement_db: mean PSNR between the pictures of independent searches.
+        null_agreement_db: the same for the random gradient.
+        losses: of the independent searches.
+        agreements: of the picture of each search with the capture: (searches, k), the cosine for
+            each of k - 1 tensors and for the whole.
+        tensors: the names of these tensors.
+        shares: of each tensor in the squared norm of the capture.
+        norm: of the capture.
+        ranks: of each private image among candidates, by the pictures of each attack; None where it
+            or they are lacking.
+        matching_ranks: the same by matching, without any picture, all others being known.
+    """
+
+    pictures: dict[str, list[Picture]]
+    null_pictures: dict[str, list[Picture]]
+    loss: dict[str, float]
+    null_loss: dict[str, float]
+    curve: Curve
+    null_curve: Curve
+    nearest: str
+    exact: bool
+    agreement_db: float
+    null_agreement_db: float
+    losses: list[float]
+    agreements: list[list[float]]
+    tensors: list[str]
+    shares: list[float]
+    norm: float
+    ranks: dict[str, list[int | None]]
+    matching_ranks: list[int | None]
+
+
+class CaptureAttack(Experiment[Attacked]):
+    """Each captured gradient of the round is a trial; the first is the one that is audited."""
+
+    name = "capture"
+    stage = "the attack on the capture"
+    result = Attacked
+
+    def plan(self) -> Plan:
+        """A trial for each capture: several searches of it, and as many of a random gradient."""
+        captures = 1 + len(self.case.others)
+        each_evaluates = 2 * SEARCHES_COMPARED * self.suite.evaluations()
+        return Plan(trials=captures, evaluations=captures * each_evaluates)
+
+    def run(self, trials: range, advance: Advance) -> Iterator[Attacked]:
+        """Attacks captures."""
+        for trial in trials:
+            yield self._attack([self.case, *self.case.others][trial], trial, advance)
+
+    def _attack(self, case: Setting, trial: int, advance: Advance) -> Attacked:
+        (context,) = case.contexts("captured null", [trial])
+        null = null_gradient(case.observed, case.defense, context, case.usual_norm)
+        observed = stack([case.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
+        labels = case.captured_labels(2 * SEARCHES_COMPARED)
+        purposes = (CAPTURED, "captured null search")
+        randoms = [case.random(own, n) for own in purposes for n in range(SEARCHES_COMPARED)]
+        attempts = self.suite.run(observed, labels, randoms, advance)
+        searched = attempts[GenerativeGradientLeakage.name]
+        first, null_first, repeated = 0, SEARCHES_COMPARED, slice(SEARCHES_COMPARED)
+        same = stack([case.observed] * SEARCHES_COMPARED)
+        agreements = case.matching().agreement(searched.images[repeated], labels[repeated], same)
+        exact = (one.is_exact(case, attempts[one.name]) for one in self.suite.attacks)
+        shown = functools.partial(_pictures, case)
+        return Attacked(
+            pictures={name: shown(one.images[first]) for name, one in attempts.items()},
+            null_pictures={name: shown(one.images[null_first]) for name, one in attempts.items()},
+            loss={name: float(one.losses[first]) for name, one in attempts.items()},
+            null_loss={name: float(one.losses[null_first]) for name, one in attempts.items()},
+            curve=_thinned(searched.curves[first]),
+            null_curve=_thinned(searched.curves[null_first]),
+            nearest=_nearest(case, attempts),
+            exact=any(exact),
+            agreement_db=_agreement_db(searched.images[repeated]),
+            null_agreement_db=_agreement_db(searched.images[SEARCHES_COMPARED:]),
+            losses=searched.losses[repeated].tolist(),
+            agreements=agreements.tolist(),
+            tensors=list(case.observed),
+            shares=shares(stack([case.observed]))[0].tolist(),
+            norm=float(norm(case.observed)),
+            ranks=_ranks(case, attempts),
+            matching_ranks=_matching_ranks(case, stack([case.observed])),
+        )
+
+
+def _ranks(case: Setting, attempts: Mapping[str, Attempt]) -> dict[str, list[int | None]]:
+    """Of each private image, by the nearest of an attack's pictures."""
+    if case.prior_saw_truth:
+        return {}
+    distance = case.distances[case.distance]
+    return {
+        name: [
+            None
+            if one is None
+            else reconstruction_ranks(
+                attempt.images[:1], one, distance, case.lots(f"captured {name} ties", [place])
+            )[0]
+            for place, one in enumerate(case.captured_trials())
+        ]
+        for name, attempt in attempts.items()
+    }
+
+
+def _matching_ranks(case: Setting, observed: Gradient) -> list[int | None]:
+    """Of each private image, by matching."""
+    matching = case.matching()
+    # The attacker tries a candidate as its client's first image.
+    return [
+        None
+        if one is None or not matching.adds_up
+        else match(matching, one, observed, case.lots("captured ties", [place]))[0]
+        for place, one in enumerate(case.captured_trials())
+    ]
+
+
+def _pictures(case: Setting, images: torch.Tensor) -> list[Picture]:
+    """Shows k images, (k, channels, height, width), in the order of the truths if these are held."""
+    if len(case.truths) == 0:
+        return [Picture(image=png_uri(image)) for image in images]
+    truths = assign(images, case.truths, case.distances[case.distance])
+    return [
+        Picture(
+            image=png_uri(image),
+            truth=truth,
+            metrics=compare(image, case.truths[truth], case.model, case.lpips),
+        )
+        for image, truth in zip(images, truths, strict=True)
+    ]
+
+
+def _nearest(case: Setting, attempts: Mapping[str, Attempt]) -> str:
     """The attack with the best first picture, by a distance that is the same for all."""
-    distance, names = setting.spec.attack.distance, list(attempts)
-    matching = Matching(setting.model, setting.defense, distance, setting.memory)
-    images = [attempts[name].images[0].reshape(-1, *setting.model.shape) for name in names]
-    labels = torch.tensor(setting.labels, device=setting.model.device)
-    observed = stack([setting.observed])
-    sets = torch.stack(images)[None], labels.expand(1, len(names), -1)
-    losses = matching.distances(*sets, observed)[0]
+    names = list(attempts)
+    matching = Matching(case.model, case.defense, case.spec.attack.distance, case.memory)
+    images = torch.stack([attempts[name].images[0] for name in names])
+    labels = case.captured_labels(len(names))[None]
+    losses = matching.distances(images[None], labels, stack([case.observed]))[0]
     return names[int(losses.nan_to_num(nan=torch.inf).argmin())]
 
 
@@ -86,11 +204,14 @@ def _agreement_db(images: torch.Tensor) -> float:
     pairs = torch.combinations(torch.arange(len(images))).tolist()
     found = []
     for first, second in pairs:
-        own = images[first].reshape(-1, *images.shape[-3:])
-        other = images[second].reshape(-1, *images.shape[-3:])
-        found.append(mean_psnr(nearest(other.expand(len(own), *other.shape), own), own))
+        ours, theirs = images[first], images[second]
+        partners = nearest(theirs.expand(len(ours), *theirs.shape), ours)
+        found.append(mean_psnr(partners, ours))
     return sum(found) / len(found)
 
 
-def _curve(result: SearchResult, index: int) -> list[tuple[int, float]]:
-    return list(zip(result.spent.tolist(), result.curves[index].tolist(), strict=True))
+def _thinned(curve: Curve) -> Curve:
+    """At most so many points of it, the last among them."""
+    every = -(-len(curve) // LONGEST_CURVE)
+    shown = curve[::every]
+    return shown if shown[-1] == curve[-1] else [*shown, curve[-1]]

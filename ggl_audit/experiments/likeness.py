@@ -1,14 +1,13 @@
-"""The captured gradient among the canaries', and what else it may be of."""
+"""The captured gradient placed among the canaries', from what the trials have left behind."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
-from ggl_audit.basics.gradient import Gradient, norm, shares, stack, take
 from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.likeness import (
     CLEAR,
@@ -19,122 +18,137 @@ from ggl_audit.evidence.likeness import (
     judge,
     judge_zeros,
 )
-from ggl_audit.experiments.alternatives import (
-    other_layouts,
-    other_models,
-    other_signs,
-    other_trainings,
-)
-from ggl_audit.experiments.attacks import Advance, captured_labels, run_search
-from ggl_audit.experiments.capture import CAPTURED, SEARCHES_COMPARED
-from ggl_audit.experiments.measurements import Measurements
+from ggl_audit.experiments.capture import Attacked
+from ggl_audit.experiments.reconstruction import Reconstructed
 from ggl_audit.inputs.model import has_batch_norm
 
 
-@dataclass(frozen=True)
-class _Canaries:
-    """What became of the canaries, beside which a capture is judged.
+class Premises(BaseModel):
+    """What has to be known of a capture, besides the trials, to place it.
 
     Attributes:
-        agreements: (n, k), of their pictures with their k - 1 tensors and the whole.
-        nulls: (n, k), of their null control.
-        losses: (n,), the matching distances that were reached.
-        told: (k - 1,), whether a tensor of theirs holds more than rounding.
+        before_norm: the tensors that may be biases before batch norm.
+        rounding: of the capture's numbers, relative.
+        empties_tensors: whether a declared step may leave nothing of a tensor for one image and
+            something for another, so that zeros tell nothing.
     """
 
-    agreements: torch.Tensor
-    nulls: torch.Tensor
-    losses: torch.Tensor
-    told: torch.Tensor
+    model_config = ConfigDict(frozen=True)
 
-    def judge(self, setting: Setting, images: torch.Tensor) -> Likeness:
-        """Of the picture that places the capture highest: a single search may fail."""
-        count, names = len(images), list(setting.observed)
-        matching = setting.matching()
-        labels = captured_labels(setting, count)
-        found = matching.agreement(images, labels, stack([setting.observed] * count))
-        canaries = (self.agreements, self.losses, self.nulls)
-        judged = [judge(row, *canaries, names, self.told) for row in found]
-        return max(judged, key=lambda one: -math.inf if one.place is None else one.place)
+    before_norm: list[str]
+    rounding: float
+    empties_tensors: bool
 
 
-def place_capture(
-    setting: Setting,
-    measured: Measurements,
-    agreements: torch.Tensor,
-    gradients: Gradient,
-    advance: Advance,
+def premises_of(case: Setting) -> Premises:
+    """What is known of a case's capture."""
+    biases = [name for name, tensor in case.observed.items() if tensor.ndim == 1]
+    return Premises(
+        before_norm=biases if has_batch_norm(case.model.module) else [],
+        rounding=case.captured.rounding,
+        empties_tensors=case.defense.empties_tensors(),
+    )
+
+
+class Explanation(BaseModel):
+    """How well another declaration explains a capture.
+
+    Attributes:
+        cause: what the declaration differs in from that of the spec, in words.
+        losses: that independent searches reached under it.
+        agreements: of their pictures, (searches, k).
+        tensors: the names of k - 1 tensors.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    cause: str
+    losses: list[float]
+    agreements: list[list[float]]
+    tensors: list[str]
+
+
+def place(
+    premises: Premises,
+    attacked: Attacked,
+    canaries: Sequence[Reconstructed],
+    others: Sequence[Explanation] = (),
 ) -> Likeness:
-    """Judges the capture, and where it is unlike the canaries, or may be, looks for the cause.
+    """Judges a capture, and names the other declaration that explains it better, if one does.
 
     Args:
-        setting: what was handed in.
-        measured: holds the pictures of the capture.
-        agreements: (2, n, k), of the canaries and of their null control.
-        gradients: of the canaries, k - 1 tensors with a leading dimension n.
-        advance: told of the candidates that are evaluated.
-
-    Raises:
-        KeyboardInterrupt: interrupted.
+        premises: what is known of the capture.
+        attacked: what came of the attacks on it.
+        canaries: what came of those on canaries, one at least.
+        others: the other declarations that were tried.
     """
-    assert measured.repeated is not None
-    losses = torch.tensor(measured.canary_losses, device=agreements.device)
-    their_shares = shares(gradients)
-    told = (their_shares > NONE).any(0)
-    canaries = _Canaries(agreements[0], agreements[1], losses, told)
-    likeness = canaries.judge(setting, measured.repeated)
-    largest = max(float(norm(take(gradients, i))) for i in range(len(losses)))
-    if float(norm(setting.observed)) > largest:
+    likeness = _judged(attacked.agreements, attacked.tensors, canaries)
+    if attacked.norm > max(one.norm for one in canaries):
         likeness = likeness.model_copy(update={"rules_out_larger": False})
-    if not setting.defense.empties_tensors():
-        own_shares = shares(stack([setting.observed]))[0]
-        names, rounding = list(setting.observed), setting.captured.rounding
-        before_norm = (
-            [name for name, tensor in setting.observed.items() if tensor.ndim == 1]
-            if has_batch_norm(setting.model.module)
-            else []
+    if not premises.empties_tensors:
+        zeros = judge_zeros(
+            torch.tensor(attacked.shares, dtype=torch.float64),
+            torch.tensor([one.shares for one in canaries], dtype=torch.float64),
+            attacked.tensors,
+            premises.before_norm,
+            premises.rounding,
         )
-        zeros = judge_zeros(own_shares, their_shares, names, before_norm, rounding)
         likeness = zeros or likeness
-    is_placed = likeness.place is not None and likeness.place >= CLEAR
-    is_explained = min(measured.repeated_losses) <= float(losses.median())
-    if likeness.outcome == "hidden" or (is_placed and is_explained):
+    better = _best(others, likeness, min(attacked.losses), canaries)
+    if better is None or not is_in_question(likeness, attacked, canaries):
         return likeness
-    cause = _better_cause(setting, measured, canaries, likeness.outcome, advance)
-    if cause is None:
-        return likeness
-    found = {"outcome": "unlike", "cause": cause, "rules_out_larger": False}
-    return likeness.model_copy(update=found)
+    return likeness.model_copy(
+        update={"outcome": "unlike", "cause": better, "rules_out_larger": False}
+    )
 
 
-def _better_cause(
-    setting: Setting, measured: Measurements, canaries: _Canaries, outcome: str, advance: Advance
+def is_in_question(
+    likeness: Likeness, attacked: Attacked, canaries: Sequence[Reconstructed]
+) -> bool:
+    """Whether it is worth asking what else the capture may be of."""
+    if likeness.outcome == "hidden":
+        return False
+    placed = likeness.place is not None and likeness.place >= CLEAR
+    losses = torch.tensor([one.loss for one in canaries])
+    return not (placed and min(attacked.losses) <= float(losses.median()))
+
+
+def _best(
+    others: Sequence[Explanation],
+    likeness: Likeness,
+    loss: float,
+    canaries: Sequence[Reconstructed],
 ) -> str | None:
     """The other declaration that explains the capture best, if any does so better; in words.
 
     What is lower at all counts where the capture is unlike the canaries, else what is much lower.
     """
-    loss = min(measured.repeated_losses)
-    unlike = outcome == "unlike"
+    unlike = likeness.outcome == "unlike"
     least_place, lowest = (HALFWAY, loss) if unlike else (CLEAR, MUCH_LOWER * loss)
-    better_cause = None
-    # Values in another order are told by the agreement of their own tensors.
-    layouts = other_layouts(setting) if outcome in ("unlike", "undecided") else ()
-    others = (other_signs(setting), other_models(setting), other_trainings(setting), layouts)
-    for cause, other in itertools.chain(*others):
-        if not measured.clock.reaches(SEARCHES_COMPARED * measured.seconds_each):
-            break
-        observed = stack([other.observed] * SEARCHES_COMPARED)
-        labels = captured_labels(other, SEARCHES_COMPARED)
-        # The capture's own stream, so that a declaration which is the same in effect does the same.
-        result, images = run_search(other, other.defense, observed, labels, CAPTURED, advance)
-        if not result.complete:
-            raise KeyboardInterrupt
-        place, loss_elsewhere = canaries.judge(other, images).place, float(result.losses.min())
-        if place is not None and place >= least_place and loss_elsewhere < lowest:
-            lowest = loss_elsewhere
-            better_cause = (
-                f"{cause}, with which it is like them, at a matching distance of {lowest:.2g} in "
-                f"place of {loss:.2g}"
+    better = None
+    for other in others:
+        placed = _judged(other.agreements, other.tensors, canaries).place
+        reached = min(other.losses)
+        if placed is not None and placed >= least_place and reached < lowest:
+            lowest = reached
+            better = (
+                f"{other.cause}, with which it is like them, at a matching distance of "
+                f"{lowest:.2g} in place of {loss:.2g}"
             )
-    return better_cause
+    return better
+
+
+def _judged(
+    agreements: Sequence[Sequence[float]],
+    tensors: Sequence[str],
+    canaries: Sequence[Reconstructed],
+) -> Likeness:
+    """By the picture that places the capture highest: a single search may fail."""
+    theirs = torch.tensor([one.agreements for one in canaries])
+    nulls = torch.tensor([one.null_agreements for one in canaries])
+    losses = torch.tensor([one.loss for one in canaries])
+    told = (torch.tensor([one.shares for one in canaries], dtype=torch.float64) > NONE).any(0)
+    judged = [
+        judge(row, theirs, losses, nulls, tensors, told) for row in torch.tensor(agreements)
+    ]
+    return max(judged, key=lambda one: -math.inf if one.place is None else one.place)

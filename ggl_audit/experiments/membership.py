@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,65 +10,94 @@ import numpy as np
 import torch
 
 from ggl_audit.basics.gradient import Gradient, flat, rows, take
-from ggl_audit.case.setting import Setting
-from ggl_audit.evidence.bounds import measure_rate
-from ggl_audit.evidence.identification import Trials, rank_of_truth
+from ggl_audit.evidence.identification import rank_of_truth
 from ggl_audit.evidence.membership import UnknownMembers, public_images
-from ggl_audit.experiments.attacks import Advance
-from ggl_audit.experiments.candidate_matching import MATCHING_SHARE
-from ggl_audit.experiments.measurements import Measurements
+from ggl_audit.attacks.attack import Advance
+from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS
+from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 
 MEMBERSHIP_TRIALS = 100
 
 
-def identify_members(
-    setting: Setting, trials: Trials, measured: Measurements, advance: Advance
-) -> None:
-    """Asks of releases of several images whether a canary is in them, the others being unknown."""
-    if len(trials) == 0 or not can_identify_members(setting):
-        return
-    model, random, members = setting.model, setting.random("members"), setting.members
-    every = np.arange(len(setting.reference))
-    # The attacker's public images are no members, as far as there are enough others.
-    others = random.permutation(np.setdiff1d(every, trials.candidates[:, 0].cpu().numpy()))
-    pool = others if len(others) >= len(every) // 2 else random.permutation(every)
-    public = pool[: min(public_images(model.size, setting.memory), len(every) // 2)]
-    rest = torch.as_tensor(np.setdiff1d(every, public), device=model.device)
-    matching = setting.matching()
+class Identified(Result):
+    """Whether a canary was identified."""
 
-    def contributed(chosen: torch.Tensor) -> Iterator[Gradient]:
-        images, labels = setting.reference.images[chosen], setting.reference.labels[chosen]
-        return map(setting.defense.share_of_one, matching.each_gradient(images, labels))
-
-    noise = setting.defense.total_noise()
-    # A sum over each client's images is a mean over clients of sums.
-    whole = members if not model.loss_sum else setting.defense.aggregation.clients
-    unknown = UnknownMembers(
-        rows(contributed(torch.as_tensor(public, device=model.device)), len(public)),
-        members,
-        whole,
-        noise.std if noise else 0.0,
-    )
-    context, hits, done = setting.context("members clients"), 0, 0
-    for one in trials.batches(1):
-        if done and measured.clock.used(MATCHING_SHARE):
-            break
-        companions = rest[~torch.isin(rest, one.candidates)]
-        drawn = torch.as_tensor(random.permutation(len(companions)), device=model.device)
-        trial = replace(one, companions=companions[drawn[: members - 1]][None])
-        release = flat(take(setting.client.send(*trial.members, context), 0))
-        scores = unknown.log_likelihoods(map(flat, contributed(trial.candidates[0])), release)
-        hits += rank_of_truth(-scores[None], random)[0] == 1
-        done += 1
-        advance(trial.candidates.numel() + 1)
-    measured.membership = measure_rate(hits, done, 1 / setting.spec.evidence.candidates)
+    hit: bool
 
 
-def can_identify_members(setting: Setting) -> bool:
-    """Whether a release is of several images whose shares add up."""
-    model = setting.model
-    local, batch_size = model.local, model.batch_size
-    one = batch_size == 1
-    adds_up = setting.defense.adds_up() and (one or (local is None and model.criterion.adds_up))
-    enough = len(setting.reference) // 2 >= setting.members + setting.spec.evidence.candidates
-    return setting.members > 1 and adds_up and enough and not (model.mixes and batch_size > 1)
+class Membership(Experiment[Identified]):
+    """How often a canary is identified in releases of several images, knowing none of the others."""
+
+    name = "membership"
+    stage = "membership"
+    result = Identified
+    share = MATCHING_SHARE
+
+    def plan(self) -> Plan | NotMeasured:
+        """Trials where a release is of several images whose shares add up."""
+        case = self.case
+        if case.members == 1:
+            return NotMeasured(reason="a release is made of one image")
+        if not self._can_be_told():
+            return NotMeasured(
+                reason="what single images contribute does not add up under this defense, or the "
+                "reference set is too small to tell what the others contribute"
+            )
+        trials = min(len(case.trials), MEMBERSHIP_TRIALS)
+        if trials == 0 or case.spec.evidence.matching_trials == 0:
+            return NotMeasured(reason=NO_TRIALS)
+        return Plan(trials=trials, evaluations=trials * (case.spec.evidence.candidates + 1))
+
+    def _can_be_told(self) -> bool:
+        case, model = self.case, self.case.model
+        alone = model.batch_size == 1
+        by_itself = alone or (model.local is None and model.criterion.adds_up)
+        enough = len(case.reference) // 2 >= case.members + case.spec.evidence.candidates
+        mixed = model.mixes and not alone
+        return case.defense.adds_up() and by_itself and enough and not mixed
+
+    @functools.cached_property
+    def _public(self) -> np.ndarray:
+        """The attacker's public images, which are no canaries as far as there are enough others."""
+        case, random = self.case, self.case.random("members")
+        every = np.arange(len(case.reference))
+        canaries = case.trials.candidates[:MEMBERSHIP_TRIALS, 0].cpu().numpy()
+        others = random.permutation(np.setdiff1d(every, canaries))
+        pool = others if len(others) >= len(every) // 2 else random.permutation(every)
+        return pool[: min(public_images(case.model.size, case.memory), len(every) // 2)]
+
+    @functools.cached_property
+    def _unknown(self) -> UnknownMembers:
+        """The share of all images but one, as public images have it."""
+        case = self.case
+        noise = case.defense.total_noise()
+        # A sum over each client's images is a mean over clients of sums.
+        whole = case.members if not case.model.loss_sum else case.defense.aggregation.clients
+        public = torch.as_tensor(self._public, device=case.model.device)
+        contributions = rows(self._contributed(public), len(public))
+        return UnknownMembers(contributions, case.members, whole, noise.std if noise else 0.0)
+
+    def _contributed(self, chosen: torch.Tensor) -> Iterator[Gradient]:
+        reference = self.case.reference
+        images, labels = reference.images[chosen], reference.labels[chosen]
+        gradients = self.case.matching().each_gradient(images, labels)
+        return map(self.case.defense.share_of_one, gradients)
+
+    def run(self, trials: range, advance: Advance) -> Iterator[Identified]:
+        """Asks of a release by its likelihood with each candidate in it."""
+        case = self.case
+        every = np.arange(len(case.reference))
+        rest = torch.as_tensor(np.setdiff1d(every, self._public), device=case.model.device)
+        contexts = case.contexts("members clients", trials)
+        for trial, context in zip(trials, contexts, strict=True):
+            one = case.trials.part(slice(trial, trial + 1))
+            companions = rest[~torch.isin(rest, one.candidates)]
+            random = case.random("companions of members", trial)
+            drawn = torch.as_tensor(random.permutation(len(companions)), device=rest.device)
+            one = replace(one, companions=companions[drawn[: case.members - 1]][None])
+            release = flat(take(case.client.send(*one.members, [context]), 0))
+            tried = map(flat, self._contributed(one.candidates[0]))
+            scores = self._unknown.log_likelihoods(tried, release)
+            rank = rank_of_truth(-scores[None], case.lots("members ties", [trial]))[0]
+            advance(one.candidates.numel() + 1)
+            yield Identified(hit=rank == 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,24 +13,58 @@ from ggl_audit.case.clients import OwnClient
 from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.noise_residuals import MOST_KEPT, grain_of, kept_values, residuals_of
 from ggl_audit.evidence.noise_tests import NoiseTest, find_violations
-from ggl_audit.experiments.attacks import Advance
-from ggl_audit.experiments.candidate_matching import MATCHING_SHARE
-from ggl_audit.experiments.measurements import Measurements
+from ggl_audit.attacks.attack import Advance
+from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS
+from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 
 RELEASES, FEWEST_RELEASES = 64, 8
 MOST_VALUES = 2**23
 """Of all releases together; of larger models there are fewer."""
 
 
-def try_noise(setting: Setting, measured: Measurements, advance: Advance) -> None:
+class NoiseTested(Result):
+    """What the noise of the client's own code is like; None where rounding hides it."""
+
+    test: NoiseTest | None
+
+
+class Noise(Experiment[NoiseTested]):
+    """The noise in releases of the client's own code, all of which are one trial."""
+
+    name = "noise"
+    stage = "the test of the noise"
+    result = NoiseTested
+    share = MATCHING_SHARE
+
+    def plan(self) -> Plan | NotMeasured:
+        """One trial of so many releases, where their noise can be told."""
+        reason = why_no_noise_test(self.case)
+        if not reason and self.case.spec.evidence.matching_trials == 0:
+            reason = NO_TRIALS
+        if reason:
+            return NotMeasured(reason=reason)
+        return Plan(trials=1, evaluations=planned_releases(self.case))
+
+    def run(self, trials: range, advance: Advance) -> Iterator[NoiseTested]:
+        """Takes the declared shares out of what is sent, and tests what is left."""
+        for _ in trials:
+            yield NoiseTested(test=try_noise(self.case, planned_releases(self.case), advance))
+
+
+def try_noise(setting: Setting, planned: int, advance: Advance) -> NoiseTest | None:
     """Takes the declared shares out of what the client's own code sends, and tests what is left.
 
     The images are public. Each is sent twice, so that noise that depends on the image repeats, and
     what is wrong with the share itself is told from the noise.
+
+    Args:
+        setting: what was handed in.
+        planned: how many releases.
+        advance: told of them.
+
+    Returns:
+        None where rounding hides the noise.
     """
-    planned = planned_releases(setting)
-    if planned == 0:
-        return
     assert isinstance(setting.client, OwnClient)
     step, grains = setting.client.step, [torch.finfo(torch.float32).eps]
 
@@ -44,24 +79,22 @@ def try_noise(setting: Setting, measured: Measurements, advance: Advance) -> Non
     noise = setting.defense.total_noise()
     assert noise is not None
     matching = setting.matching()
-    several = setting.members > 1
-    shape = (planned // 2, setting.members) if several else (planned // 2,)
+    shape = (planned // 2, setting.members)
     drawn = setting.random("noise").integers(len(setting.reference), size=shape)
     once = torch.as_tensor(drawn, device=setting.model.device)
-    context = setting.context("noise clients")
+    # As a client goes on: one stream for all releases.
+    (context,) = setting.contexts("noise clients", [0])
     releases: list[Gradient] = []
     shares: list[Gradient] = []
     for one in torch.cat([once, once]).split(1):
-        if len(releases) >= FEWEST_RELEASES and measured.clock.used(MATCHING_SHARE):
-            break
         images, labels = setting.reference.images[one], setting.reference.labels[one]
-        sent = client.send(images, labels, context)
+        sent = client.send(images, labels, [context])
         noisy, _ = setting.defense.parted(sent)
         share, _ = setting.defense.parted(matching.replicas(images, labels, sent))
         releases.append(kept_values(noisy))
         shares.append(kept_values(share))
         advance(1)
-    scaled = not several and client.averaged
+    scaled = setting.members == 1 and client.averaged
     residuals = residuals_of(
         concatenate(releases),
         noise,
@@ -73,8 +106,8 @@ def try_noise(setting: Setting, measured: Measurements, advance: Advance) -> Non
         paired=len(releases) == planned,
     )
     if residuals is None:
-        return
-    measured.noise = NoiseTest(
+        return None
+    return NoiseTest(
         releases=len(releases),
         values=residuals.count,
         rounding=max(grains),
@@ -84,8 +117,6 @@ def try_noise(setting: Setting, measured: Measurements, advance: Advance) -> Non
 
 def planned_releases(setting: Setting) -> int:
     """How many releases are made to test the noise."""
-    if why_no_noise_test(setting) or setting.spec.evidence.matching_trials == 0:
-        return 0
     size = sum(min(tensor.numel(), MOST_KEPT) for tensor in _noisy(setting).values())
     return max(FEWEST_RELEASES, min(RELEASES, MOST_VALUES // size // 2 * 2))
 

@@ -2,66 +2,113 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from ggl_audit.basics.gradient import flat, norm, rows, take
 from ggl_audit.case.clients import OwnClient
-from ggl_audit.case.setting import Setting
-from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.promise import (
     CANDIDATES,
-    Identifier,
     cancelling,
     farthest,
     largest,
     pool_size,
+    scores_of,
     smallest,
 )
-from ggl_audit.experiments.attacks import Advance
-from ggl_audit.experiments.candidate_matching import MATCHING_SHARE
-from ggl_audit.experiments.measurements import Measurements
+from ggl_audit.attacks.attack import Advance
+from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS
+from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 from ggl_audit.inputs.images import ImageSet
 
 
-def try_promise(setting: Setting, trials: int, measured: Measurements, advance: Advance) -> None:
-    """Identifies worst-case images in what the client's own code sends, against its guarantee."""
-    if not tests_promise(setting) or trials == 0:
-        return
-    assert isinstance(setting.client, OwnClient)
-    model, random = setting.model, setting.random("promise")
-    pool = pool_size(model.size, setting.memory)
-    drawn = torch.as_tensor(random.integers(len(setting.reference), size=pool), device=model.device)
-    images = setting.reference.images[drawn]
-    labels = torch.as_tensor(random.integers(model.classes, size=pool), device=model.device)
-    matching, context = setting.matching(), setting.context("promise clients")
-    norms = torch.stack([norm(one) for one in matching.each_gradient(images, labels)])
-    few = smallest(norms)
-    raw = rows(matching.each_gradient(images[few], labels[few]), len(few))
-    others = few[cancelling(raw, setting.client.batch_size - 1, random)]
-    del raw
-    companions = ImageSet(images[others], labels[others], "companions that cancel")
-    client = replace(setting.client, companions=companions, always_the_same=True)
-    likely = largest(norms)
-    each = matching.each_gradient(images[likely], labels[likely])
-    sent = (setting.defense.without_noise(one, context) for one in each)
-    contributions = rows(sent, len(likely))
-    best = farthest(contributions, CANDIDATES)
-    chosen, identifier = likely[best], Identifier(contributions[best])
-    del contributions
-    hits = done = 0
-    for truth in random.integers(CANDIDATES, size=trials):
-        if done and measured.clock.used(MATCHING_SHARE):
-            break
-        one = chosen[int(truth)][None]
-        release = flat(take(client.send(images[one], labels[one], context), 0))
-        hits += identifier.guess(release, random) == int(truth)
-        done += 1
-        advance(1)
-    measured.promise = measure_rate(hits, done, 1 / CANDIDATES)
+class Scored(Result):
+    """How well each of the worst-case candidates explains a release.
+
+    Attributes:
+        truth: the candidate that it was made with.
+        scores: see :func:`ggl_audit.evidence.promise.scores_of`.
+        lot: breaks ties.
+    """
+
+    truth: int
+    scores: list[float]
+    lot: float
 
 
-def tests_promise(setting: Setting) -> bool:
-    """Whether there is a promise, and a client that could break it."""
-    return isinstance(setting.client, OwnClient) and setting.guarantee is not None
+class _WorstCase(NamedTuple):
+    """Whom the promise is hardest to keep for.
+
+    Attributes:
+        images: (8, channels, height, width), the candidates.
+        labels: (8,).
+        contributions: (8, size), what each adds to a release under the declaration.
+        client: whose companions cancel each other.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    contributions: torch.Tensor
+    client: OwnClient
+
+
+class Promise(Experiment[Scored]):
+    """How often worst-case images are identified in what the client's own code sends."""
+
+    name = "promise"
+    stage = "the test of the promise"
+    result = Scored
+    share = MATCHING_SHARE
+
+    def plan(self) -> Plan | NotMeasured:
+        """As many trials as the ceiling, where there is a promise and a client that may break it."""
+        if self.case.guarantee is None:
+            return NotMeasured(reason="no guarantee is declared")
+        if self.case.spec.client is None:
+            return NotMeasured(
+                reason="the client's own code was not given (client.step), and this tool's own "
+                "defense cannot break the promise"
+            )
+        trials = self.case.spec.evidence.matching_trials
+        return Plan(trials=trials, evaluations=trials) if trials else NotMeasured(reason=NO_TRIALS)
+
+    @functools.cached_property
+    def _worst_case(self) -> _WorstCase:
+        case, model, random = self.case, self.case.model, self.case.random("promise")
+        assert isinstance(case.client, OwnClient)
+        pool, device = pool_size(model.size, case.memory), case.model.device
+        drawn = torch.as_tensor(random.integers(len(case.reference), size=pool), device=device)
+        images = case.reference.images[drawn]
+        labels = torch.as_tensor(random.integers(model.classes, size=pool), device=device)
+        matching = case.matching()
+        norms = torch.stack([norm(one) for one in matching.each_gradient(images, labels)])
+        few = smallest(norms)
+        raw = rows(matching.each_gradient(images[few], labels[few]), len(few))
+        others = few[cancelling(raw, case.client.batch_size - 1, random)]
+        del raw
+        companions = ImageSet(images[others], labels[others], "companions that cancel")
+        client = replace(case.client, companions=companions, always_the_same=True)
+        likely = largest(norms)
+        (context,) = case.contexts("promise contributions", [0])
+        gradients = matching.each_gradient(images[likely], labels[likely])
+        sent = (case.defense.without_noise(one, context) for one in gradients)
+        contributions = rows(sent, len(likely))
+        best = farthest(contributions, CANDIDATES)
+        chosen = likely[best]
+        return _WorstCase(images[chosen], labels[chosen], contributions[best], client)
+
+    def run(self, trials: range, advance: Advance) -> Iterator[Scored]:
+        """Sends a candidate of the worst case, and scores all of them."""
+        worst = self._worst_case
+        contexts = self.case.contexts("promise clients", trials)
+        for trial, context in zip(trials, contexts, strict=True):
+            random = self.case.random("promise truths", trial)
+            truth = int(random.integers(CANDIDATES))
+            sent = worst.client.send(worst.images[None, truth, None], worst.labels[None, truth, None], [context])
+            scores = scores_of(worst.contributions, flat(take(sent, 0)))
+            advance(1)
+            yield Scored(truth=truth, scores=scores, lot=float(random.random()))

@@ -2,166 +2,231 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from ggl_audit.basics.gradient import Gradient, concatenate, stack, unstack
+from ggl_audit.attacks.attack import Advance
+from ggl_audit.attacks.ggl import GenerativeGradientLeakage, search_latents
+from ggl_audit.basics.gradient import concatenate, norm, shares, stack, unstack
 from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.setting import Setting
-from ggl_audit.evidence.bounds import ReconstructionRate, measure_rate, paired_p_value
+from ggl_audit.defenses import Pipeline
 from ggl_audit.evidence.controls import null_gradient
 from ggl_audit.evidence.fidelity import mean_psnr, nearest
-from ggl_audit.evidence.grade import floor_is_settled
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
-from ggl_audit.experiments.attacks import GGL, Advance, run_attacks, run_search
+from ggl_audit.evidence.standing import floor_is_settled
 from ggl_audit.experiments.candidate_matching import undefended
-from ggl_audit.experiments.likeness import place_capture
-from ggl_audit.experiments.measurements import Measurements
+from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
+from ggl_audit.experiments.ledger import Ledger
+from ggl_audit.spec import EvidenceSpec
 
-CANARIES_BETWEEN_LOOKS = 5
+CANARIES_TOGETHER, CANARIES_BETWEEN_LOOKS = 10, 5
+"""Of a group; and of one where trials may end early."""
 
-LAST_SHARE = 0.25
-"""More time than canaries took that the next ones, and what follows them, may take."""
+Hits = dict[str, bool]
+"""Whether a canary was identified, by each distance by which a picture picks its candidate."""
 
 
-def reconstruct(
-    setting: Setting, canaries: Trials, measured: Measurements, advance: Advance
-) -> None:
-    """Makes each attack on canaries and on a null control of each, and places the capture.
+class Reconstructed(Result):
+    """What each attack made of a canary, and of its null control.
 
-    Raises:
-        KeyboardInterrupt: interrupted.
+    Attributes:
+        hits: by attack.
+        null_hits: the same for the null control.
+        psnr_db: of the picture nearest to the canary, by attack.
+        null_psnr_db: the same for the null control.
+        loss: the matching distance that the latent search reached.
+        null_loss: the same for the null control.
+        agreements: of the search's pictures with the canary's gradient: the cosine for each of
+            k - 1 tensors and for the whole.
+        null_agreements: the same for the null control.
+        shares: of each tensor in the squared norm of the canary's gradient.
+        norm: of that gradient.
     """
-    planned, chance = len(canaries), 1 / setting.spec.evidence.candidates
-    if planned == 0:
-        return
-    distances = setting.distances
-    context, random = setting.context("canary clients"), setting.random("reconstruction ties")
-    names = measured.suite.names
-    hits = {name: {distance: _Pairs() for distance in distances} for name in names}
-    pictures: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    losses: list[torch.Tensor] = []
-    agreements: list[torch.Tensor] = []
-    gradients: list[Gradient] = []
-    done = 0
-    stop_early, clock = setting.spec.evidence.stop_early, measured.clock
-    together = CANARIES_BETWEEN_LOOKS if stop_early or clock.is_limited else planned
-    for part in canaries.batches(together):
-        if done and not clock.reaches((1 + LAST_SHARE) * measured.seconds_each * len(part)):
-            planned = done  # the clock does not look at what comes out
-            break
-        began = clock.seconds
-        sent = setting.client.send(*part.members, context)
-        labels = torch.cat([setting.labels_seen(sent, part.members[1])] * 2)
+
+    hits: dict[str, Hits]
+    null_hits: dict[str, Hits]
+    psnr_db: dict[str, float]
+    null_psnr_db: dict[str, float]
+    loss: float
+    null_loss: float
+    agreements: list[float]
+    null_agreements: list[float]
+    shares: list[float]
+    norm: float
+
+
+class Reconstruction(Experiment[Reconstructed]):
+    """The floor: how often pictures identify their canary, beyond the null control's."""
+
+    name = "reconstruction"
+    stage = "reconstruction and the null control"
+    result = Reconstructed
+
+    def plan(self) -> Plan | NotMeasured:
+        """As many canaries as are declared and the reference set has."""
+        evidence = self.case.spec.evidence
+        trials = min(evidence.reconstruction_trials, len(self.case.trials))
+        if trials == 0:
+            return NotMeasured(reason="evidence.reconstruction_trials is 0")
+        return Plan(
+            trials=trials,
+            evaluations=2 * trials * self.suite.evaluations(),
+            together=CANARIES_BETWEEN_LOOKS if evidence.stop_early else CANARIES_TOGETHER,
+        )
+
+    def run(self, trials: range, advance: Advance) -> Iterator[Reconstructed]:
+        """Makes each attack on canaries, and on a random gradient beside each."""
+        case = self.case
+        canaries = case.trials.part(slice(trials.start, trials.stop))
+        contexts = case.contexts("canary clients", trials)
+        sent = case.client.send(*canaries.members, contexts)
         nulls = [
-            null_gradient(one, setting.defense, context, setting.usual_norm)
-            for one in unstack(sent)
+            null_gradient(one, case.defense, context, case.usual_norm)
+            for one, context in zip(unstack(sent), contexts, strict=True)
         ]
         observed = concatenate([sent, stack(nulls)])
-        purpose = f"canary search {len(gradients)}"
-        result, attempts = run_attacks(setting, measured.suite, observed, labels, purpose, advance)
-        if not result.complete:
-            raise KeyboardInterrupt
-        matching = setting.matching()
-        searched = attempts[GGL].images
-        agreements.append(matching.agreement(searched, labels, observed).unflatten(0, (2, -1)))
-        gradients.append(sent)
-        losses.append(result.losses.unflatten(0, (2, -1)))
-        for name, attempt in attempts.items():
-            found, null_found = attempt.images.unflatten(0, (2, -1))
-            pictures[name].append(torch.stack([found, null_found]))
-            for distance, measure in distances.items():
-                hits[name][distance].add(
-                    reconstruction_ranks(found, part, measure, random),
-                    reconstruction_ranks(null_found, part, measure, random),
-                )
-        done += len(part)
-        measured.seconds_each = (clock.seconds - began) / len(part)
-        counted = [hits[name][setting.distance] for name in names]
-        if stop_early and all(
-            floor_is_settled(*own.apart, done, planned, chance, len(names)) for own in counted
-        ):
-            break
-
-    done_canaries = canaries.first(done)
-    for name in names:
-        found, null_found = torch.cat(pictures[name], dim=1)
-        measured.floors[name] = {}
-        for distance, own in hits[name].items():
-            beyond, only_null = own.apart
-            p_value = paired_p_value(beyond, only_null + planned - done, len(names))
-            measured.floors[name][distance] = _rate(
-                beyond, found, done_canaries, planned, p_value, len(names)
+        labels = torch.cat([case.labels_seen(sent, canaries.members[1])] * 2)
+        purposes = ("canary search", "null search")
+        randoms = [case.random(own, trial) for own in purposes for trial in trials]
+        attempts = self.suite.run(observed, labels, randoms, advance)
+        searched = attempts[GenerativeGradientLeakage.name]
+        agreements = case.matching().agreement(searched.images, labels, observed)
+        pictures = {
+            name: attempt.images.unflatten(0, (2, -1)) for name, attempt in attempts.items()
+        }
+        count, their_shares = len(trials), shares(sent)
+        ranked = [
+            {
+                name: {
+                    distance: _hits(case, canaries, own[side], distance, f"{name} {side}", trials)
+                    for distance in case.distances
+                }
+                for name, own in pictures.items()
+            }
+            for side in range(2)
+        ]
+        psnr = [
+            {name: _psnr_db(own[side], canaries) for name, own in pictures.items()}
+            for side in range(2)
+        ]
+        for place, gradient in enumerate(unstack(sent)):
+            hits, null_hits = (
+                {name: {d: hit[place] for d, hit in by.items()} for name, by in side.items()}
+                for side in ranked
             )
-        null = sum(hits[name][setting.distance].null)
-        measured.nulls[name] = _rate(null, null_found, done_canaries, planned)
-    canary_losses, null_losses = torch.cat(losses, dim=1).tolist()
-    if not setting.defense.steps:
-        controls = done_canaries.first(setting.spec.evidence.control_trials)
-        if len(controls):
-            found = torch.cat(pictures[GGL], dim=1)[0, : len(controls)]
-            right = sum(hits[GGL][setting.distance].found[: len(controls)])
-            controls_planned = min(planned, setting.spec.evidence.control_trials)
-            measured.undefended = _rate(right, found, controls, controls_planned)
-    agreement, sent = torch.cat(agreements, dim=1), concatenate(gradients)
-    others = zip(setting.others, measured.others, strict=True)
-    for of, about in ((setting, measured), *others):
-        about.canary_losses = canary_losses
-        about.seconds_each = measured.seconds_each
-        about.null_losses = [*null_losses, about.captured_null[GGL].loss]
-        about.likeness = place_capture(of, about, agreement, sent, advance)
+            found_db, null_db = ({name: db[place] for name, db in side.items()} for side in psnr)
+            yield Reconstructed(
+                hits=hits,
+                null_hits=null_hits,
+                psnr_db=found_db,
+                null_psnr_db=null_db,
+                loss=float(searched.losses[place]),
+                null_loss=float(searched.losses[count + place]),
+                agreements=agreements[place].tolist(),
+                null_agreements=agreements[count + place].tolist(),
+                shares=their_shares[place].tolist(),
+                norm=float(norm(gradient)),
+            )
+
+    def is_wanted(self, trials: range, ledger: Ledger) -> bool:
+        """As long as a floor is not settled, where that is declared to end the trials."""
+        done = ledger.results(Reconstruction)
+        return not are_settled(done, self.plan(), self.case.spec.evidence)
 
 
-def reconstruct_undefended(
-    setting: Setting, canaries: Trials, measured: Measurements, advance: Advance
-) -> None:
-    """Attacks canaries without the defense: can it work at all with this prior and model?
+class Redrawn(Result):
+    """What the latent search made of a canary's gradient without the defense.
 
-    Raises:
-        KeyboardInterrupt: interrupted.
+    Attributes:
+        hit: whether its picture identified the canary.
+        psnr_db: of the picture.
     """
-    if len(canaries) == 0 or not setting.defense.steps:
-        return
-    without = undefended(setting)
-    client = DeclaredClient(setting.matching(without), without)
-    gradients = client.send(*canaries.members, setting.context("undefended clients"))
-    labels = setting.labels_seen(gradients, canaries.members[1])
-    result, images = run_search(setting, without, gradients, labels, "undefended search", advance)
-    if not result.complete:
-        raise KeyboardInterrupt
-    distance = setting.distances[setting.distance]
-    ranks = reconstruction_ranks(images, canaries, distance, setting.random("undefended ties"))
-    measured.undefended = _rate(ranks.count(1), images, canaries, len(canaries))
+
+    hit: bool
+    psnr_db: float
 
 
-@dataclass
-class _Pairs:
-    """Of each canary, whether the attack identified it, and whether its null control did."""
+class UndefendedReconstruction(Experiment[Redrawn]):
+    """The control of the floor: can the search work at all, with this prior and model?"""
 
-    found: list[bool] = field(default_factory=list)
-    null: list[bool] = field(default_factory=list)
+    name = "undefended_reconstruction"
+    stage = "the undefended control"
+    result = Redrawn
+    as_long_as = Reconstruction.name
 
-    def add(self, ranks: list[int], null_ranks: list[int]) -> None:
-        self.found += [rank == 1 for rank in ranks]
-        self.null += [rank == 1 for rank in null_ranks]
+    def plan(self) -> Plan | NotMeasured:
+        """The first canaries of the floor; none where there is no defense to leave out."""
+        if not self.case.defense.steps:
+            return NotMeasured(reason="no defense is declared, so that the floor is its control")
+        evidence = self.case.spec.evidence
+        if evidence.reconstruction_trials == 0:
+            return NotMeasured(reason="evidence.reconstruction_trials is 0")
+        if evidence.control_trials == 0:
+            return NotMeasured(reason="evidence.control_trials is 0")
+        declared = min(evidence.reconstruction_trials, evidence.control_trials)
+        trials = min(declared, len(self.case.trials))
+        searching = self.suite.attacks[0].evaluations()
+        return Plan(
+            trials=trials, evaluations=trials * searching, together=2 * CANARIES_TOGETHER
+        )
 
-    @property
-    def apart(self) -> tuple[int, int]:
-        """How many only the attack identified, and how many only its null control."""
-        pairs = list(zip(self.found, self.null, strict=True))
-        return pairs.count((True, False)), pairs.count((False, True))
+    @functools.cached_property
+    def _without(self) -> Pipeline:
+        return undefended(self.case)
+
+    def run(self, trials: range, advance: Advance) -> Iterator[Redrawn]:
+        """Searches the latents of undefended gradients."""
+        case, without = self.case, self._without
+        canaries = case.trials.part(slice(trials.start, trials.stop))
+        client = DeclaredClient(case.matching(without), without)
+        sent = client.send(*canaries.members, case.contexts("undefended clients", trials))
+        labels = case.labels_seen(sent, canaries.members[1])
+        randoms = [case.random("undefended search", trial) for trial in trials]
+        images = search_latents(case, without, sent, labels, randoms, advance).images
+        hits = _hits(case, canaries, images, case.distance, "undefended", trials)
+        for hit, psnr_db in zip(hits, _psnr_db(images, canaries), strict=True):
+            yield Redrawn(hit=hit, psnr_db=psnr_db)
 
 
-def _rate(
-    hits: int,
-    pictures: torch.Tensor,
+def are_settled(
+    done: Sequence[Reconstructed], plan: Plan | NotMeasured, evidence: EvidenceSpec
+) -> bool:
+    """Whether trials end early as declared, since none of those left can change any floor."""
+    if not evidence.stop_early or isinstance(plan, NotMeasured) or not done:
+        return False
+    names, chance = list(done[0].hits), 1 / evidence.candidates
+    return all(
+        floor_is_settled(
+            *apart(done, name, evidence.distance), len(done), plan.trials, chance, len(names)
+        )
+        for name in names
+    )
+
+
+def apart(done: Sequence[Reconstructed], attack: str, distance: str) -> tuple[int, int]:
+    """How many canaries only the attack identified, and how many only its null control."""
+    pairs = [(one.hits[attack][distance], one.null_hits[attack][distance]) for one in done]
+    return pairs.count((True, False)), pairs.count((False, True))
+
+
+def _hits(
+    case: Setting,
     canaries: Trials,
-    planned: int,
-    null_p_value: float | None = None,
-    attacks: int = 1,
-) -> ReconstructionRate:
-    chance = 1 / canaries.candidates.shape[1]
-    rate = measure_rate(hits, len(canaries), chance, planned, attacks)
-    psnr = mean_psnr(nearest(pictures, canaries.canaries), canaries.canaries)
-    return ReconstructionRate(**dict(rate), psnr_db=psnr, null_p_value=null_p_value)
+    images: torch.Tensor,
+    distance: str,
+    purpose: str,
+    trials: range,
+) -> list[bool]:
+    lots = case.lots(f"{purpose} {distance} ties", trials)
+    ranks = reconstruction_ranks(images, canaries, case.distances[distance], lots)
+    return [rank == 1 for rank in ranks]
+
+
+def _psnr_db(images: torch.Tensor, canaries: Trials) -> list[float]:
+    """The PSNR of each canary's nearest picture, of (t, k, channels, height, width)."""
+    found = nearest(images, canaries.canaries)
+    pairs = zip(found.split(1), canaries.canaries.split(1), strict=True)
+    return [mean_psnr(*pair) for pair in pairs]

@@ -14,7 +14,7 @@ from ggl_audit.evidence.bounds import (
     empirical_mu,
     trials_needed,
 )
-from ggl_audit.evidence.grade import (
+from ggl_audit.evidence.standing import (
     LITTLE_LEAKAGE,
     NO_LEAKAGE,
     PARTLY_RECONSTRUCTED,

@@ -14,7 +14,7 @@ from ggl_audit.evidence.assignment import assign
 from ggl_audit.evidence.bounds import empirical_mu
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.fidelity import compare
-from ggl_audit.evidence.grade import decide, doubts_about_ceiling
+from ggl_audit.judgement.grade import decide, doubts_about_ceiling
 from ggl_audit.evidence.guarantee import largest_advantage
 from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.experiments.attacks import ATTACKS, GGL

@@ -12,7 +12,7 @@ from rich.text import Text
 from rich_pixels import HalfcellRenderer, Pixels
 
 from ggl_audit.errors import printable
-from ggl_audit.evidence.grade import in_words
+from ggl_audit.judgement.grade import in_words
 from ggl_audit.report import wording
 from ggl_audit.report.model import Captured, Report, picture
 

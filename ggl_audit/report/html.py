@@ -7,7 +7,7 @@ import math
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ggl_audit.evidence.grade import in_words
+from ggl_audit.judgement.grade import in_words
 from ggl_audit.report import wording
 from ggl_audit.report.model import Report
 

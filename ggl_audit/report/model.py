@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ggl_audit.errors import AuditError
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate
 from ggl_audit.evidence.fidelity import Fidelity
-from ggl_audit.evidence.grade import Verdict
+from ggl_audit.judgement.grade import Verdict
 from ggl_audit.evidence.guarantee import Guarantee
 from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.evidence.noise_tests import NoiseTest

@@ -8,11 +8,12 @@ from scipy.stats import binom
 from ggl_audit.evidence.bounds import empirical_mu, measure_rate
 from ggl_audit.evidence.promise import (
     CANDIDATES,
-    Identifier,
     cancelling,
     farthest,
+    guesses,
     largest,
     pool_size,
+    scores_of,
     smallest,
 )
 
@@ -48,12 +49,10 @@ def identified(mu: float, offset: float, trials: int, seed: int) -> int:
     torch.manual_seed(seed)
     contributions = torch.linalg.qr(torch.randn(300, CANDIDATES)).Q.T
     shift = offset * torch.randn(300)
-    identifier = Identifier(contributions)
-    hits = 0
-    for truth in random.integers(CANDIDATES, size=trials):
-        release = contributions[truth] + shift + torch.randn(300) / mu
-        hits += identifier.guess(release, random) == int(truth)
-    return hits
+    truths = random.integers(CANDIDATES, size=trials)
+    releases = [contributions[truth] + shift + torch.randn(300) / mu for truth in truths]
+    scores = [scores_of(contributions, release) for release in releases]
+    return int((np.array(guesses(scores, random.random(trials))) == truths).sum())
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0])

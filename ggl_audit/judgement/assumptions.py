@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from ggl_audit.attacks.ggl import searched_by
+from ggl_audit.attacks.suite import Suite
 from ggl_audit.case.setting import Setting
 from ggl_audit.client.local_training import described
 from ggl_audit.defenses import Encryption
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.last_layer import MODEL_AND_LOSS
+from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.evidence.square_layers import LAYOUT, square_layers
-from ggl_audit.experiments.attacks import searched_by
-from ggl_audit.experiments.measurements import Measurements
 from ggl_audit.inputs.layouts import CHANNELS_LAST
 from ggl_audit.inputs.model import in_other_mode
 
@@ -18,8 +23,36 @@ TWO, COLOURS = 2, 3
 COARSE = 1e-4
 
 
-def assumptions(setting: Setting, measured: Measurements) -> list[str]:
-    """Lists what was assumed and not measured, one sentence each."""
+class Assumptions(BaseModel):
+    """What is assumed and not measured, a sentence each.
+
+    Attributes:
+        always: whatever comes out.
+        if_like: only if the capture is like the canaries' gradients.
+        unless_like: only if it is not, or that is not known.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    always: list[str]
+    if_like: list[str]
+    unless_like: list[str]
+
+    def of(self, likeness: Likeness | None) -> list[str]:
+        """Those that hold for a capture that is so like the canaries' gradients."""
+        if likeness is not None and likeness.outcome == "like":
+            return [*self.always, *self.if_like]
+        said = [*self.always, *self.unless_like]
+        if likeness is not None and likeness.outcome == "hidden":
+            said.append(
+                "That the capture belongs to the declared weights, mode, loss and normalization is "
+                f"taken for granted: {likeness.detail}."
+            )
+        return said
+
+
+def assumptions(setting: Setting, suite: Suite) -> Assumptions:
+    """Lists what is assumed and not measured."""
     spec = setting.spec
     evidence = spec.evidence
     said = [
@@ -29,7 +62,6 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
         f"{_loss(setting)} times {spec.model.loss.scale:g}, images normalized with mean "
         f"{spec.model.input.mean} and std {spec.model.input.std}{_channels(setting)}.",
         *_parts(setting),
-        *_layout(setting, measured),
         *_training(setting),
         *_cohort(setting),
     ]
@@ -76,28 +108,20 @@ def assumptions(setting: Setting, measured: Measurements) -> list[str]:
             f"Canaries' gradients are made by the client's own code ({spec.client.step}), in "
             f"batches of {spec.client.batch_size}, of which the attacker knows all but one image."
         )
-    likeness = measured.likeness
-    if likeness is not None and likeness.outcome == "hidden":
-        said.append(
-            "That the capture belongs to the declared weights, mode, loss and normalization is "
-            f"taken for granted: {likeness.detail}."
-        )
-    if likeness is not None and likeness.outcome == "like":
-        said.append(
-            "The capture is like the canaries' gradients in every tensor that tells; a slightly "
-            f"different normalization{_scale(setting)}{_colours(setting)} may be too small to show."
-        )
     search = searched_by(setting)
     said.append(
-        f"The floor is that of {_attacks(measured)}, the search by {search.optimizer} with "
+        f"The floor is that of {_attacks(suite.names)}, the search by {search.optimizer} with "
         f"{search.evaluations} evaluations on {setting.prior.source}; others may do better. "
         f"The ceiling is about identification among {evidence.candidates} same-class images."
     )
-    return said
+    like = (
+        "The capture is like the canaries' gradients in every tensor that tells; a slightly "
+        f"different normalization{_scale(setting)}{_colours(setting)} may be too small to show."
+    )
+    return Assumptions(always=said, if_like=[like], unless_like=_layout(setting))
 
 
-def _attacks(measured: Measurements) -> str:
-    names = measured.suite.names
+def _attacks(names: Sequence[str]) -> str:
     return "one attack" if len(names) == 1 else f"the strongest of {len(names)} attacks"
 
 
@@ -278,13 +302,12 @@ def beside(setting: Setting) -> list[str]:
     return said
 
 
-def _layout(setting: Setting, measured: Measurements) -> list[str]:
+def _layout(setting: Setting) -> list[str]:
     """Which matrices may be transposed, as far as anything tells."""
     square = square_layers(setting.captured.gradient)
     told = {check.step for check in setting.checks if check.outcome != "hidden"}
-    like = measured.likeness is not None and measured.likeness.outcome == "like"
     declared = setting.spec.capture.layout == CHANNELS_LAST
-    if not square or declared or like or told & {LAYOUT, PRIVATE_IMAGE}:
+    if not square or declared or told & {LAYOUT, PRIVATE_IMAGE}:
         return []
     return [
         f"Whether {_listed(square)} is (out, in) or transposed is ambiguous, as it is square and "

@@ -1,0 +1,136 @@
+"""An experiment plans trials and runs them. What came out of each is all that it leaves behind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from ggl_audit.case.setting import Setting
+from ggl_audit.attacks.attack import Advance
+from ggl_audit.attacks.suite import Suite
+
+if TYPE_CHECKING:
+    from ggl_audit.experiments.ledger import Ledger
+
+
+class Result(BaseModel):
+    """What came out of one trial: all of it that judgement or a report will ever need."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+ResultOf = TypeVar("ResultOf", bound=Result)
+
+
+class Plan(BaseModel):
+    """What an experiment will do.
+
+    Attributes:
+        trials: how many, numbered from 0.
+        evaluations: gradients of candidates, in all trials together.
+        together: the trials of a group, which share their batches. Groups are by number alone:
+            trials 0 to ``together`` - 1 are the first, whoever runs them and when.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    trials: int
+    evaluations: int
+    together: int = 1
+
+    def groups(self) -> list[range]:
+        """The numbers of the trials, group by group."""
+        starts = range(0, self.trials, self.together)
+        return [range(start, min(start + self.together, self.trials)) for start in starts]
+
+
+class NotMeasured(BaseModel):
+    """Why an experiment is not made.
+
+    Attributes:
+        reason: in words that can follow "not measured:".
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    reason: str
+
+
+class Experiment(ABC, Generic[ResultOf]):
+    """Something that is measured in trials.
+
+    A trial's randomness is decided by the seed, the experiment and the trial's number alone. So
+    what comes out of it does not depend on what ran before it, beside it, or where.
+
+    Attributes:
+        name: in ledgers and reports.
+        stage: what is going on while it runs, in words.
+        result: what comes out of a trial.
+        share: of a time limit; when it is used up no further group is begun.
+        as_long_as: the experiment whose trials take at least as long, where there are none of its
+            own yet to tell whether another group would end in time; empty for none.
+        waits: whether it is only begun when all experiments before it are done.
+
+    Args:
+        case: what was handed in.
+        suite: the attacks that are made.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[str]
+    result: ClassVar[type[Result]]
+    share: ClassVar[float] = 1.0
+    as_long_as: ClassVar[str] = ""
+    waits: ClassVar[bool] = False
+
+    def __init__(self, case: Setting, suite: Suite) -> None:
+        self.case = case
+        self.suite = suite
+
+    @abstractmethod
+    def plan(self) -> Plan | NotMeasured:
+        """Says how many trials there will be, or why there are none."""
+
+    @abstractmethod
+    def run(self, trials: range, advance: Advance) -> Iterator[ResultOf]:
+        """Runs a group of trials.
+
+        Args:
+            trials: their numbers, one of :meth:`Plan.groups`.
+            advance: told of the candidates that are evaluated, now and then; it may raise
+                ``KeyboardInterrupt``.
+
+        Yields:
+            What came out of each, in their order.
+        """
+
+    def is_wanted(self, trials: range, ledger: Ledger) -> bool:
+        """Whether what comes out of a group could change what the ledger says.
+
+        Args:
+            trials: of a group, whose predecessors are in the ledger or were not wanted.
+            ledger: what has come out so far.
+        """
+        return True
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some trials of one experiment, which are run together.
+
+    Attributes:
+        experiment: its name.
+        trials: their numbers.
+    """
+
+    experiment: str
+    trials: range
+
+
+Kinds = Sequence[type[Experiment[Result]]]
+
+Wanted = Callable[[Group], bool]

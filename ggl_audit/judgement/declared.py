@@ -1,0 +1,278 @@
+"""What is known of an audit before its first trial: the declaration, and what its checks have said.
+
+With the ledger it is all that judgement and reports read, so that both can be had again from a file
+without the model, and nothing is computed once the experiments are over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ggl_audit import __version__
+from ggl_audit.attack.labels import why_not_inferred
+from ggl_audit.attacks.suite import Suite
+from ggl_audit.basics.environment import describe
+from ggl_audit.basics.gradient import norm
+from ggl_audit.case.setting import Setting
+from ggl_audit.defenses import Check
+from ggl_audit.evidence.consistency import PRIVATE_IMAGE
+from ggl_audit.evidence.guarantee import Guarantee, largest_advantage
+from ggl_audit.evidence.identification import blind_labels
+from ggl_audit.experiments import likeness
+from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
+from ggl_audit.inputs.png_uri import PngUri, png_uri
+from ggl_audit.judgement.assumptions import Assumptions, assumptions
+from ggl_audit.spec import EvidenceSpec, GateSpec
+
+
+class InputFile(BaseModel):
+    """A file that the audit read, as it was named, and what it was."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str
+
+
+class DeclaredCapture(BaseModel):
+    """One captured gradient of the round.
+
+    Attributes:
+        file: as the spec names it.
+        appearance: what it looks like, in sentences, where that can be told.
+        labels: of its images, as inferred or declared.
+        label_method: how they were found.
+        norm: of the gradient, as it was observed.
+        truths: the private images, where they are held.
+        proven: whether these images are shown to give the capture.
+        likeness: what it takes to place it among the canaries' gradients.
+        not_measured: the reason for what is lacking in any case.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    appearance: list[str]
+    labels: list[int]
+    label_method: str
+    norm: float
+    truths: list[PngUri]
+    proven: bool
+    likeness: likeness.Premises
+    not_measured: dict[str, str]
+
+
+class DeclaredAttack(BaseModel):
+    """An attack that is made, or why it is not.
+
+    Attributes:
+        name: as in reports.
+        source: what it searches, and where it is from.
+        not_made: why not; empty where it is.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    source: str
+    not_made: str = ""
+
+
+class Declared(BaseModel):
+    """What is known before the first trial.
+
+    Attributes:
+        version: of this program.
+        spec: as it was read, with its defaults.
+        evidence: the part of it that says how trials are counted.
+        gate: the part of it that says what fails.
+        inputs: the files that were read.
+        environment: versions and device.
+        captures: those of the round; the first is the one that is audited.
+        checks: of the captures against the declared steps.
+        doubts: why canaries may not stand for the capture.
+        guarantee: of the declared defense.
+        bound_for_any_model: the largest advantage that a clip and noise leave to anybody.
+        in_the_clear: running statistics that are sent and no step is over.
+        is_defended: whether any step is declared.
+        is_exact_moments: whether the gradient follows from what was captured, by arithmetic.
+        has_likelihood: whether matching is by the likelihood under the declared noise.
+        members: images of a release.
+        blind_label: how often a blind guess of the labels is right; None where they are not asked.
+        attacks: those that are made, and those that are not.
+        plans: of the experiments, by name.
+        stages: what each does, in words.
+        assumptions: what is assumed and not measured.
+        not_measured: the reason for what is lacking in any case.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: str
+    spec: dict[str, Any]
+    evidence: EvidenceSpec
+    gate: GateSpec
+    inputs: list[InputFile]
+    environment: dict[str, str]
+    captures: list[DeclaredCapture]
+    checks: list[Check]
+    doubts: list[str]
+    guarantee: Guarantee | None
+    bound_for_any_model: float
+    in_the_clear: list[str]
+    is_defended: bool
+    is_exact_moments: bool
+    has_likelihood: bool
+    members: int
+    blind_label: float | None
+    attacks: list[DeclaredAttack]
+    plans: dict[str, Plan | NotMeasured]
+    stages: dict[str, str]
+    assumptions: Assumptions
+    not_measured: dict[str, str]
+
+
+def declare(case: Setting, suite: Suite, experiments: Sequence[Experiment[Result]]) -> Declared:
+    """Puts down what is known of a case before its first trial."""
+    spec = case.spec
+    bound = largest_advantage(case.defense.guarantee(), 1 / spec.evidence.candidates)
+    no_label = why_not_inferred(case.model, case.members)
+    if not no_label and case.model.classes == 1:
+        no_label = "there is one label only"
+    made = [DeclaredAttack(name=one.name, source=one.source) for one in suite.attacks]
+    not_made = [
+        DeclaredAttack(name=kind.name, source=kind.source, not_made=reason)
+        for kind, reason in suite.left_out
+    ]
+    applied = "the tool applied the defense itself (capture.stage is raw)"
+    raw = spec.capture.stage == "raw" and case.defense.steps
+    reasons = {
+        "label": no_label,
+        "guarantee": "" if case.guarantee else _no_guarantee(case),
+        "checks": applied if raw else "",
+    }
+    return Declared(
+        version=__version__,
+        spec=spec.model_dump(mode="json"),
+        evidence=spec.evidence,
+        gate=spec.gate,
+        inputs=[InputFile(path=path, sha256=digest) for path, digest in case.files],
+        environment=describe(case.model.device),
+        captures=[_capture(one) for one in (case, *case.others)],
+        checks=[
+            *case.checks,
+            *(
+                replace(check, step=f"{check.step} ({_file(other)})")
+                for other in case.others
+                for check in other.checks
+                if check.outcome == "contradicts"
+            ),
+        ],
+        doubts=case.doubts,
+        guarantee=case.guarantee,
+        # No clip and no noise is on what is sent in the clear.
+        bound_for_any_model=1.0 if case.defense.in_the_clear else bound,
+        in_the_clear=list(case.defense.in_the_clear),
+        is_defended=bool(case.defense.steps),
+        is_exact_moments=spec.capture.kind == "moments",
+        has_likelihood=case.has_likelihood,
+        members=case.members,
+        blind_label=None if no_label else blind_labels(case.model.classes, case.members),
+        attacks=[*made, *not_made],
+        plans={one.name: one.plan() for one in experiments},
+        stages={one.name: one.stage for one in experiments},
+        assumptions=assumptions(case, suite),
+        not_measured={name: reason for name, reason in reasons.items() if reason},
+    )
+
+
+def _capture(case: Setting) -> DeclaredCapture:
+    inferred = case.spec.capture.labels == "infer"
+    method = "inferred from the last layer's gradient" if inferred else "declared"
+    rows = "" if case.model.targets is None else "; a number stands for a row of targets"
+    shown = any(c.step == PRIVATE_IMAGE and c.outcome == "agrees" for c in case.checks)
+    return DeclaredCapture(
+        file=_file(case),
+        appearance=case.appearance,
+        labels=case.labels,
+        label_method=f"{method}{rows}",
+        norm=float(norm(case.observed)),
+        truths=[png_uri(truth) for truth in case.truths],
+        proven=shown and not case.defense.is_random(),
+        likeness=likeness.premises_of(case),
+        not_measured=_no_ranks(case),
+    )
+
+
+def _file(case: Setting) -> str:
+    return str(case.spec.capture.gradient or case.spec.capture.after)
+
+
+def _no_ranks(case: Setting) -> dict[str, str]:
+    """Why the private images are not ranked, by what of them is lacking."""
+    if len(case.truths) == 0:
+        of = "image" if case.members == 1 else "images"
+        return {"truths": f"the auditor does not hold the private {of} (evidence.truth)"}
+    if case.truth_labels is None:
+        reasons = {
+            "rank": "which label belongs to which private image is not known: declare "
+            "capture.labels, in the order of evidence.truth"
+        }
+        checked = any(check.step == PRIVATE_IMAGE for check in case.checks)
+        if case.defense.leaves_only_noise() and not checked:
+            reasons["check"] = (
+                "whether the capture is of the private images: it is not with the inferred labels "
+                "in the order that fits best, and others were not tried"
+            )
+        return reasons
+    reasons = {}
+    if case.defense.leaves_only_noise() and not any(
+        check.step == PRIVATE_IMAGE for check in case.checks
+    ):
+        reasons["check"] = (
+            "whether the capture is of the private images: a declared step depends on the whole "
+            "gradient, of which not all is sent"
+        )
+    lacking = [
+        label
+        for label, trial in zip(case.truth_labels, case.captured_trials(), strict=True)
+        if trial is None
+    ]
+    if lacking:
+        reasons["rank"] = (
+            f"{case.reference.source} has fewer than {case.spec.evidence.candidates - 1} "
+            f"images of class {lacking[0]}"
+        )
+    elif case.prior_saw_truth:
+        reasons["rank"] = (
+            "the prior was trained on a private image itself, but not on the other candidates, "
+            "so its rank by the reconstruction would be no evidence"
+        )
+    if not case.matching().adds_up:
+        reasons["matching_rank"] = (
+            "what the images of a client give does not add up, so that their order may matter"
+        )
+    return reasons
+
+
+def _no_guarantee(case: Setting) -> str:
+    if case.defense.guarantee() is not None:
+        return (
+            "a clip and noise are declared, but not whom they protect and how often: that takes "
+            "guarantee: {unit, reduction, rounds, sampling_rate, delta}"
+        )
+    if not case.defense.steps:
+        return "no defense is declared"
+    if not case.defense.is_random():
+        return (
+            f"{case.defense} is not random, and only randomness makes a gradient differentially "
+            "private"
+        )
+    return (
+        f"{case.defense} is not differentially private: that takes a bound on the norm of the "
+        "whole gradient and Gaussian noise after it"
+    )

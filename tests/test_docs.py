@@ -20,8 +20,8 @@ import yaml
 
 import ggl_audit
 from ggl_audit import errors
-from ggl_audit.judgement.grade import IN_WORDS
 from ggl_audit.inputs import yaml_file
+from ggl_audit.judgement.grade import IN_WORDS
 from ggl_audit.spec import Spec
 
 ROOT = Path(__file__).parent.parent

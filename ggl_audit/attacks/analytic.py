@@ -52,7 +52,5 @@ class Analytic(Attack):
         rounding = case.captured.rounding
         observed = stack([case.observed])
         picture = attempt.images[:1, 0]
-        found = is_exact(
-            case.model, case.defense, picture, labels, observed, rounding, case.memory
-        )
+        found = is_exact(case.model, case.defense, picture, labels, observed, rounding, case.memory)
         return bool(found[0])

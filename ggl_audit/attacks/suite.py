@@ -32,9 +32,13 @@ class Suite:
         """The attacks that are made."""
         return [attack.name for attack in self.attacks]
 
-    def evaluations(self) -> int:
-        """How many candidates all of them evaluate for each gradient."""
-        return sum(attack.evaluations() for attack in self.attacks)
+    def searched(self) -> int:
+        """How many candidates they evaluate for each gradient, without derivatives."""
+        return sum(one.evaluations() for one in self.attacks if not one.by_derivatives)
+
+    def descended(self) -> int:
+        """How many candidates they evaluate for each gradient, with derivatives."""
+        return sum(one.evaluations() for one in self.attacks if one.by_derivatives)
 
     def run(
         self,

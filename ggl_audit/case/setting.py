@@ -154,7 +154,7 @@ class Setting:
 
     @functools.cached_property
     def why_no_derivatives(self) -> str:
-        """Why derivatives of the matching distance lead nowhere; empty where they lead somewhere."""
+        """Why derivatives of the matching distance lead nowhere; empty where they do not."""
         random = torch.Generator().manual_seed(0)
         shape = (1, self.members, *self.model.shape)
         images = torch.rand(shape, generator=random).to(self.model.mean)

@@ -38,12 +38,12 @@ def check(
     from rich.console import Console
     from rich.markup import escape
 
+    from ggl_audit.audit import plan_experiments
     from ggl_audit.case.setting import prepare
     from ggl_audit.cli.progress import AuditProgress
     from ggl_audit.errors import printable
-    from ggl_audit.experiments.attacks import choose_attacks
-    from ggl_audit.experiments.forecast import forecast, planned_evaluations
-    from ggl_audit.report.assumptions import beside
+    from ggl_audit.experiments.forecast import forecast
+    from ggl_audit.judgement.assumptions import beside
 
     declared = options.load_spec(
         spec,
@@ -94,16 +94,16 @@ def check(
     console.print(f"guarantee: {promise}")
     with AuditProgress(shown=not quiet) as progress:
         progress.stage("a few candidates, to predict the cost")
-        suite = choose_attacks(setting)
-        predicted = forecast(setting, suite)
+        experiments = plan_experiments(setting)
+        suite = experiments[0].suite
+        predicted = forecast(setting, suite, {one.name: one.plan() for one in experiments})
     console.print()
     console.print(_needs(predicted))
     console.print(f"attacks: {', '.join(suite.names)}")
-    for name, reason in suite.left_out.items():
-        console.print(escape(printable(f"not {name}: {reason}")))
+    for kind, reason in suite.left_out:
+        console.print(escape(printable(f"not {kind.name}: {reason}")))
     console.print(
-        f"the audit evaluates {planned_evaluations(setting, suite):,} candidates, about "
-        f"{predicted.seconds:.0f} s"
+        f"the audit evaluates {predicted.evaluations:,} candidates, about {predicted.seconds:.0f} s"
     )
     checks = [step for one in (setting, *setting.others) for step in one.checks]
     if any(step.outcome == "contradicts" for step in checks):

@@ -216,9 +216,7 @@ def rank_of_truth(distances: torch.Tensor, lots: Lots) -> list[int]:
     return [int(1 + before + lot * (equal + 1)) for before, equal, lot in drawn]
 
 
-def match(
-    matching: Matching, trials: Trials, observed: Gradient, lots: Lots
-) -> list[int]:
+def match(matching: Matching, trials: Trials, observed: Gradient, lots: Lots) -> list[int]:
     """The ceiling: ranks the truth by the matching distance of the candidates themselves.
 
     Where the likelihood under the declared noise is known, it orders the candidates, so no

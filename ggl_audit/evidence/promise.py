@@ -107,7 +107,7 @@ def scores_of(contributions: torch.Tensor, release: torch.Tensor) -> list[float]
 
 
 def guesses(scores: Sequence[Sequence[float]], lots: Sequence[float]) -> list[int]:
-    """Guesses which candidate each release was made with, and learns the client's offset on the way.
+    """Guesses which candidate made each release, and learns the client's offset on the way.
 
     A client with a fault adds an offset to all releases that would otherwise drown the differences,
     so what a score has been on average is taken off. Each guess uses earlier releases only, so that

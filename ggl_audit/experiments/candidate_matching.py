@@ -6,12 +6,12 @@ import functools
 from collections.abc import Iterator, Sequence
 
 from ggl_audit.attack.labels import why_not_inferred
+from ggl_audit.attacks.attack import Advance
 from ggl_audit.case.clients import Client, DeclaredClient
 from ggl_audit.case.setting import Setting
 from ggl_audit.defenses import Pipeline, SecureAggregation
 from ggl_audit.evidence.identification import match
 from ggl_audit.evidence.standing import ceiling_is_settled
-from ggl_audit.attacks.attack import Advance
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.spec import EvidenceSpec
@@ -146,6 +146,6 @@ def _plan(case: Setting, trials: int) -> Plan:
     held = COPIES_OF_A_CANARY * 4 * case.model.size * case.defense.aggregation.clients
     return Plan(
         trials=trials,
-        evaluations=trials * (case.spec.evidence.candidates + 1),
+        matched=trials * (case.spec.evidence.candidates + 1),
         together=max(1, min(CANARIES_TOGETHER, case.memory // held)),
     )

@@ -101,8 +101,12 @@ class CaptureAttack(Experiment[Attacked]):
     def plan(self) -> Plan:
         """A trial for each capture: several searches of it, and as many of a random gradient."""
         captures = 1 + len(self.case.others)
-        each_evaluates = 2 * SEARCHES_COMPARED * self.suite.evaluations()
-        return Plan(trials=captures, evaluations=captures * each_evaluates)
+        searches = 2 * SEARCHES_COMPARED * captures
+        return Plan(
+            trials=captures,
+            searched=searches * self.suite.searched(),
+            descended=searches * self.suite.descended(),
+        )
 
     def run(self, trials: range, advance: Advance) -> Iterator[Attacked]:
         """Attacks captures."""
@@ -175,7 +179,7 @@ def _matching_ranks(case: Setting, observed: Gradient) -> list[int | None]:
 
 
 def _pictures(case: Setting, images: torch.Tensor) -> list[Picture]:
-    """Shows k images, (k, channels, height, width), in the order of the truths if these are held."""
+    """Shows k images, (k, channels, height, width), beside the truths where these are held."""
     if len(case.truths) == 0:
         return [Picture(image=png_uri(image)) for image in images]
     truths = assign(images, case.truths, case.distances[case.distance])

@@ -41,7 +41,7 @@ class _Alternatives(Experiment[Explained]):
         """A trial for each capture; what it takes is only known if it is made."""
         if self.case.spec.evidence.reconstruction_trials == 0:
             return NotMeasured(reason="evidence.reconstruction_trials is 0")
-        return Plan(trials=1 + len(self.case.others), evaluations=0)
+        return Plan(trials=1 + len(self.case.others))
 
     @abstractmethod
     def alternatives(self, case: Setting) -> Iterator[tuple[str, Setting]]:

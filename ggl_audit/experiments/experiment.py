@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from ggl_audit.case.setting import Setting
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.attacks.suite import Suite
+from ggl_audit.case.setting import Setting
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ggl_audit.experiments.ledger import Ledger
 
 
@@ -22,8 +24,16 @@ class Result(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
+    @classmethod
+    def said(cls, results: Sequence[Self]) -> list[str]:
+        """What came out of trials, in sentences for the report.
 
-ResultOf = TypeVar("ResultOf", bound=Result)
+        Our own experiments say nothing here, as the report has parts of its own for them.
+        """
+        return []
+
+
+ResultOf = TypeVar("ResultOf", bound=Result, covariant=True)
 
 
 class Plan(BaseModel):
@@ -31,7 +41,10 @@ class Plan(BaseModel):
 
     Attributes:
         trials: how many, numbered from 0.
-        evaluations: gradients of candidates, in all trials together.
+        matched: gradients of candidates that are compared with one gradient each, all trials
+            together.
+        searched: those of latents, as a search asks for them.
+        descended: those with derivatives, in the same unit.
         together: the trials of a group, which share their batches. Groups are by number alone:
             trials 0 to ``together`` - 1 are the first, whoever runs them and when.
     """
@@ -39,8 +52,15 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     trials: int
-    evaluations: int
+    matched: int = 0
+    searched: int = 0
+    descended: int = 0
     together: int = 1
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients of candidates, in all trials together."""
+        return self.matched + self.searched + self.descended
 
     def groups(self) -> list[range]:
         """The numbers of the trials, group by group."""

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ggl_audit.attack.pixels import attack_pixels
-from ggl_audit.attack.refine import refinement_steps
-from ggl_audit.basics.clock import Clock
+from ggl_audit.attacks.ggl import search_latents
+from ggl_audit.attacks.suite import Suite
 from ggl_audit.basics.gradient import stack
 from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.bounds import hits_needed, trials_needed
-from ggl_audit.evidence.grade import (
+from ggl_audit.evidence.standing import (
     LITTLE_LEAKAGE,
     NO_LEAKAGE,
     PARTLY_RECONSTRUCTED,
     RECONSTRUCTED,
     fewest_significant,
 )
-from ggl_audit.experiments.attacks import PIXELS, REFINED, Suite, captured_labels, run_search
-from ggl_audit.experiments.candidate_matching import MATCHING_CONTROL_TRIALS, run_matching
+from ggl_audit.experiments.candidate_matching import CandidateMatching, match_canaries
 from ggl_audit.experiments.capture import SEARCHES_COMPARED
-from ggl_audit.experiments.membership import MEMBERSHIP_TRIALS, can_identify_members
-from ggl_audit.experiments.noise import planned_releases
-from ggl_audit.experiments.promise import tests_promise
+from ggl_audit.experiments.experiment import NotMeasured, Plan
+from ggl_audit.experiments.reconstruction import CANARIES_TOGETHER, Reconstruction
 from ggl_audit.optimizers import DERIVATIVE_COST
 
 TRIALS_TO_PREDICT = 8
@@ -68,29 +66,33 @@ class Forecast:
 
     Attributes:
         needs: the trials for each grade.
+        evaluations: candidates of the whole audit as declared.
         seconds: of the whole audit as declared.
     """
 
     needs: list[Need]
+    evaluations: int
     seconds: float
 
 
-def forecast(setting: Setting, suite: Suite) -> Forecast:
-    """Says which grades the declared trials can give, and what they take, from a short run."""
-    evidence = setting.spec.evidence
-    chance = 1 / evidence.candidates
-    matching, searching, descending = predict_seconds(setting, suite)
-    attacks = len(suite.names)
-    each = searching * evaluations_each(setting) + descending * planned_descents(setting, suite)
-    trials = setting.trials()
-    match_trials = len(trials.first(evidence.matching_trials))
-    search_trials = len(trials.first(evidence.reconstruction_trials))
+def forecast(case: Setting, suite: Suite, plans: Mapping[str, Plan | NotMeasured]) -> Forecast:
+    """Says which grades the declared trials can give, and what they take, from a short run.
+
+    Args:
+        case: what was handed in.
+        suite: the attacks that are made.
+        plans: of the experiments, by name.
+    """
+    evidence = case.spec.evidence
+    chance, attacks = 1 / evidence.candidates, len(suite.names)
+    matching, searching, descending = predict_seconds(case, suite, plans)
+    a_canary = 2 * (searching * suite.searched() + descending * suite.descended())
     needs = [
         Need(
             grade=grade,
             experiment="matching",
             trials=(needed := trials_needed(bound, chance)),
-            planned=match_trials,
+            planned=_trials(plans[CandidateMatching.name]),
             condition="matching identifies no more than chance",
             seconds=needed * matching * (evidence.candidates + 1),
         )
@@ -101,116 +103,75 @@ def forecast(setting: Setting, suite: Suite) -> Forecast:
             grade=grade,
             experiment="reconstruction",
             trials=(needed := hits_needed(bound, chance, fewest_significant(attacks), attacks)),
-            planned=search_trials,
+            planned=_trials(plans[Reconstruction.name]),
             condition="every picture identifies its canary, none of the null control's does",
-            seconds=needed * 2 * each,
+            seconds=needed * a_canary,
         )
         for grade, bound in (("D", PARTLY_RECONSTRUCTED), ("F", RECONSTRUCTED))
     ]
-    whole = matching * planned_matching(setting)
-    captures, controls = planned_searches(setting)
-    whole += captures * each + controls * searching * evaluations_each(setting)
-    return Forecast(needs, whole)
+    made = [plan for plan in plans.values() if isinstance(plan, Plan)]
+    seconds = sum(
+        matching * plan.matched + searching * plan.searched + descending * plan.descended
+        for plan in made
+    )
+    return Forecast(needs, planned_evaluations(plans), seconds)
 
 
-def planned_evaluations(setting: Setting, suite: Suite) -> int:
+def planned_evaluations(plans: Mapping[str, Plan | NotMeasured]) -> int:
     """The candidates that an audit evaluates, but for the search for a misfit's cause."""
-    captures, controls = planned_searches(setting)
-    beyond = planned_descents(setting, suite) * DERIVATIVE_COST
-    searched = (captures + controls) * evaluations_each(setting)
-    return planned_matching(setting) + searched + captures * beyond
+    return sum(plan.evaluations for plan in plans.values() if isinstance(plan, Plan))
 
 
-def planned_matching(setting: Setting) -> int:
-    """The candidates of the ceiling, its control, the noise and the promise."""
-    evidence = setting.spec.evidence
-    matched = min(evidence.matching_trials, len(setting.trials()))
-    promised = evidence.matching_trials if tests_promise(setting) else 0
-    if setting.defense.steps:
-        matched += min(matched, MATCHING_CONTROL_TRIALS)
-    if can_identify_members(setting):
-        matched += min(len(setting.trials()), MEMBERSHIP_TRIALS)
-    return matched * (evidence.candidates + 1) + promised + planned_releases(setting)
+def _trials(plan: Plan | NotMeasured) -> int:
+    return plan.trials if isinstance(plan, Plan) else 0
 
 
-def planned_searches(setting: Setting) -> tuple[int, int]:
-    """The gradients that all attacks are made on, and those of the undefended control."""
-    evidence = setting.spec.evidence
-    canaries = len(setting.trials().first(evidence.reconstruction_trials))
-    controls = min(evidence.control_trials, canaries) if setting.defense.steps else 0
-    captures = 1 + len(setting.others)
-    return 2 * (captures * SEARCHES_COMPARED + canaries), controls
-
-
-def planned_descents(setting: Setting, suite: Suite) -> int:
-    """The candidates with derivatives for each gradient."""
-    steps = setting.spec.attack.steps
-    refined = refinement_steps(setting.prior, steps) if REFINED in suite.names else 0
-    return refined + (steps if PIXELS in suite.names else 0)
-
-
-def evaluations_each(setting: Setting) -> int:
-    """The candidates of one search."""
-    attack = setting.spec.attack
-    step = attack.restarts * (DERIVATIVE_COST if attack.optimizer == "adam" else 1)
-    return step * (attack.evaluations // step)
-
-
-def predict_seconds(setting: Setting, suite: Suite) -> tuple[float, float, float]:
+def predict_seconds(
+    case: Setting, suite: Suite, plans: Mapping[str, Plan | NotMeasured]
+) -> tuple[float, float, float]:
     """Predicts the seconds that a candidate takes, from a few of each kind.
 
     Returns:
         Seconds for each candidate of the matching trials, of the searches, and with derivatives.
     """
-    attack = setting.spec.attack
-    trials = setting.trials().first(TRIALS_TO_PREDICT)
-    planned, _ = planned_searches(setting)
+    declared, canaries = case.spec.attack, case.trials.first(TRIALS_TO_PREDICT)
+    planned = 2 * (SEARCHES_COMPARED + min(_trials(plans[Reconstruction.name]), CANARIES_TOGETHER))
     count = min(planned, SEARCHES_TO_PREDICT)
-    observed = stack([setting.observed] * count)
-    labels = captured_labels(setting, count)
+    observed, labels = stack([case.observed] * count), case.captured_labels(count)
+    randoms = [case.random("prediction", number) for number in range(count)]
 
-    def matched(tried: int, candidates: int) -> int:
-        part = trials.first(tried)
-        part = replace(part, candidates=part.candidates[:, : candidates - 1])
-        run_matching(
-            setting, setting.client, setting.defense, part, "prediction", _nothing, Clock()
+    def matched(trials: int, candidates: int) -> int:
+        tried = range(trials)
+        found = match_canaries(
+            case, case.client, case.defense, "prediction", tried, _nothing, candidates - 1
         )
-        return part.candidates.numel() + len(part)
+        return candidates * len(list(found))
 
     def searched(searches: int, evaluations: int) -> int:
-        part = {name: tensor[:searches] for name, tensor in observed.items()}
-        found, _ = run_search(
-            setting,
-            setting.defense,
-            part,
-            labels[:searches],
-            "prediction",
-            _nothing,
-            evaluations,
-        )
-        return found.evaluations
+        own = {name: tensor[:searches] for name, tensor in observed.items()}
+        tried = own, labels[:searches], randoms[:searches]
+        found = search_latents(case, case.defense, *tried, _nothing, evaluations)
+        return searches * found.curves[0][-1][0]
 
     def descended(searches: int, steps: int) -> int:
-        derivatives = setting.derivatives("cosine")
-        random = setting.random("prediction")
-        part = {name: tensor[:searches] for name, tensor in observed.items()}
-        of_each = labels[:searches].reshape(searches, -1)
-        attack_pixels(setting.model, derivatives, of_each, part, steps, random, _nothing)
-        return steps * searches
+        own = {name: tensor[:searches] for name, tensor in observed.items()}
+        tried = labels[:searches], own, steps, randoms[:searches]
+        attack_pixels(case.model, case.derivatives("cosine"), *tried, _nothing)
+        return DERIVATIVE_COST * steps * searches
 
-    candidates = setting.spec.evidence.candidates + 1
-    matching = seconds_each(matched, [(1, 3), (1, candidates), (len(trials), candidates)])
-    size = setting.prior.size * setting.members + attack.population
-    least = attack.restarts * (attack.population + 1)
-    short = attack.restarts * min(ROUNDS_TO_PREDICT[0] * size, attack.evaluations)
-    long = attack.restarts * min(ROUNDS_TO_PREDICT[1] * size, 2 * attack.evaluations)
+    candidates = case.spec.evidence.candidates + 1
+    matching = seconds_each(matched, [(1, 3), (1, candidates), (len(canaries), candidates)])
+    size = case.prior.size * case.members + declared.population
+    least = declared.restarts * (declared.population + 1)
+    short = declared.restarts * min(ROUNDS_TO_PREDICT[0] * size, declared.evaluations)
+    long = declared.restarts * min(ROUNDS_TO_PREDICT[1] * size, 2 * declared.evaluations)
     # The difference of two lengths leaves out what a search costs once.
     searching = seconds_each(searched, [(1, least), (count, short), (count, long)], matching)
     descending = 0.0
-    if planned_descents(setting, suite):
+    if suite.descended():
         few, more = STEPS_TO_PREDICT
-        guess = DERIVATIVE_COST * searching
-        descending = seconds_each(descended, [(1, few), (count, few), (count, more)], guess)
+        sizes = [(1, few), (count, few), (count, more)]
+        descending = seconds_each(descended, sizes, searching)
     return matching, searching, descending
 
 

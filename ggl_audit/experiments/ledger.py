@@ -59,6 +59,11 @@ class Ledger:
         """What came out of an experiment's trials, in their order."""
         return [outcome.result for outcome in self.of(experiment.name)]  # type: ignore[misc]
 
+    def by_trial(self, experiment: type[Experiment[ResultOf]]) -> dict[int, ResultOf]:
+        """What came out of an experiment's trials, by their numbers."""
+        outcomes = self._outcomes[experiment.name]
+        return {trial: outcome.result for trial, outcome in outcomes.items()}  # type: ignore[misc]
+
     def holds(self, group: Group) -> bool:
         """Whether all trials of a group are there."""
         return set(group.trials) <= self._outcomes[group.experiment].keys()
@@ -73,6 +78,11 @@ class Ledger:
         self._keep(new)
         for outcome in new:
             self._outcomes[outcome.experiment][outcome.trial] = outcome
+
+    def said(self, experiment: str) -> list[str]:
+        """What came out of an experiment, in sentences, where it says so itself."""
+        results = [outcome.result for outcome in self.of(experiment)]
+        return type(results[0]).said(results) if results else []
 
     def seconds_each(self, experiment: str) -> float | None:
         """The mean of what a trial of an experiment took; None where there is none."""

@@ -148,7 +148,5 @@ def _judged(
     nulls = torch.tensor([one.null_agreements for one in canaries])
     losses = torch.tensor([one.loss for one in canaries])
     told = (torch.tensor([one.shares for one in canaries], dtype=torch.float64) > NONE).any(0)
-    judged = [
-        judge(row, theirs, losses, nulls, tensors, told) for row in torch.tensor(agreements)
-    ]
+    judged = [judge(row, theirs, losses, nulls, tensors, told) for row in torch.tensor(agreements)]
     return max(judged, key=lambda one: -math.inf if one.place is None else one.place)

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ggl_audit.attacks.attack import Advance
 from ggl_audit.basics.gradient import Gradient, flat, rows, take
 from ggl_audit.evidence.identification import rank_of_truth
 from ggl_audit.evidence.membership import UnknownMembers, public_images
-from ggl_audit.attacks.attack import Advance
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 
@@ -26,7 +26,7 @@ class Identified(Result):
 
 
 class Membership(Experiment[Identified]):
-    """How often a canary is identified in releases of several images, knowing none of the others."""
+    """How often a canary is identified in releases of several images, the others being unknown."""
 
     name = "membership"
     stage = "membership"
@@ -46,7 +46,7 @@ class Membership(Experiment[Identified]):
         trials = min(len(case.trials), MEMBERSHIP_TRIALS)
         if trials == 0 or case.spec.evidence.matching_trials == 0:
             return NotMeasured(reason=NO_TRIALS)
-        return Plan(trials=trials, evaluations=trials * (case.spec.evidence.candidates + 1))
+        return Plan(trials=trials, matched=trials * (case.spec.evidence.candidates + 1))
 
     def _can_be_told(self) -> bool:
         case, model = self.case, self.case.model

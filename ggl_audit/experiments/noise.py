@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ggl_audit.attacks.attack import Advance
 from ggl_audit.basics.gradient import Gradient, concatenate
 from ggl_audit.case.clients import OwnClient
 from ggl_audit.case.setting import Setting
 from ggl_audit.evidence.noise_residuals import MOST_KEPT, grain_of, kept_values, residuals_of
 from ggl_audit.evidence.noise_tests import NoiseTest, find_violations
-from ggl_audit.attacks.attack import Advance
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 
@@ -43,7 +43,7 @@ class Noise(Experiment[NoiseTested]):
             reason = NO_TRIALS
         if reason:
             return NotMeasured(reason=reason)
-        return Plan(trials=1, evaluations=planned_releases(self.case))
+        return Plan(trials=1, matched=planned_releases(self.case))
 
     def run(self, trials: range, advance: Advance) -> Iterator[NoiseTested]:
         """Takes the declared shares out of what is sent, and tests what is left."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ggl_audit.attacks.attack import Advance
 from ggl_audit.basics.gradient import flat, norm, rows, take
 from ggl_audit.case.clients import OwnClient
 from ggl_audit.evidence.promise import (
@@ -20,7 +21,6 @@ from ggl_audit.evidence.promise import (
     scores_of,
     smallest,
 )
-from ggl_audit.attacks.attack import Advance
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 from ggl_audit.inputs.images import ImageSet
@@ -74,7 +74,7 @@ class Promise(Experiment[Scored]):
                 "defense cannot break the promise"
             )
         trials = self.case.spec.evidence.matching_trials
-        return Plan(trials=trials, evaluations=trials) if trials else NotMeasured(reason=NO_TRIALS)
+        return Plan(trials=trials, matched=trials) if trials else NotMeasured(reason=NO_TRIALS)
 
     @functools.cached_property
     def _worst_case(self) -> _WorstCase:
@@ -108,7 +108,8 @@ class Promise(Experiment[Scored]):
         for trial, context in zip(trials, contexts, strict=True):
             random = self.case.random("promise truths", trial)
             truth = int(random.integers(CANDIDATES))
-            sent = worst.client.send(worst.images[None, truth, None], worst.labels[None, truth, None], [context])
+            chosen = worst.images[None, truth, None], worst.labels[None, truth, None]
+            sent = worst.client.send(*chosen, [context])
             scores = scores_of(worst.contributions, flat(take(sent, 0)))
             advance(1)
             yield Scored(truth=truth, scores=scores, lot=float(random.random()))

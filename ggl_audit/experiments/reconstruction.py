@@ -73,7 +73,8 @@ class Reconstruction(Experiment[Reconstructed]):
             return NotMeasured(reason="evidence.reconstruction_trials is 0")
         return Plan(
             trials=trials,
-            evaluations=2 * trials * self.suite.evaluations(),
+            searched=2 * trials * self.suite.searched(),
+            descended=2 * trials * self.suite.descended(),
             together=CANARIES_BETWEEN_LOOKS if evidence.stop_early else CANARIES_TOGETHER,
         )
 
@@ -169,9 +170,7 @@ class UndefendedReconstruction(Experiment[Redrawn]):
         declared = min(evidence.reconstruction_trials, evidence.control_trials)
         trials = min(declared, len(self.case.trials))
         searching = self.suite.attacks[0].evaluations()
-        return Plan(
-            trials=trials, evaluations=trials * searching, together=2 * CANARIES_TOGETHER
-        )
+        return Plan(trials=trials, searched=trials * searching, together=2 * CANARIES_TOGETHER)
 
     @functools.cached_property
     def _without(self) -> Pipeline:

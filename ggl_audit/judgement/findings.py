@@ -14,15 +14,15 @@ from ggl_audit.evidence.bounds import (
     empirical_mu,
     trials_needed,
 )
+from ggl_audit.evidence.guarantee import Guarantee
+from ggl_audit.evidence.likeness import Likeness
+from ggl_audit.evidence.noise_tests import MOST_SAID, NoiseTest
 from ggl_audit.evidence.standing import (
     LITTLE_LEAKAGE,
     NO_LEAKAGE,
     PARTLY_RECONSTRUCTED,
     reconstructed,
 )
-from ggl_audit.evidence.guarantee import Guarantee
-from ggl_audit.evidence.likeness import Likeness
-from ggl_audit.evidence.noise_tests import MOST_SAID, NoiseTest
 from ggl_audit.judgement import rules
 from ggl_audit.judgement.rules import Question, Rule, Severity
 

@@ -85,12 +85,6 @@ def in_words(grade: Grade, ceiling: Rate | None) -> str:
     return words if ceiling is None else words.replace(" N ", f" {round(1 / ceiling.chance)} ")
 
 
-
-
-
-
-
-
 def doubts_about_ceiling(
     matching_control: Rate | None,
     checks: Sequence[Check],
@@ -166,7 +160,7 @@ def decide(
     checks: Sequence[Check],
     likeness: Likeness | None,
     doubts: Sequence[str],
-    interrupted_in: str | None,
+    cut_short: str | None,
     fail_on: Grade,
     bound_for_any_model: float = 0.0,
     exact: bool = False,
@@ -179,7 +173,7 @@ def decide(
         checks: the capture against each declared step.
         likeness: of the capture to the canaries' gradients, unless its fit is proven otherwise.
         doubts: about the ceiling; with any of them there is no A and no B.
-        interrupted_in: what was running when the audit was cut short, or None.
+        cut_short: what was running when the audit was cut short, or None. Then there is no pass.
         fail_on: the best grade that fails the gate.
         bound_for_any_model: where nothing shows that the capture belongs to the declared model,
             the largest advantage that a clip and noise leave to anybody; it bounds an A.
@@ -188,7 +182,7 @@ def decide(
     if exact:
         reason = "The private image was read off the captured gradient exactly."
         return Verdict(grade="F", reason=reason, exit_code=1)
-    grade, reason = _grade(floor, ceiling, checks, likeness, interrupted_in)
+    grade, reason = _grade(floor, ceiling, checks, likeness)
     if grade == "A" and bound_for_any_model > NO_LEAKAGE:
         grade = "B"
         reason = (
@@ -198,7 +192,10 @@ def decide(
         )
     if grade in ("A", "B") and doubts:
         grade, reason = "inconclusive", f"{reason.removesuffix('.')}, but {doubts[0]}."
-    if grade == "inconclusive":
+    if cut_short is not None:
+        grade = "inconclusive" if grade in ("A", "B") else grade
+        reason = f"The audit was cut short during {cut_short}. {reason}"
+    if grade == "inconclusive" or cut_short is not None:
         return Verdict(grade=grade, reason=reason, exit_code=3)
     failed = ORDER.index(grade) >= ORDER.index(fail_on)
     return Verdict(grade=grade, reason=reason, exit_code=1 if failed else 0)
@@ -209,11 +206,8 @@ def _grade(
     ceiling: Rate | None,
     checks: Sequence[Check],
     likeness: Likeness | None,
-    interrupted_in: str | None,
 ) -> tuple[Grade, str]:
     contradicted = [check for check in checks if check.outcome == "contradicts"]
-    if interrupted_in is not None:
-        return "inconclusive", f"The audit was cut short during {interrupted_in}."
     if contradicted:
         check = contradicted[0]
         return (

@@ -12,9 +12,10 @@ from rich.text import Text
 from rich_pixels import HalfcellRenderer, Pixels
 
 from ggl_audit.errors import printable
+from ggl_audit.inputs.png_uri import picture
 from ggl_audit.judgement.grade import in_words
 from ggl_audit.report import wording
-from ggl_audit.report.model import Captured, Report, picture
+from ggl_audit.report.model import Captured, Report
 
 GRADE_STYLE = {
     "A": "bold white on green4",

@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Annotated, Any, Literal
 
-import torch
-from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from ggl_audit.errors import AuditError
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate
 from ggl_audit.evidence.fidelity import Fidelity
-from ggl_audit.judgement.grade import Verdict
 from ggl_audit.evidence.guarantee import Guarantee
 from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.evidence.noise_tests import NoiseTest
-from ggl_audit.inputs.images import decode_picture, to_picture
+from ggl_audit.inputs.png_uri import PngUri
+from ggl_audit.judgement.declared import InputFile
 from ggl_audit.judgement.findings import Finding
-
-PNG_URI = "data:image/png;base64,"
-
-
-def png_uri(image: torch.Tensor) -> str:
-    """Encodes (channels, height, width) in [0, 1] as an 8-bit PNG in a data URI."""
-    buffer = io.BytesIO()
-    to_picture(image).save(buffer, format="PNG")
-    return PNG_URI + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def picture(uri: str) -> Image.Image:
-    """Decodes what :func:`png_uri` encoded.
-
-    Raises:
-        ValueError: it is not such a URI.
-        AuditError: the picture is broken, or larger than any of a report.
-    """
-    if not uri.startswith(PNG_URI):
-        raise ValueError("not a PNG data URI")
-    return decode_picture(base64.b64decode(uri[len(PNG_URI) :], validate=True), ("PNG",))
-
-
-def _decodable(uri: str) -> str:
-    try:
-        picture(uri)
-    except (ValueError, AuditError):
-        raise ValueError("not a PNG in a data URI") from None
-    return uri
-
-
-PngUri = Annotated[str, AfterValidator(_decodable)]
+from ggl_audit.judgement.grade import Verdict
 
 
 class _Part(BaseModel):
@@ -252,11 +216,28 @@ class Cost(_Part):
     peak_memory_bytes: int | None
 
 
-class InputFile(_Part):
-    """A file that the audit read, as it was named, and what it was."""
+class Experiment(_Part):
+    """What one experiment did.
 
-    path: str
-    sha256: str
+    Attributes:
+        name: as in ledgers.
+        stage: what it does, in words.
+        planned: trials.
+        trials: that there are.
+        evaluations: gradients of candidates.
+        seconds: of work, which several processes may have shared.
+        said: what came out, where no other part of the report has it.
+        not_measured: why it was not made; empty where it was.
+    """
+
+    name: str
+    stage: str
+    planned: int = 0
+    trials: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    said: list[str] = []
+    not_measured: str = ""
 
 
 class Report(_Part):
@@ -270,6 +251,7 @@ class Report(_Part):
     evidence: EvidenceReport
     findings: list[Finding]
     assumptions: list[str]
+    experiments: list[Experiment] = []
     cost: Cost
     inputs: list[InputFile]
     environment: dict[str, str]

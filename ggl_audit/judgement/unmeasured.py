@@ -1,0 +1,58 @@
+"""Why something was not measured, in words that can follow "not measured:"."""
+
+from __future__ import annotations
+
+from ggl_audit.experiments.candidate_matching import CandidateMatching, UndefendedMatching
+from ggl_audit.experiments.experiment import Experiment, NotMeasured, Result
+from ggl_audit.experiments.ledger import Ledger
+from ggl_audit.experiments.membership import Membership
+from ggl_audit.experiments.noise import Noise
+from ggl_audit.experiments.promise import Promise
+from ggl_audit.experiments.reconstruction import Reconstruction, UndefendedReconstruction
+from ggl_audit.judgement.declared import Declared
+from ggl_audit.judgement.measured import Measured
+
+HIDDEN = "the rounding of the gradient hides the noise"
+LATE = "the time limit left none for it"
+
+
+def why_unmeasured(
+    declared: Declared, ledger: Ledger, measured: Measured, cut_short: str | None
+) -> dict[str, str]:
+    """The reason for each part of the evidence that is lacking, by its name in the report.
+
+    Args:
+        declared: what was known before the first trial.
+        ledger: what came out of the trials.
+        measured: what that adds up to.
+        cut_short: what was running when the audit was cut short, or None.
+    """
+    late = f"the audit was cut short during {cut_short}" if cut_short else LATE
+
+    def reason(experiment: type[Experiment[Result]]) -> str:
+        plan = declared.plans[experiment.name]
+        return plan.reason if isinstance(plan, NotMeasured) else late
+
+    controls = UndefendedReconstruction if declared.is_defended else Reconstruction
+    no_control = declared.evidence.control_trials == 0 and not declared.is_defended
+    lacking: dict[str, tuple[object, type[Experiment[Result]]]] = {
+        "ceiling": (measured.ceiling, CandidateMatching),
+        "floor": (measured.floors, Reconstruction),
+        "membership": (measured.membership, Membership),
+        "promise": (measured.promise, Promise),
+        "noise": (measured.noise, Noise),
+        "controls.null": (measured.nulls, Reconstruction),
+        "controls.undefended": (measured.undefended, controls),
+        "controls.undefended_matching": (
+            measured.undefended_matching,
+            UndefendedMatching if declared.is_defended else CandidateMatching,
+        ),
+    }
+    reasons = {part: reason(kind) for part, (found, kind) in lacking.items() if not found}
+    if "noise" in reasons and ledger.of(Noise.name):
+        reasons["noise"] = HIDDEN
+    if "controls.undefended" in reasons and no_control:
+        reasons["controls.undefended"] = "evidence.control_trials is 0"
+    if measured.label is None:
+        reasons["label"] = declared.not_measured.get("label") or reason(CandidateMatching)
+    return {**declared.not_measured, **reasons}

@@ -66,7 +66,7 @@ def child(experiment: str, budget: int) -> None:
     from ggl_audit.basics.clock import Clock
     from ggl_audit.basics.gradient import stack
     from ggl_audit.case.setting import prepare
-    from ggl_audit.experiments.attacks import captured_labels, run_search
+    from ggl_audit.attacks.ggl import captured_labels, run_search
     from ggl_audit.experiments.candidate_matching import run_matching
     from ggl_audit.experiments.measurements import Measurements
     from ggl_audit.experiments.membership import identify_members

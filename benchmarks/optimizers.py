@@ -36,7 +36,7 @@ from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.fidelity import candidate_distances
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
-from ggl_audit.experiments.attacks import run_search
+from ggl_audit.attacks.ggl import run_search
 from ggl_audit.inputs.spec_file import parse_defense, read_spec
 from ggl_audit.optimizers import DERIVATIVE_COST, FAMILIES, start_optimizer
 from ggl_audit.spec import SubspaceSpec

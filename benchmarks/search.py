@@ -30,7 +30,7 @@ from ggl_audit.attack import search
 from ggl_audit.attack.objective import LatentObjective
 from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.experiments import attacks
-from ggl_audit.experiments.attacks import run_search
+from ggl_audit.attacks.ggl import run_search
 from ggl_audit.inputs.spec_file import read_spec
 from ggl_audit.optimizers import Evaluation, start_optimizer
 from ggl_audit.spec import AttackSpec, Spec

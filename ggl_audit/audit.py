@@ -56,12 +56,7 @@ def run_audit(spec: Spec, progress: Progress, clock: Clock | None = None) -> Rep
     experiments = plan_experiments(case)
     declared = declare(case, experiments[0].suite, experiments)
     ledger = Ledger()
-
-    def advance(evaluations: int) -> None:
-        progress.advance(evaluations)
-        clock.check()
-
-    schedule = InThisProcess({one.name: one for one in experiments}, advance)
+    schedule = InThisProcess({one.name: one for one in experiments}, progress.advance, clock)
     plans = declared.plans
     progress.start(sum(one.evaluations for one in plans.values() if isinstance(one, Plan)))
     cut_short = conduct(experiments, plans, ledger, schedule, progress, clock)

@@ -13,6 +13,8 @@ from hypothesis import settings
 from torch import nn
 
 from ggl_audit.basics.gradient import Gradient
+from ggl_audit.client.randomness import client_contexts
+from ggl_audit.defenses import Context
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.spec_file import read_spec
@@ -66,6 +68,11 @@ def sample() -> Callable[..., Spec]:
 @pytest.fixture
 def model(sample: Callable[..., Spec]) -> ClientModel:
     return load_model(sample("undefended"), torch.device("cpu"))
+
+
+def contexts(count: int, seed: int = 0) -> list[Context]:
+    """The randomness of clients in so many releases."""
+    return client_contexts(seed, "test", torch.device("cpu"), range(count))
 
 
 def plain_gradient(model: ClientModel, image: torch.Tensor, label: int) -> Gradient:

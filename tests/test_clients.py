@@ -18,7 +18,7 @@ from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.spec import Spec
-from tests.conftest import plain_gradient
+from tests.conftest import contexts, plain_gradient
 from tests.known_answers.clients import step
 
 DEFENSE = Pipeline([Clip(bound=0.5), Noise(std=1e-4)])
@@ -44,7 +44,7 @@ def test_what_is_left_of_a_batch_is_the_images_own_share(
 ) -> None:
     data = digits("private")
     client = own(model, batch_size, averaged, scale=1.0 if averaged else batch_size)
-    sent = client.send(data.images[:2], data.labels[:2], context())
+    sent = client.send(data.images[:2, None], data.labels[:2, None], contexts(2))
     for i in range(2):
         alone = plain_gradient(model, data.images[i], int(data.labels[i]))
         expected = Clip(bound=0.5).apply(alone, context())
@@ -56,7 +56,7 @@ def test_what_is_left_of_a_batch_is_the_images_own_share(
 def test_the_same_context_gives_the_same_batches(model: ClientModel) -> None:
     data = digits("private")
     first, second = (
-        own(model, 3, averaged=True).send(data.images[:1], data.labels[:1], context())
+        own(model, 3, averaged=True).send(data.images[:1, None], data.labels[:1, None], contexts(1))
         for _ in range(2)
     )
     assert torch.equal(flat(first), flat(second))
@@ -76,7 +76,7 @@ def test_the_clients_code_cannot_change_the_model(model: ClientModel) -> None:
         training, Matching(model, DEFENSE), DEFENSE, digits("reference"), 1, averaged=True
     )
     data = digits("private")
-    client.send(data.images[:1], data.labels[:1], context())
+    client.send(data.images[:1, None], data.labels[:1, None], contexts(1))
     for name, parameter in model.module.named_parameters():
         assert torch.equal(parameter, before[name])
 
@@ -85,7 +85,7 @@ def test_a_declared_client_does_what_is_declared(model: ClientModel) -> None:
     data = digits("private")
     clip = Pipeline([Clip(bound=0.5)])
     sent = DeclaredClient(Matching(model, clip), clip).send(
-        data.images[:3], data.labels[:3], context()
+        data.images[:3, None], data.labels[:3, None], contexts(3)
     )
     plain = stack(
         [

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from ggl_audit.case.setting import prepare
+from ggl_audit.attacks.suite import Suite
+from ggl_audit.audit import plan_experiments
+from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.experiments import forecast as module
-from ggl_audit.experiments.attacks import choose_attacks
+from ggl_audit.experiments.experiment import NotMeasured, Plan
 from ggl_audit.experiments.forecast import (
     SECONDS_TO_PREDICT,
     forecast,
@@ -73,21 +75,28 @@ def test_what_is_known_to_be_too_slow_is_not_tried(clock: Callable[..., FakeTime
     assert fake.sizes == []
 
 
+def plans(case: Setting) -> tuple[Setting, Suite, dict[str, Plan | NotMeasured]]:
+    """What a forecast is made of."""
+    experiments = plan_experiments(case)
+    return case, experiments[0].suite, {one.name: one.plan() for one in experiments}
+
+
 def slowed(monkeypatch: pytest.MonkeyPatch, fake: FakeTime) -> None:
     """Each experiment takes time for each of its candidates, and computes nothing."""
 
-    def matched(_s: Any, _c: Any, _d: Any, trials: Any, *_: Any) -> None:
-        fake.experiment(len(trials), trials.candidates.shape[1] + 1)
+    def matched(*arguments: Any) -> list[None]:
+        fake.experiment(len(arguments[4]), arguments[6] + 1)
+        return [None] * len(arguments[4])
 
-    def searched(_s: Any, _d: Any, observed: Any, *rest: Any) -> tuple[Any, Any]:
-        count = fake.experiment(len(next(iter(observed.values()))), rest[-1])
-        return type("Found", (), {"evaluations": count}), None
+    def searched(_s: Any, _d: Any, observed: Any, *rest: Any) -> Any:
+        fake.experiment(len(next(iter(observed.values()))), rest[-1])
+        return type("Found", (), {"curves": [[(rest[-1], 0.0)]]})
 
     def descended(*arguments: Any) -> None:
         fake.experiment(len(arguments[2]), DERIVATIVE_COST * arguments[4])
 
-    monkeypatch.setattr(module, "run_matching", matched)
-    monkeypatch.setattr(module, "run_search", searched)
+    monkeypatch.setattr(module, "match_canaries", matched)
+    monkeypatch.setattr(module, "search_latents", searched)
     monkeypatch.setattr(module, "attack_pixels", descended)
 
 
@@ -98,19 +107,18 @@ def test_a_slow_model_is_forecast_in_bounded_time(
     monkeypatch: pytest.MonkeyPatch,
     each: float,
 ) -> None:
-    setting = prepare(sample("undefended"))
-    suite = choose_attacks(setting)
+    planned = plans(prepare(sample("undefended")))
     fake = clock(each)
     slowed(monkeypatch, fake)
-    found = predict_seconds(setting, suite)
-    assert found == pytest.approx((each, each, DERIVATIVE_COST * each))
+    found = predict_seconds(*planned)
+    assert found == pytest.approx((each, each, each))
     assert fake.now <= 3 * SECONDS_TO_PREDICT + 3 * each
-    assert math.isfinite(forecast(setting, suite).seconds)
+    assert math.isfinite(forecast(*planned).seconds)
 
 
 def test_a_forecast_of_a_real_audit_is_of_its_size(sample: Callable[..., Spec]) -> None:
     setting = prepare(sample("undefended"))
     began = time.perf_counter()
-    found = predict_seconds(setting, choose_attacks(setting))
+    found = predict_seconds(*plans(setting))
     assert all(0 < seconds < 1 for seconds in found)
     assert time.perf_counter() - began < 6 * SECONDS_TO_PREDICT

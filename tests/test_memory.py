@@ -11,11 +11,12 @@ import pytest
 
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.matching import Matching
-from ggl_audit.audit import run_audit
+from ggl_audit.attacks.suite import choose_attacks
+from ggl_audit.audit import plan_experiments, run_audit
 from ggl_audit.case.setting import prepare
-from ggl_audit.evidence.identification import Trials
 from ggl_audit.experiments import membership, promise
-from ggl_audit.experiments.attacks import choose_attacks
+from ggl_audit.experiments.candidate_matching import CandidateMatching
+from ggl_audit.experiments.experiment import Plan
 from ggl_audit.experiments.forecast import predict_seconds
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
@@ -87,25 +88,20 @@ def test_no_experiment_has_a_memory_of_its_own(
     spec = sample(sample_name, **FEW, **keys)
     run_audit(spec, Counter())
     setting = prepare(spec)
-    predict_seconds(setting, choose_attacks(setting))
+    experiments = plan_experiments(setting)
+    plans = {one.name: one.plan() for one in experiments}
+    predict_seconds(setting, experiments[0].suite, plans)
     assert {memory for _, memory in used} == {MIB * 2**20}, used
     expected = {"a batch": "membership", "the client's own code": "promise"}.get(name, "matching")
     assert expected in {who for who, _ in used}
 
 
-def test_canaries_are_matched_as_many_at_a_time_as_fit(
-    sample: Callable[..., Spec], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-    whole = Trials.batches
-
-    def noted(self: Trials, size: int) -> Any:
-        sizes.append(size)
-        return whole(self, size)
-
-    monkeypatch.setattr(Trials, "batches", noted)
-    keys = {**FEW, "attack__method": "ggl", "evidence__reconstruction_trials": 0}
+def test_canaries_are_matched_as_many_at_a_time_as_fit(sample: Callable[..., Spec]) -> None:
+    sizes = []
     for memory in (1, 256):
-        run_audit(sample("undefended", **{**keys, "memory": memory}), Counter())
-    held = 3 * 4 * prepare(sample("undefended")).model.size
+        case = prepare(sample("undefended", **{**FEW, "memory": memory}))
+        plan = CandidateMatching(case, choose_attacks(case)).plan()
+        assert isinstance(plan, Plan)
+        sizes.append(plan.together)
+    held = 3 * 4 * case.model.size
     assert sizes == [2**20 // held, 25]

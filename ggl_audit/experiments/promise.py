@@ -65,7 +65,7 @@ class Promise(Experiment[Scored]):
     share = MATCHING_SHARE
 
     def plan(self) -> Plan | NotMeasured:
-        """As many trials as the ceiling, where there is a promise and a client that may break it."""
+        """As many trials as the ceiling, where the client may break a promise."""
         if self.case.guarantee is None:
             return NotMeasured(reason="no guarantee is declared")
         if self.case.spec.client is None:

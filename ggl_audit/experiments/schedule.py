@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ggl_audit.attacks.attack import Advance
+from ggl_audit.basics.clock import Clock
 from ggl_audit.experiments.experiment import Experiment, Group, Result, Wanted
 from ggl_audit.experiments.ledger import Outcome
 
@@ -38,22 +38,40 @@ class InThisProcess:
     Args:
         experiments: by name.
         advance: told of the candidates that are evaluated.
+        clock: ends what is running when the time is up.
     """
 
-    def __init__(self, experiments: Mapping[str, Experiment[Result]], advance: Advance) -> None:
+    def __init__(
+        self, experiments: Mapping[str, Experiment[Result]], advance: Advance, clock: Clock
+    ) -> None:
         self._experiments = experiments
         self._advance = advance
+        self._clock = clock
 
     def run(self, groups: Sequence[Group], wanted: Wanted) -> Iterator[tuple[Group, Outcomes]]:
         """Runs groups in their order."""
         for group in groups:
             if wanted(group):
-                yield group, run_group(self._experiments[group.experiment], group, self._advance)
+                experiment = self._experiments[group.experiment]
+                yield group, run_group(experiment, group, self._timed, self._clock)
+
+    def _timed(self, evaluations: int) -> None:
+        self._advance(evaluations)
+        self._clock.check()
 
 
-def run_group(experiment: Experiment[Result], group: Group, advance: Advance) -> Outcomes:
-    """Runs the trials of a group, and shares out among them what they took together."""
-    began, spent = time.perf_counter(), 0
+def run_group(
+    experiment: Experiment[Result], group: Group, advance: Advance, clock: Clock
+) -> Outcomes:
+    """Runs the trials of a group, and shares out among them what they took together.
+
+    Args:
+        experiment: whose trials they are.
+        group: their numbers.
+        advance: told of the candidates that are evaluated.
+        clock: takes the time.
+    """
+    began, spent = clock.seconds, 0
 
     def counted(evaluations: int) -> None:
         nonlocal spent
@@ -61,7 +79,7 @@ def run_group(experiment: Experiment[Result], group: Group, advance: Advance) ->
         advance(evaluations)
 
     results = list(experiment.run(group.trials, counted))
-    count, seconds = len(group.trials), time.perf_counter() - began
+    count, seconds = len(group.trials), clock.seconds - began
     return [
         Outcome(
             experiment=group.experiment,

@@ -31,6 +31,7 @@ from ggl_audit.inputs.model import ClientModel, Head
 from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.loading import bundled_folder, load_trained
 from ggl_audit.spec import AttackSpec, RegularizerSpec, Spec
+from tests.conftest import contexts
 
 CPU = torch.device("cpu")
 Cohort = tuple[Pipeline, ClientModel]
@@ -122,7 +123,7 @@ def test_distances_of_sets_are_those_of_a_plain_loop(
 
     matching = Matching(model, defense)
     client = DeclaredClient(matching, defense)
-    observed = client.send(data.images[true], data.labels[true], context())
+    observed = client.send(data.images[true], data.labels[true], contexts(len(true)))
     if chunk is not None:
         matching._chunk = chunk
     if known:
@@ -158,7 +159,9 @@ def test_distances_in_turn_are_those_of_the_whole_sets(
     true, given = torch.randint(len(data), (2, 2, members), generator=random)
     tried = torch.randint(len(data), (2, members, 3), generator=random)
     labels = data.labels[true]
-    observed = DeclaredClient(matching, defense).send(data.images[true], labels, context())
+    observed = DeclaredClient(matching, defense).send(
+        data.images[true], labels, contexts(len(labels))
+    )
     assert matching.adds_up
     whole = given[:, None, None].expand(-1, members, 3, -1).clone()
     for place in range(members):
@@ -303,8 +306,8 @@ def test_matching_with_companions_always_finds_the_canary_without_noise(
     members = clients * batch_size
     trials = draw_trials(digits("reference"), 8, 16, random, companions=members - 1)
     matching = Matching(model, defense)
-    observed = DeclaredClient(matching, defense).send(*trials.members, context())
-    assert match(matching, trials, observed, random) == [1] * 8
+    observed = DeclaredClient(matching, defense).send(*trials.members, contexts(len(trials)))
+    assert match(matching, trials, observed, random.random(len(trials))) == [1] * 8
 
 
 def test_matching_gives_chance_for_releases_of_others(cohort: Callable[..., Cohort]) -> None:
@@ -315,8 +318,8 @@ def test_matching_gives_chance_for_releases_of_others(cohort: Callable[..., Coho
     matching = Matching(model, defense)
     images, labels = trials.members
     others = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
-    observed = DeclaredClient(matching, defense).send(others, labels, context())
-    hits = match(matching, trials, observed, random).count(1)
+    observed = DeclaredClient(matching, defense).send(others, labels, contexts(len(labels)))
+    hits = match(matching, trials, observed, random.random(len(trials))).count(1)
     assert binom.ppf(1e-4, 200, 1 / 8) <= hits <= binom.ppf(1 - 1e-4, 200, 1 / 8)
 
 
@@ -386,7 +389,7 @@ def test_the_labels_of_few_and_of_many_classes_are_inferred_exactly(
     random = torch.Generator().manual_seed(batch_size)
     chosen = torch.randint(len(data), (20, batch_size), generator=random)
     sent = DeclaredClient(Matching(model, defense), defense).send(
-        data.images[chosen], data.labels[chosen], context()
+        data.images[chosen], data.labels[chosen], contexts(len(chosen))
     )
     scale = scale_of_one(model, defense, batch_size)
     found = infer_several(sent, model, usual_head(model, public), batch_size, scale)
@@ -402,7 +405,7 @@ def test_the_labels_of_a_sparsified_batch_are_read_off_what_is_left(
     data = digits("private")
     chosen = batches_with_duplicates(batch_size)
     sent = DeclaredClient(Matching(model, defense), defense).send(
-        data.images[chosen], data.labels[chosen], context()
+        data.images[chosen], data.labels[chosen], contexts(len(chosen))
     )
     scale = scale_of_one(model, defense, batch_size)
     usual = usual_head(model, digits("reference"))
@@ -421,7 +424,7 @@ def test_the_scale_of_one_image_is_that_of_its_error_in_the_bias(
     data = digits("private")
     images, labels = data.images[: 2 * clients], data.labels[: 2 * clients]
     client = DeclaredClient(Matching(model, defense), defense)
-    sent = client.send(images[None], labels[None], context())
+    sent = client.send(images[None], labels[None], contexts(1))
     with torch.no_grad():
         logits = model.module((images - model.mean) / model.std)
         errors = logits.softmax(1) - F.one_hot(labels, 10)
@@ -492,7 +495,7 @@ def test_the_labels_of_a_cohort_are_those_of_one_large_batch(
     chosen = batches_with_duplicates(6)
     matching = Matching(model, defense)
     observed = DeclaredClient(matching, defense).send(
-        data.images[chosen], data.labels[chosen], context()
+        data.images[chosen], data.labels[chosen], contexts(len(chosen))
     )
     usual = usual_head(model, digits("reference"))
     found = infer_several(observed, model, usual, 6, scale_of_one(model, defense, 6))
@@ -590,7 +593,7 @@ def test_members_are_identified_about_as_often_as_by_the_true_likelihood(noise: 
         others = correlated(members - 1, size, 100_000 + trial)
         release = (tried[0] + others.sum(0)) / members
         release = release + noise * torch.randn(size, generator=random)
-        hits += rank_of_truth(-unknown.log_likelihoods(tried, release)[None], lot)[0] == 1
+        hits += rank_of_truth(-unknown.log_likelihoods(tried, release)[None], lot.random(1))[0] == 1
         rest = (release - tried / members - (members - 1) / members).double().numpy()
         score = np.einsum("ni,ij,nj->n", rest, precision, rest)
         best += int(score.argmin() == 0)
@@ -605,6 +608,6 @@ def test_members_are_found_by_chance_where_none_of_the_candidates_is_one() -> No
     for trial in range(trials):
         tried = correlated(candidates, size, 1000 + trial)
         release = correlated(members, size, 100_000 + trial).mean(0)
-        hits += rank_of_truth(-unknown.log_likelihoods(tried, release)[None], lot)[0] == 1
+        hits += rank_of_truth(-unknown.log_likelihoods(tried, release)[None], lot.random(1))[0] == 1
     chance = 1 / candidates
     assert binom.ppf(1e-4, trials, chance) <= hits <= binom.ppf(1 - 1e-4, trials, chance)

@@ -111,9 +111,9 @@ def test_pixels_are_found_without_any_prior(model: ClientModel, private: Any) ->
     derivatives = Derivatives(model, Pipeline(), "cosine")
 
     def attack(seed: int) -> torch.Tensor:
-        random = np.random.default_rng(seed)
+        randoms = [np.random.default_rng([seed, place]) for place in range(len(labels))]
         return attack_pixels(
-            model, derivatives, labels[:, None], observed, 150, random, lambda _: None
+            model, derivatives, labels[:, None], observed, 150, randoms, lambda _: None
         ).images[:, 0]
 
     found = attack(0)

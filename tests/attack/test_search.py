@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ggl_audit.attack.search import search
+from ggl_audit.attacks.ggl import searched_by
 from ggl_audit.case.setting import Setting, prepare
-from ggl_audit.experiments.attacks import searched_by
 from ggl_audit.optimizers import DERIVATIVE_COST, Evaluation, Wants, start_optimizer
 from ggl_audit.spec import AttackSpec, Spec
 

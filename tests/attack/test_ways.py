@@ -276,8 +276,8 @@ def test_a_search_of_single_images_holds_no_gradients(
     wants: Any, sample: Callable[..., Spec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = prepare(sample("sparsified"))
-    trials = setting.trials().first(2)
-    observed = setting.client.send(*trials.members, setting.context("release"))
+    trials = setting.trials.first(2)
+    observed = setting.client.send(*trials.members, setting.contexts("release", range(2)))
     matching = Matching(setting.model, setting.defense, "l2")
     objective = LatentObjective(
         matching, setting.prior, observed, trials.labels, RegularizerSpec(name="none")

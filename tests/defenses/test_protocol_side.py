@@ -37,7 +37,7 @@ from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.spec import Spec
-from tests.conftest import Counter, plain_gradient
+from tests.conftest import Counter, contexts, plain_gradient
 
 CPU = torch.device("cpu")
 Cohort = tuple[Pipeline, ClientModel]
@@ -127,7 +127,7 @@ def test_the_mean_of_batches_of_clients_is_that_of_all_images(
     defense, model = cohort([together(3)], batch_size=2)
     data = digits("private")
     sent = DeclaredClient(Matching(model, defense), defense).send(
-        data.images[:6][None], data.labels[:6][None], context()
+        data.images[:6][None], data.labels[:6][None], contexts(1)
     )
     alone = [plain_gradient(model, data.images[i], int(data.labels[i])) for i in range(6)]
     expected = torch.stack([flat(gradient) for gradient in alone]).mean(0)
@@ -371,7 +371,7 @@ def test_the_update_of_clipped_samples_does_not_contradict_the_clip(
     defense, model = cohort([clip(0.1, "sample")], 2, capture__kind="update", capture__local=local)
     data = digits("private")
     sent = DeclaredClient(Matching(model, defense), defense).send(
-        data.images[:2][None], data.labels[:2][None], context()
+        data.images[:2][None], data.labels[:2][None], contexts(1)
     )
     assert [check.outcome for check in defense.verify(take(sent, 0))] != ["contradicts"]
 
@@ -498,7 +498,7 @@ def test_several_clients_are_matched_as_they_are_sent(model: ClientModel) -> Non
     defense = Pipeline([SecAdam(clients=3)])
     matching = Matching(model, defense)
     observed = DeclaredClient(matching, defense).send(
-        data.images[:3][None], data.labels[:3][None], context()
+        data.images[:3][None], data.labels[:3][None], contexts(1)
     )
     found = matching.distances(data.images[:3][None, None], data.labels[:3][None, None], observed)
     assert float(found) < 1e-2
@@ -517,7 +517,7 @@ def test_sparsified_clients_under_sec_adam_are_matched_as_they_are_sent(
     defense = Pipeline([Sparsify(fraction=0.9), SecAdam(clients=clients)])
     matching = Matching(model, defense)
     images, labels = data.images[:clients][None], data.labels[:clients][None]
-    observed = DeclaredClient(matching, defense).send(images, labels, context())
+    observed = DeclaredClient(matching, defense).send(images, labels, contexts(len(labels)))
     assert float(matching.distances(images[None], labels[None], observed)) < 1e-2
     assert "contradicts" not in [c.outcome for c in defense.verify(take(observed, 0))]
 

@@ -78,7 +78,7 @@ def batch(
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:size]
     images, labels = data.images[chosen], data.labels[chosen]
     context = Context(torch.Generator().manual_seed(seed))
-    sent = DeclaredClient(matching, defense).send(images[None], labels[None], context)
+    sent = DeclaredClient(matching, defense).send(images[None], labels[None], [context])
     return matching, images, labels, take(sent, 0)
 
 
@@ -151,8 +151,8 @@ def test_a_captured_image_of_a_batch_is_ranked_among_its_class(model: ClientMode
         assert trial.images.shape == (1, 16, 1, 16, 16)
         assert torch.equal(trial.canaries[0], images[place])
         assert sorted(trial.members[1][0].tolist()) == sorted(labels.tolist())
-        assert match(matching, trial, observed, random) == [1]
-        assert reconstruction_ranks(pictures, trial, squared, random) == [1]
+        assert match(matching, trial, observed, random.random(1)) == [1]
+        assert reconstruction_ranks(pictures, trial, squared, random.random(1)) == [1]
 
 
 def test_the_companions_of_a_captured_image_are_its_own_clients_first(

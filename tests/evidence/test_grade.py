@@ -12,19 +12,18 @@ from ggl_audit.evidence.bounds import (
     measure_rate,
     paired_p_value,
 )
-from ggl_audit.evidence.grade import (
+from ggl_audit.evidence.guarantee import Guarantee
+from ggl_audit.evidence.likeness import Likeness
+from ggl_audit.evidence.standing import ceiling_is_settled, floor_is_settled
+from ggl_audit.judgement.findings import find
+from ggl_audit.judgement.grade import (
     IN_WORDS,
     ONE_QUESTION,
     Grade,
-    ceiling_is_settled,
     decide,
     doubts_about_ceiling,
-    floor_is_settled,
     in_words,
 )
-from ggl_audit.evidence.guarantee import Guarantee
-from ggl_audit.evidence.likeness import Likeness
-from ggl_audit.judgement.findings import find
 
 CHANCE = 1 / 32
 CONTRADICTION = Check("sign()", "contradicts", "magnitudes from 0 to 1")

@@ -25,6 +25,7 @@ from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.spec import Spec
+from tests.conftest import contexts
 
 Declare = Callable[..., Spec]
 CPU = torch.device("cpu")
@@ -171,7 +172,7 @@ def test_labels_of_right_batches_are_rarely_in_doubt(sample: Declare, size: int)
     sender = DeclaredClient(Matching(model, defense), defense, data)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(size))
     chosen = chosen[: CAPTURES * size].view(CAPTURES, size)
-    sent = sender.send(data.images[chosen], data.labels[chosen], context(0))
+    sent = sender.send(data.images[chosen], data.labels[chosen], contexts(len(chosen)))
     doubted = _doubted(sample("undefended"), model, sender, defense, sent, CAPTURES)
     assert doubted <= binom.isf(1e-4, CAPTURES, 1 / 33)
 

@@ -22,6 +22,7 @@ from ggl_audit.evidence.identification import (
 )
 from ggl_audit.inputs.images import ImageSet, digits
 from ggl_audit.inputs.model import ClientModel
+from tests.conftest import contexts
 
 
 def by_pixels(candidates: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
@@ -57,20 +58,21 @@ def test_too_few_images_of_a_class_are_an_error() -> None:
 
 def test_the_rank_counts_the_nearer_and_breaks_ties_by_lot() -> None:
     distances = torch.tensor([[0.5, 0.1, 0.9, 0.2], [0.1, 0.5, 0.6, 0.7]])
-    assert rank_of_truth(distances, random()) == [3, 1]
+    assert rank_of_truth(distances, random().random(2)) == [3, 1]
     level = torch.ones(8000, 4)
-    counts = np.bincount(rank_of_truth(level, random()), minlength=5)[1:]
+    counts = np.bincount(rank_of_truth(level, random().random(len(level))), minlength=5)[1:]
     assert counts.min() > 1800
     broken = torch.tensor([[float("nan"), 1.0, 2.0]])
-    assert rank_of_truth(broken, random()) == [3]
+    assert rank_of_truth(broken, [0.5]) == [3]
 
 
 def test_a_reconstruction_is_identified_by_its_pixels() -> None:
     trials = draw_trials(digits("reference"), 50, 32, random())
-    exact = reconstruction_ranks(trials.canaries, trials, by_pixels, random())
+    exact = reconstruction_ranks(trials.canaries[:, None], trials, by_pixels, random().random(50))
     assert exact == [1] * 50
     blurred = torch.nn.functional.avg_pool2d(trials.canaries, 3, 1, 1)
-    assert reconstruction_ranks(blurred, trials, by_pixels, random()).count(1) >= 45
+    ranks = reconstruction_ranks(blurred[:, None], trials, by_pixels, random().random(50))
+    assert ranks.count(1) >= 45
 
 
 def test_a_prior_that_draws_a_typical_image_earns_nothing() -> None:
@@ -80,7 +82,9 @@ def test_a_prior_that_draws_a_typical_image_earns_nothing() -> None:
     hits = []
     for seed in range(8):
         trials = draw_trials(reference, 500, 32, np.random.default_rng(seed))
-        ranks = reconstruction_ranks(means[trials.labels], trials, by_pixels, random())
+        ranks = reconstruction_ranks(
+            means[trials.labels][:, None], trials, by_pixels, random().random(len(trials))
+        )
         hits.append(ranks.count(1))
     assert binomtest(sum(hits), 4000, 1 / 32).pvalue > 0.001
 
@@ -92,10 +96,9 @@ def test_matching_finds_all_without_noise_and_guesses_in_strong_noise(
     defense = Pipeline([Noise(std=std)])
     trials = draw_trials(digits("reference"), 150, 32, random())
     matching = Matching(model, defense)
-    context = Context(torch.Generator().manual_seed(0))
     client = DeclaredClient(matching, defense)
-    observed = client.send(trials.canaries, trials.labels, context)
-    hits = match(matching, trials, observed, random()).count(1)
+    observed = client.send(*trials.members, contexts(len(trials)))
+    hits = match(matching, trials, observed, random().random(len(trials))).count(1)
     if std < 1:
         assert hits == 150
     else:
@@ -116,10 +119,9 @@ def test_the_captured_image_stands_among_its_class() -> None:
 def test_a_gradient_that_is_not_finite_is_an_error_and_no_tie(model: ClientModel) -> None:
     broken = dataclasses.replace(model, mean=torch.full_like(model.mean, torch.nan))
     trials = draw_trials(digits("reference"), 3, 32, random())
-    context = Context(torch.Generator().manual_seed(0))
     client = DeclaredClient(Matching(broken, Pipeline()), Pipeline())
     with pytest.raises(AuditError, match="NaN or infinite"):
-        client.send(trials.canaries, trials.labels, context)
+        client.send(*trials.members, contexts(len(trials)))
 
 
 @pytest.mark.parametrize("steps", [[], [Noise(std=0.1)], [Sign()]], ids=str)

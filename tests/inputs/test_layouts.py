@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ggl_audit.attacks.suite import choose_attacks
 from ggl_audit.case.capturing import capture_gradient
 from ggl_audit.case.setting import prepare
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.evidence.square_layers import LAYOUT
 from ggl_audit.experiments.alternatives import other_layouts
-from ggl_audit.experiments.measurements import Measurements
 from ggl_audit.inputs.capture import read_capture
 from ggl_audit.inputs.layouts import flattened, trace_arrangements
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
-from ggl_audit.report.assumptions import assumptions
+from ggl_audit.judgement.assumptions import assumptions
 from ggl_audit.spec import Spec
 
 Tensors = dict[str, torch.Tensor]
@@ -262,7 +262,9 @@ def test_what_shapes_do_not_tell_is_tried_or_told(
     path = str(tmp_path / "g.npz")
     right = prepare(spec(capture__gradient=path))
     assert [check.outcome for check in right.checks if check.step == LAYOUT] == ["agrees"]
-    assert not any("ambiguous" in said for said in assumptions(right, Measurements()))
+    assert not any(
+        "ambiguous" in said for said in assumptions(right, choose_attacks(right)).of(None)
+    )
     own = dict(right.observed)
     # All turned, but for the order of flattening; or all but one square matrix.
     flat = {**own, "6.weight": keras_gradient(keras, image, 3)["dense/kernel:0"].T}
@@ -283,7 +285,7 @@ def test_what_shapes_do_not_tell_is_tried_or_told(
         assert told == (["contradicts"] if wrong is square else ["agrees"])
         noisy = prepare(spec(**plain, defense=[{"name": "noise", "std": 0.01}]))
         said = "Whether 8.weight is (out, in) or transposed is ambiguous"
-        assert any(said in line for line in assumptions(noisy, Measurements()))
+        assert any(said in line for line in assumptions(noisy, choose_attacks(noisy)).of(None))
 
 
 def test_a_model_that_does_not_run_is_named_before_its_layout(spec: Callable[..., Spec]) -> None:

@@ -313,11 +313,11 @@ def _audited(spec: Spec, folder: Path, labels: Sequence[int] = ()) -> Setting:
 
 def _identifies(setting: Setting) -> None:
     """Candidate matching without a defense finds every canary, among targets that are told."""
-    trials = setting.trials().first(6)
+    trials = setting.trials.first(6)
     assert len(trials) == 6
-    sent = setting.client.send(*trials.members, setting.context("test"))
+    sent = setting.client.send(*trials.members, setting.contexts("test", range(6)))
     matching = Matching(setting.model, setting.defense)
-    assert match(matching, trials, sent, np.random.default_rng(0)) == [1] * 6
+    assert match(matching, trials, sent, np.zeros(6)) == [1] * 6
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -329,10 +329,10 @@ def test_an_audit_of_more_than_a_class(task: str, declare: Declare, tmp_path: Pa
     _identifies(setting)
     one_group = task != "several labels"
     assert setting.reference.one_group == one_group
-    labels = setting.reference.labels[setting.trials().candidates]
+    labels = setting.reference.labels[setting.trials.candidates]
     assert bool((labels == labels[:, :1]).all()) != one_group
     # What is told is the canary's target, for every candidate.
-    assert torch.equal(setting.trials().labels, labels[:, 0])
+    assert torch.equal(setting.trials.labels, labels[:, 0])
 
 
 @pytest.mark.parametrize("task", ["several labels", "regression"])

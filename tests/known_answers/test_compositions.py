@@ -17,7 +17,7 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import take
 from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
-from ggl_audit.client.randomness import client_context
+from ggl_audit.client.randomness import client_contexts
 from ggl_audit.defenses import Pipeline, SecureAggregation
 from ggl_audit.evidence.consistency import check_truth
 from ggl_audit.evidence.identification import draw_trials, match
@@ -99,7 +99,7 @@ def test_no_right_capture_is_accused_and_no_ceiling_is_too_low(seed: int) -> Non
         trials = draw_trials(reference, TRIALS, CANDIDATES, random, members - 1)
         matching = Matching(model, defense)
         sent = DeclaredClient(matching, defense, reference).send(
-            *trials.members, client_context(seed, "clients", device)
+            *trials.members, client_contexts(seed, "clients", device, range(len(trials)))
         )
         hidden = False
         for index in range(TRIALS):
@@ -114,7 +114,8 @@ def test_no_right_capture_is_accused_and_no_ceiling_is_too_low(seed: int) -> Non
             continue
         compared += 1
         plain = Pipeline([SecureAggregation(clients=clients)] if clients > 1 else [])
-        with_likelihood = match(matching, trials, sent, random).count(1)
+        lots = random.random(len(trials))
+        with_likelihood = match(matching, trials, sent, lots).count(1)
         for other in (Matching(model, plain, "cosine"), Matching(model, defense, "cosine")):
-            assert with_likelihood >= match(other, trials, sent, random).count(1) - 1, str(defense)
+            assert with_likelihood >= match(other, trials, sent, lots).count(1) - 1, str(defense)
     assert compared > 0

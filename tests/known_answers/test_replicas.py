@@ -15,7 +15,7 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import take
 from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
-from ggl_audit.client.randomness import client_context
+from ggl_audit.client.randomness import client_contexts
 from ggl_audit.defenses import RECIPES, REGISTRY, Pipeline, SecureAggregation, relative_l2
 from ggl_audit.evidence.identification import draw_trials, match
 from ggl_audit.inputs.images import digits
@@ -117,9 +117,10 @@ def test_the_replica_is_nearer_and_identifies_no_worse(case: Case) -> None:
     trials = draw_trials(reference, TRIALS, CANDIDATES, np.random.default_rng(1), members - 1)
     matching = Matching(model, defense)
     sent = DeclaredClient(matching, defense, reference).send(
-        *trials.members, client_context(0, "clients", device)
+        *trials.members, client_contexts(0, "clients", device, range(len(trials)))
     )
-    with_replica = match(matching, trials, sent, np.random.default_rng(2)).count(1)
+    lots = np.random.default_rng(2).random(len(trials))
+    with_replica = match(matching, trials, sent, lots).count(1)
 
     cohort = defense.aggregation.clients
     plain = Pipeline([SecureAggregation(clients=cohort)] if cohort > 1 else [])
@@ -127,7 +128,7 @@ def test_the_replica_is_nearer_and_identifies_no_worse(case: Case) -> None:
     modelled = any(step["name"] == "precode" for step in case.steps)
     bare = model if modelled else dataclasses.replace(model, local=None)
     without_replica = Matching(bare, defense if modelled else plain, "cosine")
-    without = match(without_replica, trials, sent, np.random.default_rng(2)).count(1)
+    without = match(without_replica, trials, sent, lots).count(1)
     assert with_replica >= max(without, case.least)
 
     nearer = []

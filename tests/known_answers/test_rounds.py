@@ -10,11 +10,10 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from ggl_audit.audit import run_audit
+from ggl_audit.audit import plan_experiments, run_audit
 from ggl_audit.case.capturing import capture_gradient
 from ggl_audit.case.setting import prepare
 from ggl_audit.errors import InputError, SpecError
-from ggl_audit.experiments.attacks import choose_attacks
 from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, write_image
@@ -54,8 +53,7 @@ def test_each_capture_is_checked_and_attacked(
     spec = sample("undefended", **keys, **{"capture.others": others})
     progress = Counter()
     report = run_audit(spec, progress)
-    setting = prepare(spec)
-    planned = planned_evaluations(setting, choose_attacks(setting))
+    planned = planned_evaluations({e.name: e.plan() for e in plan_experiments(prepare(spec))})
     assert progress.done >= progress.planned == planned
     assert report.verdict.grade in ("C", "D", "F")
     wanted = [int(digits("private").labels[index]) for index in (0, 40, 80)]

@@ -22,7 +22,7 @@ from ggl_audit.audit import run_audit
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.case.setting import Setting
 from ggl_audit.defenses import Context, build_pipeline
-from ggl_audit.experiments import likeness
+from ggl_audit.experiments import cause
 from ggl_audit.inputs.images import digits, write_image
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.report.model import Report
@@ -518,7 +518,7 @@ def test_a_declaration_that_is_the_same_in_effect_accuses_no_capture(
         asked.append(setting)
         yield "nothing else", setting
 
-    monkeypatch.setattr(likeness, "other_models", the_same)
+    monkeypatch.setattr(cause, "other_models", the_same)
     scenario = next(one for one in TABLE if one.name == "sent as it is")
     scenario = dataclasses.replace(scenario, budget=SEARCHED)
     report = run(scenario, 3, sample, weights, tmp_path)

@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ggl_audit.audit import run_audit
+from ggl_audit.audit import plan_experiments, run_audit
 from ggl_audit.case.setting import prepare
 from ggl_audit.errors import AuditError, InputError
-from ggl_audit.experiments.attacks import choose_attacks
 from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.inputs.images import read_image
+from ggl_audit.inputs.png_uri import picture, png_uri
 from ggl_audit.report.compare import render_comparison
 from ggl_audit.report.console import render_console
 from ggl_audit.report.formats import check_outputs, read_report, render_json, write_report
 from ggl_audit.report.html import render_html
-from ggl_audit.report.model import Reconstruction, Report, picture, png_uri
+from ggl_audit.report.model import Reconstruction, Report
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 
@@ -61,7 +61,7 @@ def test_the_report_survives_json(report: Report, tmp_path: Path) -> None:
     assert data["schema_version"] == 1
     assert set(data) == {
         "schema_version", "tool", "verdict", "captured", "others", "evidence", "findings",
-        "assumptions",
+        "assumptions", "experiments",
         "cost", "inputs", "environment", "spec",
     }  # fmt: skip
     assert set(data["evidence"]["ceiling"]) >= {
@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_report_and_another_another(
     report: Report, sample: Callable[..., Spec]
 ) -> None:
     def content(of: Report) -> dict[str, object]:
-        return of.model_dump(exclude={"cost", "spec"})
+        return of.model_dump(exclude={"cost", "spec", "experiments"})
 
     assert content(run_audit(sample("sparsified"), Counter())) == content(report)
     other = run_audit(sample("sparsified", seed=1), Counter())
@@ -147,8 +147,8 @@ def test_the_planned_evaluations_are_those_that_happen(sample: Callable[..., Spe
         counter = Counter()
         report = run_audit(spec, counter)
         assert counter.planned == counter.done == report.cost.evaluations
-        setting = prepare(spec)
-        assert counter.planned == planned_evaluations(setting, choose_attacks(setting))
+        plans = {one.name: one.plan() for one in plan_experiments(prepare(spec))}
+        assert counter.planned == planned_evaluations(plans)
 
 
 def test_pictures_are_stored_without_loss() -> None:
@@ -390,7 +390,8 @@ def test_an_interrupt_anywhere_gives_a_partial_report(
     sample: Callable[..., Spec], interrupt_at: int
 ) -> None:
     report = run_audit(sample("sparsified"), Counter(interrupt_at))
-    assert (report.verdict.grade, report.verdict.exit_code) == ("inconclusive", 3)
+    assert report.verdict.exit_code == 3
+    assert report.verdict.grade not in ("A", "B")
     assert "cut short" in report.verdict.reason
     evidence = report.evidence
     for part in ("floor", "ceiling", "label"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
 from ggl_audit.attacks.suite import choose_attacks
 from ggl_audit.basics.clock import Clock
 from ggl_audit.basics.environment import peak_memory_bytes
@@ -11,14 +15,17 @@ from ggl_audit.experiments.candidate_matching import CandidateMatching, Undefend
 from ggl_audit.experiments.capture import CaptureAttack
 from ggl_audit.experiments.cause import OtherDeclaration, OtherLayout
 from ggl_audit.experiments.conduct import Progress, conduct
-from ggl_audit.experiments.experiment import Experiment, Plan, Result
+from ggl_audit.experiments.experiment import Experiment, Result
+from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.experiments.ledger import Ledger
+from ggl_audit.experiments.ledger_file import header_of, open_ledger
 from ggl_audit.experiments.membership import Membership
 from ggl_audit.experiments.noise import Noise
 from ggl_audit.experiments.promise import Promise
 from ggl_audit.experiments.reconstruction import Reconstruction, UndefendedReconstruction
 from ggl_audit.experiments.schedule import InThisProcess
-from ggl_audit.judgement.declared import declare
+from ggl_audit.experiments.workers import Workers
+from ggl_audit.judgement.declared import Declared, declare
 from ggl_audit.report.assembly import assemble
 from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec
@@ -37,7 +44,14 @@ EXPERIMENTS: tuple[type[Experiment[Result]], ...] = (
 )
 
 
-def run_audit(spec: Spec, progress: Progress, clock: Clock | None = None) -> Report:
+def run_audit(
+    spec: Spec,
+    progress: Progress,
+    clock: Clock | None = None,
+    *,
+    ledger: Path | None = None,
+    workers: int = 1,
+) -> Report:
     """Audits a captured gradient.
 
     An interrupt (Ctrl-C) ends the audit early: what was measured until then is graded, but never as
@@ -47,25 +61,70 @@ def run_audit(spec: Spec, progress: Progress, clock: Clock | None = None) -> Rep
         spec: what was declared.
         progress: shown how far it is.
         clock: of the spec's time limit, if it runs already.
+        ledger: the file that outcomes go into, and from which it goes on; none unless given.
+        workers: processes of one thread each; with one, this process does all by itself.
 
     Raises:
         AuditError: something that the spec names is missing, broken, or does not fit the rest.
     """
     clock = clock or Clock(spec.time_limit)
-    case = prepare(spec)
-    experiments = plan_experiments(case)
-    declared = declare(case, experiments[0].suite, experiments)
-    ledger = Ledger()
-    schedule = InThisProcess({one.name: one for one in experiments}, progress.advance, clock)
-    plans = declared.plans
-    progress.start(sum(one.evaluations for one in plans.values() if isinstance(one, Plan)))
-    cut_short = conduct(experiments, plans, ledger, schedule, progress, clock)
+    with ExitStack() as stack:
+        # They load the case while this process does.
+        others = _started(stack, workers, spec, progress, clock)
+        case = prepare(spec)
+        experiments = plan_experiments(case)
+        declared = declare(case, experiments[0].suite, experiments)
+        schedule = others or InThisProcess(by_name(experiments), progress.advance, clock)
+        written, said = _opened(stack, ledger, declared, experiments)
+        progress.start(planned_evaluations(declared.plans))
+        progress.advance(written.evaluations)
+        for sentence in said:
+            progress.say(sentence)
+        cut_short = conduct(experiments, declared.plans, written, schedule, progress, clock)
     memory = peak_memory_bytes(case.model.device)
-    return assemble(declared, ledger, clock.seconds, memory, cut_short)
+    return assemble(declared, written, clock.seconds, memory, cut_short)
 
 
 def plan_experiments(case: Setting) -> list[Experiment[Result]]:
     """The experiments on a case, in the order in which they are begun; those of packages last."""
     suite = choose_attacks(case)
-    kinds = [*EXPERIMENTS, *added_by_packages("experiments").values()]
-    return [kind(case, suite) for kind in kinds]
+    return [kind(case, suite) for kind in known_experiments()]
+
+
+def known_experiments() -> list[type[Experiment[Result]]]:
+    """All experiments, those of packages last."""
+    return [*EXPERIMENTS, *added_by_packages("experiments").values()]
+
+
+def by_name(experiments: Sequence[Experiment[Result]]) -> dict[str, Experiment[Result]]:
+    """Experiments by their names."""
+    return {one.name: one for one in experiments}
+
+
+def load_experiments(spec: Spec) -> dict[str, Experiment[Result]]:
+    """What a worker works with."""
+    return by_name(plan_experiments(prepare(spec)))
+
+
+def _started(
+    stack: ExitStack, workers: int, spec: Spec, progress: Progress, clock: Clock
+) -> Workers | None:
+    if workers == 1:
+        return None
+    told = progress.advance, progress.say
+    return stack.enter_context(Workers(load_experiments, spec, workers, *told, clock))
+
+
+def _opened(
+    stack: ExitStack,
+    path: Path | None,
+    declared: Declared,
+    experiments: Sequence[Experiment[Result]],
+) -> tuple[Ledger, list[str]]:
+    """The ledger, in memory unless it has a file, and what there is to say of that."""
+    if path is None:
+        return Ledger(), []
+    digests = {file.path: file.sha256 for file in declared.inputs}
+    header = header_of(declared.version, declared.environment, declared.spec, digests)
+    results = {one.name: one.result for one in experiments}
+    return stack.enter_context(open_ledger(path, header, declared, results))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar, Literal
 
 Key = tuple[str | int, ...]
 
@@ -16,13 +17,18 @@ Key = tuple[str | int, ...]
 class AuditError(Exception):
     """Something the user handed in cannot be used.
 
+    It can be pickled, as it may come out of another process.
+
     Attributes:
+        exit_code: of the program: 2 for bad input, 3 where nothing can be said of it.
         problem: what was wrong and what was expected, in one sentence without a full stop.
         remedy: what to do about it, or an empty string.
     """
 
+    exit_code: ClassVar[Literal[2, 3]] = 2
+
     def __init__(self, problem: str, remedy: str = "") -> None:
-        super().__init__(problem)
+        # Exception.__new__ has kept all arguments, which unpickling calls the class with.
         self.problem = problem
         self.remedy = remedy
 
@@ -36,6 +42,12 @@ class AuditError(Exception):
         where = printable(self.where).replace("\n", r"\n")
         message = f"{where}: {self.problem}" if where else self.problem
         return printable(f"{message}. {self.remedy}" if self.remedy else f"{message}.")
+
+
+class CannotGoOnError(AuditError):
+    """An audit ends before its time, through no fault of the input: exit code 3."""
+
+    exit_code = 3
 
 
 class InputError(AuditError):
@@ -72,6 +84,8 @@ class SpecError(AuditError):
 
 class NothingToMeasureError(SpecError):
     """What was declared leaves nothing that could be measured: inconclusive, exit code 3."""
+
+    exit_code = 3
 
 
 def dotted(key: Key) -> str:

@@ -92,6 +92,7 @@ class Counter:
     def __init__(self, interrupt_at: int | None = None) -> None:
         self.planned = self.done = 0
         self.stages: list[str] = []
+        self.said: list[str] = []
         self.interrupt_at = interrupt_at
 
     def start(self, evaluations: int) -> None:
@@ -104,6 +105,9 @@ class Counter:
         self.done += evaluations
         if self.interrupt_at is not None and self.done >= self.interrupt_at:
             raise KeyboardInterrupt
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
 
 
 @pytest.fixture

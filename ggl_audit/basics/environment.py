@@ -63,14 +63,19 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory held so far: on the GPU, or of this process; None where unknown."""
+    """The most memory held so far: on the GPU, or by this process or one of its workers.
+
+    None where that is unknown.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Of the largest process, where several have worked.
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(one).ru_maxrss for one in who)
     return peak if sys.platform == "darwin" else peak * 1024
 
 

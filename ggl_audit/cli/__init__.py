@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from ggl_audit import __version__
 from ggl_audit.cli import capture, check, init, listing, prior, report, run, schema
-from ggl_audit.errors import AuditError, NothingToMeasureError
+from ggl_audit.errors import AuditError
 
 
 class Commands(TyperGroup):
@@ -22,7 +22,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except AuditError as error:
             typer.echo(f"ggl-audit: {error}", err=True)
-            raise typer.Exit(3 if isinstance(error, NothingToMeasureError) else 2) from None
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("ggl-audit: interrupted before anything was measured", err=True)
             raise typer.Exit(3) from None

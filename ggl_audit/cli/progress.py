@@ -73,6 +73,10 @@ class AuditProgress:
         """This many candidates were evaluated."""
         self._bar.advance(self._task, evaluations)
 
+    def say(self, sentence: str) -> None:
+        """Something happened that a user should know of."""
+        self._console.print(sentence, soft_wrap=True, markup=False, highlight=False)
+
     def _go_on(self) -> None:
         # A thread of its own, as nothing else is heard of while one step takes minutes.
         while not self._ended.wait(SILENT_SECONDS):

@@ -30,6 +30,15 @@ def run(
     time_limit: options.TimeLimit = None,
     seed: options.Seed = None,
     fail_on: options.FailOn = None,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file that keeps what each trial gave; the same command goes on from there."
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes of one thread each that share the trials.")
+    ] = 1,
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Exit 0 where the gate would exit 1.")
     ] = False,
@@ -78,7 +87,8 @@ def run(
     # A CI job is ended by SIGTERM; it gets the same partial report as somebody at the keyboard.
     signal.signal(signal.SIGTERM, _interrupt)
     with options.located(declared), AuditProgress(shown=not quiet) as progress:
-        report = run_audit(declared, progress, Clock(declared.time_limit, started))
+        clock = Clock(declared.time_limit, started)
+        report = run_audit(declared, progress, clock, ledger=ledger, workers=workers)
     # The files first: whoever reads the terminal may hang up.
     for path in outputs:
         write_report(report, path)

@@ -30,6 +30,10 @@ class Progress(Protocol):
         """This many candidates were evaluated."""
         ...
 
+    def say(self, sentence: str) -> None:
+        """Something happened that a user should know of."""
+        ...
+
 
 def conduct(
     experiments: Sequence[Experiment[Result]],

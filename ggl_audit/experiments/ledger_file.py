@@ -1,0 +1,259 @@
+"""A ledger in a file: a header, what was declared, and a line for each outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ggl_audit.errors import CannotGoOnError, InputError
+from ggl_audit.experiments.experiment import Result
+from ggl_audit.experiments.ledger import Ledger, Outcome
+
+NO_OUTCOME = ("gate", "time_limit")
+"""Keys of the spec that no outcome depends on, which may change while an audit goes on."""
+
+BEGINNING, HEADER_LINES = b'{"ledger":', 2
+"""Of each ledger: what it begins with, and the lines before the first outcome."""
+
+LONGEST_SHOWN = 60
+"""Characters of a value that differs."""
+
+
+class Header(BaseModel):
+    """What the outcomes of a ledger are of; outcomes under another are not mixed with them.
+
+    Attributes:
+        ledger: of the format.
+        version: of this program.
+        torch: of PyTorch.
+        device: as it calls itself.
+        spec: as it was read, without what no outcome depends on.
+        inputs: the SHA-256 of each file that was read, by its name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ledger: Literal[1] = 1
+    version: str
+    torch: str
+    device: str
+    spec: dict[str, Any]
+    inputs: dict[str, str]
+
+    def differences(self, other: Header) -> Iterator[str]:
+        """What another one has otherwise, in words."""
+        for name, ours, theirs in (
+            ("ggl-audit", self.version, other.version),
+            ("PyTorch", self.torch, other.torch),
+            ("the device", self.device, other.device),
+        ):
+            if ours != theirs:
+                yield f"{name} {theirs} there, {ours} here"
+        yield from _differences(self.spec, other.spec)
+        for path in sorted(self.inputs.keys() | other.inputs.keys()):
+            if self.inputs.get(path) != other.inputs.get(path):
+                yield f"the content of {path}"
+
+
+def header_of(
+    version: str, environment: Mapping[str, str], spec: Mapping[str, Any], inputs: dict[str, str]
+) -> Header:
+    """The header of an audit's ledger.
+
+    Args:
+        version: of this program.
+        environment: as :func:`ggl_audit.basics.environment.describe` has it.
+        spec: as it was read, in JSON's terms.
+        inputs: the SHA-256 of each file that was read, by its name.
+    """
+    return Header(
+        version=version,
+        torch=environment["torch"],
+        device=environment["device"],
+        spec={key: value for key, value in spec.items() if key not in NO_OUTCOME},
+        inputs=inputs,
+    )
+
+
+@contextmanager
+def open_ledger(
+    path: Path, header: Header, declared: BaseModel, results: Mapping[str, type[Result]]
+) -> Iterator[tuple[Ledger, list[str]]]:
+    """Opens a ledger for one process, and goes on where it ends; a new one is begun.
+
+    Args:
+        path: of the file.
+        header: what its outcomes have to be of.
+        declared: what was known before the first trial, which is kept in a new one.
+        results: what comes out of a trial, by the experiment's name.
+
+    Yields:
+        The ledger, whose outcomes are in the file before they count; and what there is to say of
+        the file, in sentences.
+
+    Raises:
+        InputError: another process has it open, it is no ledger, or one of something else.
+        CannotGoOnError: a line cannot be written; those before it are whole.
+    """
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            path, "another audit is writing this ledger", "Wait for it, or name another file."
+        ) from None
+    except OSError as error:
+        raise InputError(path, f"cannot be opened ({error.strerror})") from None
+    try:
+        said = []
+        outcomes: list[Outcome] = []
+        lines, torn = _whole_lines(path)
+        if torn:
+            said.append(f"{path}: the last line was torn and is dropped")
+        if lines:
+            outcomes = _read(path, lines, header, results)
+            said.append(f"{path} holds {len(outcomes)} trials; the audit goes on from there")
+        with _opened(path) as file:
+            writer = _Writer(path, file)
+            if not lines:
+                writer.append([header.model_dump_json(), declared.model_dump_json()])
+            yield Ledger(outcomes, writer.keep), said
+    finally:
+        lock.release()
+
+
+def read_declared(path: Path) -> tuple[str, list[str]]:
+    """Reads a ledger of any audit, without going on with it.
+
+    Returns:
+        What was declared, in JSON, and the lines of the outcomes.
+
+    Raises:
+        InputError: it is no ledger.
+    """
+    if not path.is_file():
+        raise InputError(path, "not a file" if path.exists() else "no such file")
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].decode("utf-8", "replace").splitlines()
+    _header(path, lines)
+    if len(lines) == 1:
+        raise InputError(path, "holds no trials yet")
+    return lines[1], lines[2:]
+
+
+def outcome_of(path: Path, number: int, line: str, results: Mapping[str, type[Result]]) -> Outcome:
+    """One line of a ledger.
+
+    Raises:
+        InputError: it is no outcome of a known experiment.
+    """
+    try:
+        data = json.loads(line)
+        result = results[data["experiment"]].model_validate(data.pop("result"))
+        return Outcome(**data, result=result)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(
+            path,
+            f"line {number} is no outcome of a trial",
+            "The file was changed, or is of another version; begin another one.",
+        ) from None
+
+
+class _Writer:
+    """Appends whole lines; what cannot be written whole is taken back."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
+        self._file = file
+
+    def keep(self, outcomes: Sequence[Outcome]) -> None:
+        self.append([outcome.model_dump_json() for outcome in outcomes])
+
+    def append(self, lines: Sequence[str]) -> None:
+        content = "".join(f"{line}\n" for line in lines).encode()
+        whole = self._file.seek(0, os.SEEK_END)
+        left = memoryview(content)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(whole)
+            raise CannotGoOnError(
+                f"{self._path}: the ledger cannot be written ({error.strerror})",
+                "What it holds is whole: make room, and run the same command again.",
+            ) from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        # Unbuffered, so that nothing is written later than it is said to be.
+        file = path.open("r+b" if path.exists() else "x+b", buffering=0)
+    except OSError as error:
+        raise InputError(path, f"cannot be opened ({error.strerror})") from None
+    with file:
+        yield file
+
+
+def _whole_lines(path: Path) -> tuple[list[str], bool]:
+    """The whole lines of a ledger, and whether the last one was torn; that is cut off the file."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})") from None
+    end = content.rfind(b"\n") + 1
+    lines = content[:end].decode("utf-8", "replace").splitlines()
+    if content.startswith(BEGINNING) and len(lines) < HEADER_LINES:
+        lines, end = [], 0
+    elif content:
+        _header(path, lines)
+    if end < len(content):
+        os.truncate(path, end)
+    return lines, end < len(content)
+
+
+def _header(path: Path, lines: Sequence[str]) -> Header:
+    try:
+        return Header.model_validate_json(lines[0])
+    except (IndexError, ValidationError):
+        raise InputError(
+            path, "is no ledger of an audit", "Name a new file, or one that --ledger has made."
+        ) from None
+
+
+def _read(
+    path: Path, lines: Sequence[str], header: Header, results: Mapping[str, type[Result]]
+) -> list[Outcome]:
+    different = list(header.differences(_header(path, lines)))
+    if different:
+        raise InputError(
+            path,
+            f"is the ledger of another audit: {different[0]}"
+            + (f", and {len(different) - 1} more" if len(different) > 1 else ""),
+            "Go on with what it was begun with, or name another file.",
+        )
+    numbered = enumerate(lines[2:], start=3)
+    return [outcome_of(path, number, line, results) for number, line in numbered]
+
+
+def _differences(ours: Any, theirs: Any, key: str = "") -> Iterator[str]:
+    """The keys of a spec that differ, with both values."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in [*ours, *(name for name in theirs if name not in ours)]:
+            inner = f"{key}.{name}" if key else str(name)
+            yield from _differences(ours.get(name), theirs.get(name), inner)
+    elif ours != theirs:
+        yield f"{key} is {_shown(theirs)} there, {_shown(ours)} here"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ggl_audit.attacks.suite import choose_attacks
 from ggl_audit.basics.clock import Clock
 from ggl_audit.basics.environment import peak_memory_bytes
 from ggl_audit.basics.plugins import added_by_packages
 from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.errors import InputError
 from ggl_audit.experiments.candidate_matching import CandidateMatching, UndefendedMatching
 from ggl_audit.experiments.capture import CaptureAttack
 from ggl_audit.experiments.cause import OtherDeclaration, OtherLayout
@@ -18,7 +21,7 @@ from ggl_audit.experiments.conduct import Progress, conduct
 from ggl_audit.experiments.experiment import Experiment, Result
 from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.experiments.ledger import Ledger
-from ggl_audit.experiments.ledger_file import header_of, open_ledger
+from ggl_audit.experiments.ledger_file import header_of, open_ledger, outcome_of, read_declared
 from ggl_audit.experiments.membership import Membership
 from ggl_audit.experiments.noise import Noise
 from ggl_audit.experiments.promise import Promise
@@ -26,7 +29,9 @@ from ggl_audit.experiments.reconstruction import Reconstruction, UndefendedRecon
 from ggl_audit.experiments.schedule import InThisProcess
 from ggl_audit.experiments.workers import Workers
 from ggl_audit.judgement.declared import Declared, declare
+from ggl_audit.judgement.unmeasured import unfinished
 from ggl_audit.report.assembly import assemble
+from ggl_audit.report.declaration import declared_in
 from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec
 
@@ -83,6 +88,62 @@ def run_audit(
         cut_short = conduct(experiments, declared.plans, written, schedule, progress, clock)
     memory = peak_memory_bytes(case.model.device)
     return assemble(declared, written, clock.seconds, memory, cut_short)
+
+
+def run_again(
+    report: Report,
+    folders: Sequence[Path],
+    progress: Progress,
+    *,
+    ledger: Path | None = None,
+    workers: int = 1,
+) -> Report:
+    """Runs the audit of a report again, on the same files.
+
+    Args:
+        report: whose declaration and inputs are taken.
+        folders: where the files may be; the first that has the captured gradient counts.
+        progress: shown how far it is.
+        ledger: the file that outcomes go into; none unless given.
+        workers: processes of one thread each.
+
+    Raises:
+        AuditError: the declaration is of another version, or a file is missing or another one.
+    """
+    spec = declared_in(report, folders)
+    here = dict(prepare(spec).files)
+    for file in report.inputs:
+        if file.path not in here:
+            raise InputError(file.path, "is an input of the report, and was not read here")
+        if here[file.path] != file.sha256:
+            raise InputError(
+                file.path,
+                f"is another file than the report's, which has the SHA-256 {file.sha256}",
+                "Name the folder of the report's own files by --folder.",
+            )
+    return run_audit(spec, progress, ledger=ledger, workers=workers)
+
+
+def judge_ledger(path: Path) -> Report:
+    """Judges what is in a ledger, without the model and without any computation.
+
+    Raises:
+        InputError: it is no ledger, or one of another version.
+    """
+    declared_json, lines = read_declared(path)
+    try:
+        declared = Declared.model_validate_json(declared_json)
+    except ValidationError:
+        raise InputError(
+            path, "line 2 is no declaration", "The ledger is of another version of this program."
+        ) from None
+    results = {kind.name: kind.result for kind in known_experiments()}
+    outcomes = [
+        outcome_of(path, number, line, results) for number, line in enumerate(lines, start=3)
+    ]
+    ledger = Ledger(outcomes)
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    return assemble(declared, ledger, seconds, cut_short=unfinished(declared, ledger))
 
 
 def plan_experiments(case: Setting) -> list[Experiment[Result]]:

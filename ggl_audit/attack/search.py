@@ -35,7 +35,6 @@ class SearchResult:
         curves: (t, steps), the best loss so far after each step.
         spent: (steps,), candidates of each observed gradient until then.
         evaluations: candidates evaluated, all searches together.
-        complete: False when the search was interrupted.
     """
 
     latents: torch.Tensor
@@ -43,7 +42,6 @@ class SearchResult:
     curves: Array
     spent: NDArray[np.int64]
     evaluations: int
-    complete: bool
 
 
 def search(
@@ -56,7 +54,7 @@ def search(
     """Searches the latents of t observed gradients.
 
     The best point ever evaluated is kept, whatever an optimizer does; at the end the point that
-    each search recommends is evaluated too. An interrupt ends the search with what it has.
+    each search recommends is evaluated too.
 
     Args:
         objective: the losses of latents, for t observed gradients.
@@ -101,26 +99,20 @@ def search(
             ),
         )
 
-    complete = True
-    try:
-        while True:
-            candidates = optimizer.ask()
-            each_costs = restarts * (DERIVATIVE_COST if optimizer.wants == "derivatives" else 1)
-            left = (evaluations - spent[-1] - each_costs) // each_costs  # the last is recommended
-            if left < 1:
-                break
-            # A part of what was asked for, if the whole is too much, tells an optimizer nothing.
-            tried = candidates[:, :left]
-            told = evaluate(tried, optimizer.recommend() if parts > 1 else candidates[:, 0])
-            if tried.shape != candidates.shape:
-                break
-            optimizer.tell(told)
-        believed = optimizer.recommend()
-        evaluate(believed[:, None], believed)
-    except KeyboardInterrupt:
-        if len(spent) == 1:
-            raise
-        complete = False
+    while True:
+        candidates = optimizer.ask()
+        each_costs = restarts * (DERIVATIVE_COST if optimizer.wants == "derivatives" else 1)
+        left = (evaluations - spent[-1] - each_costs) // each_costs  # the last is recommended
+        if left < 1:
+            break
+        # A part of what was asked for, if the whole is too much, tells an optimizer nothing.
+        tried = candidates[:, :left]
+        told = evaluate(tried, optimizer.recommend() if parts > 1 else candidates[:, 0])
+        if tried.shape != candidates.shape:
+            break
+        optimizer.tell(told)
+    believed = optimizer.recommend()
+    evaluate(believed[:, None], believed)
 
     winner = best.losses.argmin(1)
     rows = torch.arange(trials, device=winner.device)
@@ -130,7 +122,6 @@ def search(
         curves=torch.stack(curve, dim=1).double().cpu().numpy(),
         spent=np.array(spent[1:]),
         evaluations=trials * spent[-1],
-        complete=complete,
     )
 
 

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ggl_audit import __version__
-from ggl_audit.cli import capture, check, init, listing, prior, report, run, schema
+from ggl_audit.cli import capture, check, init, listing, prior, report, reproduce, run, schema
 from ggl_audit.errors import AuditError
 
 
@@ -64,6 +64,7 @@ app.command("capture")(capture.capture)
 app.add_typer(prior.app, name="prior")
 app.command("list")(listing.list_parts)
 app.command("report")(report.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("schema")(schema.schema)
 app.command("init")(init.init)
 

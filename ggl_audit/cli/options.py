@@ -85,6 +85,23 @@ FailOn = Annotated[
     str | None,
     typer.Option("--fail-on", envvar="GGL_AUDIT_FAIL_ON", help="Exit 1 at this grade or worse."),
 ]
+LedgerFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--ledger",
+        envvar="GGL_AUDIT_LEDGER",
+        help="A file that keeps what each trial gave; the same command goes on from there.",
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        envvar="GGL_AUDIT_WORKERS",
+        min=1,
+        help="Processes of one thread each that share the trials.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show what libraries warn of, each once.")

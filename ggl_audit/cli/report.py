@@ -9,7 +9,9 @@ import typer
 
 
 def report(
-    first: Annotated[Path, typer.Argument(help="A report.json.", metavar="REPORT")],
+    first: Annotated[
+        Path, typer.Argument(help="A report.json, or a ledger to judge.", metavar="REPORT")
+    ],
     second: Annotated[
         Path | None, typer.Argument(help="Another, to compare with.", metavar="[OTHER]")
     ] = None,
@@ -18,17 +20,19 @@ def report(
         typer.Option("--output", "-o", help="Convert to .html or .json. Repeatable."),
     ] = None,
 ) -> None:
-    """Show a saved report, convert it, or compare two."""
+    """Show a saved report or judge a ledger, convert it, or compare two reports."""
     from rich.console import Console
 
+    from ggl_audit.audit import judge_ledger
     from ggl_audit.errors import AuditError
+    from ggl_audit.experiments.ledger_file import is_ledger
     from ggl_audit.report.compare import render_comparison
     from ggl_audit.report.console import render_console
     from ggl_audit.report.formats import check_outputs, read_report, write_report
 
     outputs = output or []
     check_outputs(outputs)
-    shown = read_report(first)
+    shown = judge_ledger(first) if is_ledger(first) else read_report(first)
     if second is not None and outputs:
         raise AuditError("-o converts one report; two are only compared on the terminal")
     if second is not None:

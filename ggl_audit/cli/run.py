@@ -30,15 +30,8 @@ def run(
     time_limit: options.TimeLimit = None,
     seed: options.Seed = None,
     fail_on: options.FailOn = None,
-    ledger: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file that keeps what each trial gave; the same command goes on from there."
-        ),
-    ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes of one thread each that share the trials.")
-    ] = 1,
+    ledger: options.LedgerFile = None,
+    workers: options.Workers = 1,
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Exit 0 where the gate would exit 1.")
     ] = False,

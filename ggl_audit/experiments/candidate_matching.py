@@ -56,7 +56,7 @@ class CandidateMatching(Experiment[Matched]):
         trials = min(evidence.matching_trials, len(self.case.trials))
         if trials == 0:
             return NotMeasured(reason=NO_TRIALS)
-        return _plan(self.case, trials)
+        return _plan(self.case, trials, at_most=evidence.stop_early)
 
     def run(self, trials: range, advance: Advance) -> Iterator[Matched]:
         """Matches candidates under the declared defense."""
@@ -142,10 +142,11 @@ def match_canaries(
         yield Matched(hit=rank == 1, label=label)
 
 
-def _plan(case: Setting, trials: int) -> Plan:
+def _plan(case: Setting, trials: int, *, at_most: bool = False) -> Plan:
     held = COPIES_OF_A_CANARY * 4 * case.model.size * case.defense.aggregation.clients
     return Plan(
         trials=trials,
         matched=trials * (case.spec.evidence.candidates + 1),
+        at_most=at_most,
         together=max(1, min(CANARIES_TOGETHER, case.memory // held)),
     )

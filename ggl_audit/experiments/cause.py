@@ -36,12 +36,13 @@ class _Alternatives(Experiment[Explained]):
     result = Explained
     as_long_as = Reconstruction.name
     waits = True
+    explains = True
 
     def plan(self) -> Plan | NotMeasured:
         """A trial for each capture; what it takes is only known if it is made."""
         if self.case.spec.evidence.reconstruction_trials == 0:
             return NotMeasured(reason="evidence.reconstruction_trials is 0")
-        return Plan(trials=1 + len(self.case.others))
+        return Plan(trials=1 + len(self.case.others), at_most=True)
 
     @abstractmethod
     def alternatives(self, case: Setting) -> Iterator[tuple[str, Setting]]:

@@ -72,7 +72,7 @@ def conduct(
             for group, outcomes in schedule.run(list(together), conducted.is_wanted):
                 conducted.add(group, outcomes)
     except OutOfTimeError:
-        return conducted.stage if not ledger.of(conducted.running) else None
+        return conducted.stage if conducted.lacks_what_runs() else None
     except KeyboardInterrupt:
         return conducted.stage
     return None
@@ -109,6 +109,11 @@ class _Conducted:
     def stage(self) -> str:
         """What is going on, in words."""
         return self._experiments[self.running].stage if self.running else "preparation"
+
+    def lacks_what_runs(self) -> bool:
+        """Whether a verdict needs what is running, and has nothing of it."""
+        experiment = self._experiments[self.running]
+        return not self._ledger.of(self.running) and not experiment.explains
 
     def wave(self, group: Group) -> int:
         """How many experiments up to a group's have to wait for all that comes before them."""

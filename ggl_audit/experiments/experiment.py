@@ -45,6 +45,7 @@ class Plan(BaseModel):
             together.
         searched: those of latents, as a search asks for them.
         descended: those with derivatives, in the same unit.
+        at_most: whether there may be fewer trials, as what comes out of others decides it.
         together: the trials of a group, which share their batches. Groups are by number alone:
             trials 0 to ``together`` - 1 are the first, whoever runs them and when.
     """
@@ -55,6 +56,7 @@ class Plan(BaseModel):
     matched: int = 0
     searched: int = 0
     descended: int = 0
+    at_most: bool = False
     together: int = 1
 
     @property
@@ -94,6 +96,8 @@ class Experiment(ABC, Generic[ResultOf]):
         as_long_as: the experiment whose trials take at least as long, where there are none of its
             own yet to tell whether another group would end in time; empty for none.
         waits: whether it is only begun when all experiments before it are done.
+        explains: whether it only explains what others have measured, so that a verdict that the
+            time leaves without it is as good.
 
     Args:
         case: what was handed in.
@@ -106,6 +110,7 @@ class Experiment(ABC, Generic[ResultOf]):
     share: ClassVar[float] = 1.0
     as_long_as: ClassVar[str] = ""
     waits: ClassVar[bool] = False
+    explains: ClassVar[bool] = False
 
     def __init__(self, case: Setting, suite: Suite) -> None:
         self.case = case

@@ -17,7 +17,7 @@ from ggl_audit.experiments.experiment import Result
 from ggl_audit.experiments.ledger import Ledger, Outcome
 
 NO_OUTCOME = ("gate", "time_limit")
-"""Keys of the spec that no outcome depends on, which may change while an audit goes on."""
+"""Keys of the spec that may change while an audit goes on."""
 
 BEGINNING, HEADER_LINES = b'{"ledger":', 2
 """Of each ledger: what it begins with, and the lines before the first outcome."""
@@ -35,6 +35,7 @@ class Header(BaseModel):
         torch: of PyTorch.
         device: as it calls itself.
         spec: as it was read, without what no outcome depends on.
+        is_limited: whether there is a time limit, for which trials are taken in smaller groups.
         inputs: the SHA-256 of each file that was read, by its name.
     """
 
@@ -45,6 +46,7 @@ class Header(BaseModel):
     torch: str
     device: str
     spec: dict[str, Any]
+    is_limited: bool
     inputs: dict[str, str]
 
     def differences(self, other: Header) -> Iterator[str]:
@@ -53,9 +55,10 @@ class Header(BaseModel):
             ("ggl-audit", self.version, other.version),
             ("PyTorch", self.torch, other.torch),
             ("the device", self.device, other.device),
+            ("a time limit", self.is_limited, other.is_limited),
         ):
             if ours != theirs:
-                yield f"{name} {theirs} there, {ours} here"
+                yield f"{name}: {theirs} there, {ours} here"
         yield from _differences(self.spec, other.spec)
         for path in sorted(self.inputs.keys() | other.inputs.keys()):
             if self.inputs.get(path) != other.inputs.get(path):
@@ -78,6 +81,7 @@ def header_of(
         torch=environment["torch"],
         device=environment["device"],
         spec={key: value for key, value in spec.items() if key not in NO_OUTCOME},
+        is_limited=spec["time_limit"] is not None,
         inputs=inputs,
     )
 
@@ -127,6 +131,14 @@ def open_ledger(
             yield Ledger(outcomes, writer.keep), said
     finally:
         lock.release()
+
+
+def is_ledger(path: Path) -> bool:
+    """Whether a file begins like a ledger."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(BEGINNING)) == BEGINNING
 
 
 def read_declared(path: Path) -> tuple[str, list[str]]:

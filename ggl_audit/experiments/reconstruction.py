@@ -71,11 +71,13 @@ class Reconstruction(Experiment[Reconstructed]):
         trials = min(evidence.reconstruction_trials, len(self.case.trials))
         if trials == 0:
             return NotMeasured(reason="evidence.reconstruction_trials is 0")
+        looks = evidence.stop_early or self.case.spec.time_limit is not None
         return Plan(
             trials=trials,
             searched=2 * trials * self.suite.searched(),
             descended=2 * trials * self.suite.descended(),
-            together=CANARIES_BETWEEN_LOOKS if evidence.stop_early else CANARIES_TOGETHER,
+            at_most=evidence.stop_early,
+            together=CANARIES_BETWEEN_LOOKS if looks else CANARIES_TOGETHER,
         )
 
     def run(self, trials: range, advance: Advance) -> Iterator[Reconstructed]:

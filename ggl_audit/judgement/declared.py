@@ -88,6 +88,7 @@ class Declared(BaseModel):
     Attributes:
         version: of this program.
         spec: as it was read, with its defaults.
+        declaration: the same without them.
         evidence: the part of it that says how trials are counted.
         gate: the part of it that says what fails.
         inputs: the files that were read.
@@ -114,6 +115,7 @@ class Declared(BaseModel):
 
     version: str
     spec: dict[str, Any]
+    declaration: dict[str, Any]
     evidence: EvidenceSpec
     gate: GateSpec
     inputs: list[InputFile]
@@ -158,6 +160,7 @@ def declare(case: Setting, suite: Suite, experiments: Sequence[Experiment[Result
     return Declared(
         version=__version__,
         spec=spec.model_dump(mode="json"),
+        declaration=spec.model_dump(mode="json", exclude_unset=True),
         evidence=spec.evidence,
         gate=spec.gate,
         inputs=[InputFile(path=path, sha256=digest) for path, digest in case.files],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ggl_audit.experiments.candidate_matching import CandidateMatching, UndefendedMatching
-from ggl_audit.experiments.experiment import Experiment, NotMeasured, Result
+from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.experiments.membership import Membership
 from ggl_audit.experiments.noise import Noise
@@ -56,3 +56,11 @@ def why_unmeasured(
     if measured.label is None:
         reasons["label"] = declared.not_measured.get("label") or reason(CandidateMatching)
     return {**declared.not_measured, **reasons}
+
+
+def unfinished(declared: Declared, ledger: Ledger) -> str | None:
+    """The stage that a ledger breaks off in, or None where all that was planned is there."""
+    for name, plan in declared.plans.items():
+        if isinstance(plan, Plan) and not plan.at_most and len(ledger.of(name)) < plan.trials:
+            return declared.stages[name]
+    return None

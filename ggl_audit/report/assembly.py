@@ -70,6 +70,7 @@ def assemble(
         inputs=declared.inputs,
         environment=declared.environment,
         spec=declared.spec,
+        declaration=declared.declaration,
     )
 
 

@@ -255,4 +255,7 @@ class Report(_Part):
     cost: Cost
     inputs: list[InputFile]
     environment: dict[str, str]
-    spec: dict[str, Any]
+    spec: dict[str, Any] = Field(description="what was declared, with the defaults of the rest")
+    declaration: dict[str, Any] = Field(
+        description="what was declared, from which the audit can be run again"
+    )

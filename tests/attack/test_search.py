@@ -160,12 +160,9 @@ def test_parts_are_searched_for_with_the_others_where_they_are_believed() -> Non
     assert bool((believed.sum(1) >= 1).all())
 
 
-def test_an_interrupt_gives_what_was_found() -> None:
-    result = search(Quadratic(TARGETS, 35), Forgetful, SEEDS, 100, lambda _: None)
-    assert not result.complete
-    assert torch.isfinite(result.losses).all()
+def test_an_interrupt_is_no_result() -> None:
     with pytest.raises(KeyboardInterrupt):
-        search(Quadratic(TARGETS, 5), Forgetful, SEEDS, 100, lambda _: None)
+        search(Quadratic(TARGETS, 35), Forgetful, SEEDS, 100, lambda _: None)
 
 
 def test_a_loss_that_is_not_finite_never_wins() -> None:

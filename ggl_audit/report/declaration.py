@@ -37,6 +37,6 @@ def declared_in(report: Report, folders: Sequence[Path]) -> Spec:
         if (folder / captured).is_file():
             return spec.placed(folder, lambda _: "")
     raise AuditError(
-        f"{captured} is neither in {' nor in '.join(map(str, folders))}",
+        f"{captured} is in none of the folders {', '.join(map(str, folders))}",
         "Name the folder of the report's files by --folder.",
     )

@@ -102,6 +102,4 @@ def _surroundings(first: Report, again: Report) -> list[str]:
     pairs = [("ggl-audit", first.tool.version, again.tool.version)]
     names = [*first.environment, *(n for n in again.environment if n not in first.environment)]
     pairs += [(n, first.environment.get(n, "-"), again.environment.get(n, "-")) for n in names]
-    return [
-        f"{name}: {ours} there, {theirs} here" for name, ours, theirs in pairs if ours != theirs
-    ]
+    return [f"{name}: {one} there, {other} here" for name, one, other in pairs if one != other]

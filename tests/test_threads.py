@@ -152,7 +152,7 @@ def test_how_threads_wait_is_the_user_s_choice_if_made(
 def test_pytorch_computes_with_as_many(arguments: list[str]) -> None:
     own = {n: v for n, v in os.environ.items() if n not in (*DECIDED, "MKL_NUM_THREADS")}
     command = [sys.executable, "-c", AFTER_LOADING, *arguments]
-    told = subprocess.check_output(command, env=own, text=True)  # noqa: S603
+    told = subprocess.check_output(command, env=own, text=True)
     threads, environment = json.loads(told)
     assert threads == (1 if arguments else min(cores(), allowed_threads()))
     assert environment == {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": None, **WAITING}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Annotated
 
@@ -14,10 +15,13 @@ class Kind(str, Enum):
     DEFENSES = "defenses"
     OPTIMIZERS = "optimizers"
     PRIORS = "priors"
+    ATTACKS = "attacks"
+    EXPERIMENTS = "experiments"
+    FORMATS = "formats"
 
 
 def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List defenses, optimizers or priors, with their parameters and sources."""
+    """List what can be declared or is made, with its parameters and sources."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -30,7 +34,7 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
             table.add_row(Text(name), Text(known))
             table.add_row()
     else:
-        columns, rows = _optimizers() if kind is Kind.OPTIMIZERS else _priors()
+        columns, rows = LISTED[kind]()
         for column in columns:
             table.add_column(column, no_wrap=column == "name")
         for row in rows:
@@ -57,7 +61,7 @@ def _defenses() -> list[tuple[str, str]]:
     return listed
 
 
-Rows = tuple[tuple[str, str, str], list[tuple[str, str, str]]]
+Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def _optimizers() -> Rows:
@@ -74,3 +78,32 @@ def _priors() -> Rows:
     cards = [(name, read_card(bundled_folder() / name)) for name in bundled_names()]
     rows = [(name, f"latent {card.architecture.latent}", card.data) for name, card in cards]
     return ("name", "parameters", "source"), rows
+
+
+def _attacks() -> Rows:
+    from ggl_audit.attacks import known_attacks
+
+    return ("name", "source"), [(name, kind.source) for name, kind in known_attacks().items()]
+
+
+def _experiments() -> Rows:
+    from ggl_audit.audit import known_experiments
+
+    rows = [(kind.name, (kind.__doc__ or "").splitlines()[0]) for kind in known_experiments()]
+    return ("name", "what it measures"), rows
+
+
+def _formats() -> Rows:
+    from ggl_audit.report.formats import known_formats
+
+    rows = [(name, (r.__doc__ or "").splitlines()[0]) for name, r in known_formats().items()]
+    return ("ending", "what it is"), rows
+
+
+LISTED: dict[Kind, Callable[[], Rows]] = {
+    Kind.OPTIMIZERS: _optimizers,
+    Kind.PRIORS: _priors,
+    Kind.ATTACKS: _attacks,
+    Kind.EXPERIMENTS: _experiments,
+    Kind.FORMATS: _formats,
+}

@@ -106,6 +106,8 @@ def open_ledger(
         InputError: another process has it open, it is no ledger, or one of something else.
         CannotGoOnError: a line cannot be written; those before it are whole.
     """
+    if not path.parent.is_dir():
+        raise InputError(path, f"there is no folder {path.parent}", "Make it first.")
     lock = FileLock(f"{path}.lock", timeout=0)
     try:
         lock.acquire()

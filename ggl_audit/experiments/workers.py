@@ -125,7 +125,8 @@ class Workers:
             CannotGoOnError: one had died in the same trials before.
         """
         worker.process.join()
-        trials = f"trials {group.trials.start} to {group.trials.stop - 1} of {group.experiment}"
+        first, last = group.trials.start, group.trials.stop - 1
+        trials = f"trials {first} to {last} of {group.experiment}"
         cause = f"exit code {worker.process.exitcode}"
         if group in self._died:
             raise CannotGoOnError(

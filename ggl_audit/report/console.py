@@ -78,6 +78,10 @@ def render_console(report: Report, console: Console) -> None:
         console.print(f"  [dim]Remedy:[/] {escape(finding.remedy)}")
     if report.findings:
         console.print()
+    for sentence in wording.experiments(report):
+        console.print(Text(sentence))
+    if wording.experiments(report):
+        console.print()
     console.print("[bold]Taken for granted[/]")
     for sentence in report.assumptions:
         console.print(f"- {escape(sentence)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ggl_audit.basics.files import write_whole
+from ggl_audit.basics.plugins import added_by_packages
 from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import AuditError, InputError, dotted
 from ggl_audit.report.html import render_html
@@ -25,16 +26,26 @@ LARGEST_REPORT_BYTES = 50_000_000
 RENDERERS: dict[str, Callable[[Report], str]] = {".html": render_html, ".json": render_json}
 
 
+Renderer = Callable[[Report], str]
+
+
+def known_formats() -> dict[str, Renderer]:
+    """The formats by the ending of a file's name; a package's entry point is named by it."""
+    added = added_by_packages("report_formats")
+    return {**RENDERERS, **{f".{name}": render for name, render in added.items()}}
+
+
 def check_outputs(paths: list[Path]) -> None:
     """Finds out before an audit whether its report can be written.
 
     Raises:
         AuditError: an ending is unknown, or a folder is missing.
     """
+    known = known_formats()
     for path in paths:
-        if path.suffix not in RENDERERS:
+        if path.suffix not in known:
             raise AuditError(
-                f"-o {path}: unknown format {path.suffix!r}; expected {' or '.join(RENDERERS)}"
+                f"-o {path}: unknown format {path.suffix!r}; expected {' or '.join(known)}"
             )
         if not path.parent.is_dir():
             raise AuditError(f"-o {path}: there is no folder {path.parent}")
@@ -50,7 +61,7 @@ def write_report(report: Report, path: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    write_whole(path, RENDERERS[path.suffix](report).encode())
+    write_whole(path, known_formats()[path.suffix](report).encode())
 
 
 def read_report(path: Path) -> Report:

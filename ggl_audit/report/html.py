@@ -33,6 +33,7 @@ def render_html(report: Report) -> str:
         distances=wording.other_distances(report),
         privacy=wording.privacy(report),
         noise=wording.noise(report),
+        experiments=wording.experiments(report),
         cost=wording.cost(report),
         plot=_plot(report),
         spec=yaml.safe_dump(report.spec, sort_keys=False),

@@ -229,6 +229,11 @@ def _mean(metrics: list[Fidelity], key: str) -> str:
     return f"{sum(values) / len(values):.4g}"
 
 
+def experiments(report: Report) -> list[str]:
+    """What experiments say that no other part of a report has."""
+    return [sentence for one in report.experiments for sentence in one.said]
+
+
 def cost(report: Report) -> str:
     """What the audit took."""
     spent = report.cost

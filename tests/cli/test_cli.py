@@ -364,7 +364,7 @@ def test_a_trained_prior_can_be_audited_with(spec: Path, tmp_path: Path) -> None
 
 
 def program(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(  # noqa: S603
+    return subprocess.Popen(
         [sys.executable, "-m", "ggl_audit", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -406,7 +406,7 @@ def test_help_and_version_need_no_torch() -> None:
     process = program("--version")
     assert process.communicate(timeout=60)[0].strip() == f"ggl-audit {__version__}"
     code = "import sys, ggl_audit.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_fault_of_the_program_is_not_a_failed_gate(

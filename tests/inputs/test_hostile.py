@@ -78,7 +78,7 @@ def test_files_that_are_nearly_right_are_read_or_refused(tmp_path: Path, name: s
     path.parent.mkdir(parents=True, exist_ok=True)
     outcomes = set()
     for number in range(200):
-        random = Random(f"test {number}")  # noqa: S311
+        random = Random(f"test {number}")
         path.write_bytes(fuzz.mutated(reader, seeds, random))
         how, _, why = fuzz.outcome(reader, path)
         assert how in ("read", "refused"), f"{number}: {why}"
@@ -92,7 +92,7 @@ def test_what_is_read_of_a_damaged_file_is_what_pytorch_reads(tmp_path: Path) ->
     content = {name: tensor.float() for name, tensor in fuzz._tensors().items()}
     compared = 0
     for number in range(400):
-        random = Random(f"same {number}")  # noqa: S311
+        random = Random(f"same {number}")
         path = tmp_path / "x.pt"
         seed = fuzz._saved(content, archive=random.random() < 0.5)
         plain = fuzz.Reader("x.pt", list, read_tensors, None, reader.words)
@@ -445,7 +445,7 @@ def test_nothing_is_allocated_because_a_header_says_so(tmp_path: Path) -> None:
     for name, (content, _) in files.items():
         (tmp_path / name).write_bytes(content)
     paths = [str(tmp_path / name) for name in files]
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [sys.executable, "-c", IN_LITTLE_MEMORY, *paths], capture_output=True, text=True, check=True
     )
     lines = done.stdout.splitlines()

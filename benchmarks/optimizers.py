@@ -38,7 +38,7 @@ from ggl_audit.evidence.fidelity import candidate_distances
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
 from ggl_audit.experiments.attacks import run_search
 from ggl_audit.inputs.spec_file import parse_defense, read_spec
-from ggl_audit.optimizers import DERIVATIVE_COST, FAMILIES, start_optimizer
+from ggl_audit.optimizers import DERIVATIVE_COST, start_optimizer
 from ggl_audit.spec import SubspaceSpec
 
 FACE_DATA = [
@@ -47,7 +47,13 @@ FACE_DATA = [
 
 NEVERGRAD = ("OldCMA", "DE", "NGOpt")
 OPTIMIZERS = [
-    *(name for name in FAMILIES if name != "nevergrad:NAME"),
+    "gauss_newton",
+    "cma",
+    *(f"pycma:{covariance}" for covariance in ("full", "diagonal", "vkd")),
+    "bayesian",
+    "turbo",
+    "adam",
+    "random",
     *(f"nevergrad:{name}" for name in NEVERGRAD),
 ]
 

@@ -16,8 +16,7 @@ from ggl_audit.attack.search import SearchResult, search
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.case.setting import Setting
 from ggl_audit.defenses import Pipeline
-from ggl_audit.optimizers import start_optimizer, wants_more
-from ggl_audit.optimizers.gauss_newton import full_steps
+from ggl_audit.optimizers import find_family, start_optimizer, wants_more
 from ggl_audit.priors.directions import principal_directions
 from ggl_audit.spec import AttackSpec
 
@@ -35,10 +34,6 @@ ATTACKS = {
     ANALYTIC: "read off the first layer (Geiping et al., NeurIPS 2020, proposition 3.1)",
 }
 """What each searches, and its source."""
-
-
-FEWEST_STEPS, FEWEST_STEPS_FOR_SEVERAL = 3, 20
-"""See :func:`searched_by`."""
 
 
 @dataclass(frozen=True)
@@ -218,21 +213,12 @@ def run_search(
 
 
 def searched_by(setting: Setting) -> AttackSpec:
-    """The declared search, but by ``cma`` where ``gauss_newton`` has room for too few of its steps.
-
-    With three it is as good as ``cma`` with twice the evaluations (faces). Of several images
-    ``cma`` can search each by itself if their gradients add up: with 3,000 evaluations digits come
-    back at 29.3 dB by 30 steps for both of two images and at 24.8 dB by 15 steps for four, where
-    ``cma`` gives 27.0 and 25.7.
-    """
+    """The declared search, but by what stands in for an optimizer that has too few evaluations."""
     attack, members = setting.spec.attack, setting.members
-    if attack.optimizer != "gauss_newton":
-        return attack
-    steps = full_steps(setting.prior.size * members, attack.evaluations // attack.restarts)
     apart = members > 1 and setting.matching().adds_up
-    if steps >= (FEWEST_STEPS_FOR_SEVERAL if apart else FEWEST_STEPS):
-        return attack
-    return attack.model_copy(update={"optimizer": "cma"})
+    size, evaluations = setting.prior.size * members, attack.evaluations // attack.restarts
+    other = find_family(attack.optimizer).stand_in(size, evaluations, apart)
+    return attack.model_copy(update={"optimizer": other}) if other else attack
 
 
 def captured_labels(setting: Setting, count: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ from ggl_audit.experiments.capture import SEARCHES_COMPARED
 from ggl_audit.experiments.membership import MEMBERSHIP_TRIALS, can_identify_members
 from ggl_audit.experiments.noise import planned_releases
 from ggl_audit.experiments.promise import tests_promise
-from ggl_audit.optimizers import DERIVATIVE_COST
+from ggl_audit.optimizers import DERIVATIVE_COST, find_family
 
 TRIALS_TO_PREDICT = 8
 SEARCHES_TO_PREDICT = 20
@@ -152,7 +152,7 @@ def planned_descents(setting: Setting, suite: Suite) -> int:
 def evaluations_each(setting: Setting) -> int:
     """The candidates of one search."""
     attack = setting.spec.attack
-    step = attack.restarts * (DERIVATIVE_COST if attack.optimizer == "adam" else 1)
+    step = attack.restarts * find_family(attack.optimizer).evaluation_cost()
     return step * (attack.evaluations // step)
 
 

@@ -28,8 +28,8 @@ Pixels = Annotated[int, Field(ge=1)]
 Split = Literal["train", "val", "test"]
 Layout = Literal["channels_first", "channels_last"]
 
-MODEL_SOURCES = ("factory", "torchscript", "exported")
-PRIOR_SOURCES = ("bundled", "trained", "factory", "torchscript", "exported")
+MODEL_SOURCES = ("factory", "exported")
+PRIOR_SOURCES = ("bundled", "trained", "factory", "exported")
 LARGEST_LATENT = 100_000
 
 
@@ -126,7 +126,6 @@ class ModelSpec(_Section):
         description="file.py:callable beside the spec, package.module:callable, or "
         "torchvision:name",
     )
-    torchscript: Path | None = Field(default=None, description="a file of torch.jit.save")
     exported: Path | None = Field(
         default=None, description="a file of torch.export.save, with a dynamic batch dimension"
     )
@@ -537,7 +536,6 @@ class PriorSpec(_Section):
     weights: Path | None = Field(
         default=None, description="for a factory: .safetensors, .pt (weights only) or .npz"
     )
-    torchscript: Path | None = Field(default=None, description="a file of torch.jit.save")
     exported: Path | None = Field(default=None, description="a file of torch.export.save")
     latent: LatentSpec | None = None
     latent_mapping: str | None = Field(

@@ -332,7 +332,7 @@ def _sent(spec: Spec, private: Sequence[Path], labels: Sequence[int]) -> Gradien
     client = DeclaredClient(Matching(model, defense), defense, public)
     images = torch.stack([read_image(path, model.shape) for path in private])
     context = client_context(spec.seed, "captured client", cpu)
-    return take(client.send(images[None], torch.tensor([labels]), context), 0)
+    return take(client.send(images[None], torch.tensor([labels]), [context]), 0)
 
 
 def rate(measured: Rate | None) -> str:

@@ -45,7 +45,7 @@ from torch import nn
 
 from ggl_audit.errors import AuditError
 from ggl_audit.inputs.images import read_image, read_image_set
-from ggl_audit.inputs.programs import load_exported, load_torchscript
+from ggl_audit.inputs.programs import load_exported
 from ggl_audit.inputs.spec_file import parse_defense, parse_override, read_spec
 from ggl_audit.inputs.tensors import read_tensors
 from ggl_audit.priors.card import CARD_NAME, read_card
@@ -271,16 +271,6 @@ class _Net(nn.Module):
         return result
 
 
-def _torchscript_seeds() -> list[bytes]:
-    example = torch.zeros(2, 1, 2, 2)
-    seeds = []
-    for script in (torch.jit.trace(_Net(), example), torch.jit.script(_Net())):
-        buffer = io.BytesIO()
-        torch.jit.save(script, buffer)
-        seeds.append(buffer.getvalue())
-    return seeds
-
-
 def _exported_seeds() -> list[bytes]:
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(
@@ -299,6 +289,8 @@ def _report_seeds() -> list[bytes]:
         def start(self, evaluations: int) -> None: ...
         def stage(self, name: str) -> None: ...
         def advance(self, evaluations: int) -> None: ...
+
+        def say(self, sentence: str) -> None: ...
 
     small = {
         "attack.evaluations": 60,
@@ -423,7 +415,6 @@ READERS = {
         words=YAML,
     ),
     "report": Reader("report.json", _report_seeds, _read_and_render, words=JSON),
-    "TorchScript": Reader("x.pt", _torchscript_seeds, load_torchscript, _zip_parts, PICKLE),
     "torch.export": Reader("x.pt2", _exported_seeds, load_exported, _zip_parts, JSON),
 }
 

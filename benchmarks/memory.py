@@ -63,14 +63,10 @@ def child(experiment: str, budget: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from ggl_audit.basics.clock import Clock
+    from ggl_audit.attacks.ggl import search_latents
+    from ggl_audit.audit import by_name, plan_experiments
     from ggl_audit.basics.gradient import stack
     from ggl_audit.case.setting import prepare
-    from ggl_audit.attacks.ggl import captured_labels, run_search
-    from ggl_audit.experiments.candidate_matching import run_matching
-    from ggl_audit.experiments.measurements import Measurements
-    from ggl_audit.experiments.membership import identify_members
-    from ggl_audit.experiments.promise import try_promise
     from ggl_audit.spec import Spec
 
     def nobody(_evaluations: int) -> None:
@@ -112,17 +108,19 @@ def child(experiment: str, budget: int) -> None:
             declared |= {"client": {"step": "models.py:step"}, "guarantee": promised}
         setting = prepare(Spec.model_validate(declared).placed(folder, lambda _: ""))
 
-    trials, measured = setting.trials(), Measurements()
+    experiments = by_name(plan_experiments(setting))
+
+    def run(name: str, trials: int) -> list[object]:
+        return list(experiments[name].run(range(trials), nobody))
+
     work: dict[str, Callable[[], object]] = {
-        "ceiling": lambda: run_matching(
-            setting, setting.client, setting.defense, trials.first(25), "trial", nobody, Clock()
-        ),
-        "search": lambda: run_search(
+        "ceiling": lambda: run("matching", 25),
+        "search": lambda: search_latents(
             setting,
             setting.defense,
             stack([setting.observed] * 2),
-            captured_labels(setting, 2),
-            "trial",
+            setting.captured_labels(2),
+            [setting.random("trial", number) for number in range(2)],
             nobody,
             130,
         ),
@@ -131,8 +129,8 @@ def child(experiment: str, budget: int) -> None:
             torch.zeros(20, 1, dtype=torch.long),
             {name: tensor.expand(20, *tensor.shape) for name, tensor in setting.observed.items()},
         ),
-        "membership": lambda: identify_members(setting, trials.first(2), measured, nobody),
-        "promise": lambda: try_promise(setting, 5, measured, nobody),
+        "membership": lambda: run("membership", 2),
+        "promise": lambda: run("promise", 5),
     }
     print(growth(work[experiment]))  # noqa: T201
 

@@ -11,7 +11,6 @@ whole, which takes some hours, can be had in parts (`--task`, `--budget`, `--att
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 import time
@@ -30,15 +29,15 @@ import ggl_audit
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.pixels import attack_pixels
 from ggl_audit.attack.refine import refine
+from ggl_audit.attacks.ggl import search_latents
 from ggl_audit.basics.environment import describe
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.fidelity import candidate_distances
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
-from ggl_audit.attacks.ggl import run_search
 from ggl_audit.inputs.spec_file import parse_defense, read_spec
-from ggl_audit.optimizers import DERIVATIVE_COST, FAMILIES, start_optimizer
+from ggl_audit.optimizers import DERIVATIVE_COST, start_optimizer
 from ggl_audit.spec import SubspaceSpec
 
 FACE_DATA = [
@@ -47,7 +46,13 @@ FACE_DATA = [
 
 NEVERGRAD = ("OldCMA", "DE", "NGOpt")
 OPTIMIZERS = [
-    *(name for name in FAMILIES if name != "nevergrad:NAME"),
+    "gauss_newton",
+    "cma",
+    *(f"pycma:{covariance}" for covariance in ("full", "diagonal", "vkd")),
+    "bayesian",
+    "turbo",
+    "adam",
+    "random",
     *(f"nevergrad:{name}" for name in NEVERGRAD),
 ]
 
@@ -186,11 +191,10 @@ def write_results(path: Path, results: Results) -> None:
 
 
 class Meter:
-    """Counts what an attack spends, and interrupts it when its seconds are over."""
+    """Counts what an attack spends."""
 
-    def __init__(self, seconds: float = math.inf) -> None:
+    def __init__(self) -> None:
         self.evaluations = 0
-        self._seconds = seconds
         self._began = time.process_time()
 
     @property
@@ -201,8 +205,6 @@ class Meter:
     def __call__(self, evaluations: int) -> None:
         """Takes note of evaluations."""
         self.evaluations += evaluations
-        if self.seconds > self._seconds:
-            raise KeyboardInterrupt
 
 
 def prepare_setting(task: defenses.Task, defense: str, scratch: Path) -> Setting:
@@ -230,19 +232,23 @@ def attack(
     """Attacks t observed gradients; their pictures are (t, channels, height, width)."""
     model, defense, prior = setting.model, setting.defense, setting.prior
     if name == PIXELS:
-        steps, random = evaluations // DERIVATIVE_COST, setting.random(f"pixels {seed}")
-        aligned = Derivatives(model, defense, "cosine")
+        steps, aligned = evaluations // DERIVATIVE_COST, Derivatives(model, defense, "cosine")
+        randoms = [setting.random(f"pixels {seed}", number) for number in range(len(labels))]
         return attack_pixels(
-            model, aligned, labels[:, None], observed, steps, random, meter
+            model, aligned, labels[:, None], observed, steps, randoms, meter
         ).images[:, 0]
     searched = int(SEARCHED * evaluations) if name == REFINED else evaluations
-    result, images = run_search(setting, defense, observed, labels, f"seed {seed}", meter, searched)
+    randoms = [setting.random(f"seed {seed}", number) for number in range(len(labels))]
+    own = observed, labels[:, None], randoms
+    found = search_latents(setting, defense, *own, meter, searched)
     if name != REFINED:
-        return images
+        return found.images[:, 0]
     steps = (evaluations - searched) // DERIVATIVE_COST
     nearer = Derivatives(model, defense, setting.spec.attack.distance)
-    latents = result.latents
-    return refine(prior, nearer, latents, labels[:, None], observed, steps, meter).images[:, 0]
+    assert found.latents is not None
+    return refine(prior, nearer, found.latents, labels[:, None], observed, steps, meter).images[
+        :, 0
+    ]
 
 
 def optimizing(setting: Setting, name: str) -> Setting:
@@ -255,17 +261,17 @@ def optimizing(setting: Setting, name: str) -> Setting:
     return replace(setting, spec=setting.spec.model_copy(update={"attack": declared}))
 
 
-def allowance(results: Results, cell: Cell) -> tuple[int, float]:
-    """The evaluations that a cell is given for each image, and its seconds.
+def allowance(results: Results, cell: Cell) -> int:
+    """The evaluations that a cell is given for each image.
 
     For equal seconds it is given what it can do in them by its own speed, as some optimizers plan
-    ahead. A descent cannot be stopped on its way and has no limit but that.
+    ahead.
 
     Raises:
         typer.BadParameter: the cells of least evaluations, which tell the speed, are not there.
     """
     if cell.budget != SECONDS:
-        return min(int(cell.budget), FEW.get(cell.attack, int(cell.budget))), math.inf
+        return min(int(cell.budget), FEW.get(cell.attack, int(cell.budget)))
     least = replace(cell, budget=results.scale.evaluations[0])
     try:
         own, usual = (
@@ -277,21 +283,21 @@ def allowance(results: Results, cell: Cell) -> tuple[int, float]:
             param_hint="--budget seconds",
         ) from None
     possible = int(usual.seconds / own.seconds * own.evaluations)
-    return max(possible, FEWEST), usual.seconds if cell.attack in OPTIMIZERS else math.inf
+    return max(possible, FEWEST)
 
 
 def measure(results: Results, setting: Setting, trials: Trials, cell: Cell) -> Outcome:
     """Makes the attack of a cell on the images of all trials side by side."""
     count = len(trials)
     setting = optimizing(setting, cell.attack)
-    observed = setting.client.send(*trials.members, setting.context(f"release {cell.seed}"))
-    evaluations, seconds = allowance(results, cell)
-    meter = Meter(seconds * count)
+    contexts = setting.contexts(f"release {cell.seed}", range(count))
+    observed = setting.client.send(*trials.members, contexts)
+    evaluations, meter = allowance(results, cell), Meter()
     pictures = attack(setting, cell.attack, observed, trials.labels, evaluations, cell.seed, meter)
     taken = meter.seconds
     distance = candidate_distances(setting.model, None)["pixels"]
-    random = setting.random(f"ties {cell.seed}")
-    ranks = reconstruction_ranks(pictures, trials, distance, random)
+    lots = setting.lots(f"ties {cell.seed}", range(count))
+    ranks = reconstruction_ranks(pictures[:, None], trials, distance, lots)
     psnr = rounded(peak_signal_to_noise(pictures, trials.canaries))
     return Outcome(cell, meter.evaluations / count, round(taken / count, 5), psnr, ranks)
 
@@ -346,7 +352,7 @@ def run(
             if place not in settings:
                 settings[place] = prepare_setting(tasks[cell.task], cell.defense, Path(folder))
             setting = settings[place]
-            trials = setting.trials().first(results.scale.images)
+            trials = setting.trials.first(results.scale.images)
             results.candidates = trials.candidates.shape[1]
             if cell.task not in results.best:
                 results.best[cell.task] = best_inversion(setting, trials, results.scale)

@@ -28,9 +28,9 @@ from throughput import PlainLoop
 from ggl_audit import audit
 from ggl_audit.attack import search
 from ggl_audit.attack.objective import LatentObjective
+from ggl_audit.attacks import ggl
+from ggl_audit.attacks.ggl import search_latents
 from ggl_audit.case.setting import Setting, prepare
-from ggl_audit.experiments import attacks
-from ggl_audit.attacks.ggl import run_search
 from ggl_audit.inputs.spec_file import read_spec
 from ggl_audit.optimizers import Evaluation, start_optimizer
 from ggl_audit.spec import AttackSpec, Spec
@@ -71,6 +71,9 @@ class Silent:
     def stage(self, name: str) -> None:
         """Nothing."""
 
+    def say(self, sentence: str) -> None:
+        """Nobody is told."""
+
     def advance(self, evaluations: int) -> None:
         """Nothing."""
 
@@ -80,7 +83,7 @@ def bookkeeping(spec: Spec) -> tuple[float, float]:
     evaluated, searched = Stopwatch(LatentObjective.evaluate), Stopwatch(search.search)
     with (
         patch.object(LatentObjective, "evaluate", evaluated),
-        patch.object(attacks, "search", searched),
+        patch.object(ggl, "search", searched),
     ):
         audit.run_audit(spec, Silent())
     return searched.seconds, searched.seconds - evaluated.seconds
@@ -89,8 +92,8 @@ def bookkeeping(spec: Spec) -> tuple[float, float]:
 def memory(spec: Spec) -> list[tuple[int, float]]:
     """The MiB of the process after thousands of evaluations of each of some gradients."""
     setting = prepare(spec)
-    canaries = setting.trials().first(GRADIENTS)
-    observed = setting.client.send(*canaries.members, setting.context("release"))
+    canaries = setting.trials.first(GRADIENTS)
+    observed = setting.client.send(*canaries.members, setting.contexts("release", range(GRADIENTS)))
     found, done = [], 0
 
     def note(evaluations: int) -> None:
@@ -100,15 +103,17 @@ def memory(spec: Spec) -> list[tuple[int, float]]:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             found.append((done // GRADIENTS, pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
 
-    run_search(
-        setting, setting.defense, observed, canaries.labels, "memory", note, LOOP_EVALUATIONS
-    )
+    randoms = [setting.random("memory", number) for number in range(GRADIENTS)]
+    labels = canaries.members[1]
+    search_latents(setting, setting.defense, observed, labels, randoms, note, LOOP_EVALUATIONS)
     return found
 
 
 def plain_loop(setting: Setting, image: torch.Tensor, label: torch.Tensor, seed: int) -> float:
     """Searches for one image, a candidate at a time; its picture's PSNR in dB."""
-    observed = setting.client.send(image[None], label[None], setting.context("release"))
+    observed = setting.client.send(
+        image[None, None], label[None, None], setting.contexts("release", [seed])
+    )
     module = setting.model.module.requires_grad_(True)
     names = [name for name, _ in module.named_parameters()]
     loop = PlainLoop(module, "none", "l2", [observed[name][0] for name in names])
@@ -139,7 +144,8 @@ def as_good(
 ) -> None:
     """Prints what an attack reaches with growing budgets, until it is as good as a loop."""
     setting = optimizers.optimizing(setting, attack)
-    observed = setting.client.send(images, labels, setting.context("release"))
+    contexts = setting.contexts("release", range(len(labels)))
+    observed = setting.client.send(images[:, None], labels[:, None], contexts)
     for budget in BUDGETS:
         began = time.perf_counter()
         found = optimizers.attack(setting, attack, observed, labels, budget, 0, optimizers.Meter())
@@ -167,7 +173,7 @@ def main(
         tasks = optimizers.make_tasks(["faces"], shared, Path(scratch))
         for task in tasks.values():
             setting = optimizers.prepare_setting(task, "none", Path(scratch))
-            canaries = setting.trials().first(FACES)
+            canaries = setting.trials.first(FACES)
             images, labels = canaries.canaries, canaries.labels
             began = time.perf_counter()
             pairs = zip(images, labels, strict=True)

@@ -28,8 +28,8 @@ Pixels = Annotated[int, Field(ge=1)]
 Split = Literal["train", "val", "test"]
 Layout = Literal["channels_first", "channels_last"]
 
-MODEL_SOURCES = ("factory", "torchscript", "exported")
-PRIOR_SOURCES = ("bundled", "trained", "factory", "torchscript", "exported")
+MODEL_SOURCES = ("factory", "exported")
+PRIOR_SOURCES = ("bundled", "trained", "factory", "exported")
 LARGEST_LATENT = 100_000
 
 
@@ -126,7 +126,6 @@ class ModelSpec(_Section):
         description="file.py:callable beside the spec, package.module:callable, or "
         "torchvision:name",
     )
-    torchscript: Path | None = Field(default=None, description="a file of torch.jit.save")
     exported: Path | None = Field(
         default=None, description="a file of torch.export.save, with a dynamic batch dimension"
     )
@@ -537,7 +536,6 @@ class PriorSpec(_Section):
     weights: Path | None = Field(
         default=None, description="for a factory: .safetensors, .pt (weights only) or .npz"
     )
-    torchscript: Path | None = Field(default=None, description="a file of torch.jit.save")
     exported: Path | None = Field(default=None, description="a file of torch.export.save")
     latent: LatentSpec | None = None
     latent_mapping: str | None = Field(
@@ -644,8 +642,8 @@ class AttackSpec(_Section):
     )
     optimizer: str = Field(
         default="gauss_newton",
-        description="as `ggl-audit list optimizers` has it: cma, or nevergrad:NAME; for "
-        "gauss_newton cma stands in where too few of its steps fit, and the report says so",
+        description="as `ggl-audit list optimizers` has it; for gauss_newton cma stands in where "
+        "too few of its steps fit, and the report says so",
     )
     evaluations: int = Field(
         default=3000, ge=1, description="candidates tried for an image, all restarts together"
@@ -655,7 +653,8 @@ class AttackSpec(_Section):
     sigma: float = Field(default=0.3, gt=0, description="first step size, in prior deviations")
     subspace: SubspaceSpec | None = Field(
         default=None,
-        description="for optimizer: bayesian (unless given: 12 random directions) or turbo (all)",
+        description="for an optimizer that searches one, as bayesian (unless given: 12 random "
+        "directions) and turbo (all)",
     )
     distance: Literal["l2", "cosine"] = "l2"
     regularizer: RegularizerSpec = RegularizerSpec()
@@ -668,12 +667,6 @@ class AttackSpec(_Section):
                 f"evaluations is {self.evaluations}, but {self.restarts} restarts with a "
                 f"population of {self.population} take at least {least}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _subspace_is_used(self) -> AttackSpec:
-        if self.subspace is not None and self.optimizer not in ("bayesian", "turbo"):
-            raise ValueError("subspace is for optimizer: bayesian or turbo")
         return self
 
 

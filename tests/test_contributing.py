@@ -21,6 +21,8 @@ def test_an_addition_has_a_neighbour_and_a_place_where_it_is_named(row: list[str
     assert folder.is_dir()
     for neighbour in re.findall("`([^`]*)`", neighbours):
         assert (folder / neighbour).is_file(), neighbour
+        if named == "nothing: it registers itself":
+            assert "\n@register\n" in (folder / neighbour).read_text()
     names = re.findall("`([A-Za-z_]+)`", named)
     for place in re.findall("`([a-z_/]+\\.py)`", named):
         source = (ROOT / "ggl_audit" / place).read_text()

@@ -44,7 +44,7 @@ def refine(
 
     Args:
         prior: its generator's layers are found by a forward pass; of a generator that is one piece,
-            as a TorchScript program, only latents and pixels are refined.
+            as a saved program, only latents and pixels are refined.
         derivatives: of the distance.
         latents: (t, k x d).
         labels: (t, k).

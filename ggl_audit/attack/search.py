@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ggl_audit.attack.objective import LatentObjective
-from ggl_audit.optimizers import DERIVATIVE_COST, Array, Evaluation, Start
+from ggl_audit.optimizers import EVALUATION_COST, Array, Evaluation, Start
 
 NO_MATCH = 1e30
 """Stands for a loss that is not finite: optimizers rank by value and must not meet NaN."""
@@ -74,7 +74,7 @@ def search(
     def evaluate(candidates: torch.Tensor, believed: torch.Tensor) -> Evaluation:
         """What becomes of (s, P, d) candidates, the other parts being where they are believed."""
         count = candidates.shape[1]
-        cost = restarts * count * (DERIVATIVE_COST if optimizer.wants == "derivatives" else 1)
+        cost = restarts * count * EVALUATION_COST[optimizer.wants]
         of_each = candidates.unflatten(0, (trials, restarts, parts))
         others = believed.unflatten(0, (trials, restarts, parts))
         if parts == 1 and optimizer.wants == "products":
@@ -101,7 +101,7 @@ def search(
 
     while True:
         candidates = optimizer.ask()
-        each_costs = restarts * (DERIVATIVE_COST if optimizer.wants == "derivatives" else 1)
+        each_costs = restarts * EVALUATION_COST[optimizer.wants]
         left = (evaluations - spent[-1] - each_costs) // each_costs  # the last is recommended
         if left < 1:
             break

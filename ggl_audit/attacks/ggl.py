@@ -14,13 +14,9 @@ from ggl_audit.attacks.attack import Advance, Attack, Attempt
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.case.setting import Setting
 from ggl_audit.defenses import Pipeline
-from ggl_audit.optimizers import DERIVATIVE_COST, start_optimizer, wants_more
-from ggl_audit.optimizers.gauss_newton import full_steps
+from ggl_audit.optimizers import find_family, start_optimizer, wants_more
 from ggl_audit.priors.directions import principal_directions
 from ggl_audit.spec import AttackSpec
-
-FEWEST_STEPS, FEWEST_STEPS_FOR_SEVERAL = 3, 20
-"""See :func:`searched_by`."""
 
 
 class GenerativeGradientLeakage(Attack):
@@ -32,8 +28,7 @@ class GenerativeGradientLeakage(Attack):
     def evaluations(self) -> int:
         """The declared budget, as far as it is whole steps."""
         declared = self.case.spec.attack
-        cost = DERIVATIVE_COST if declared.optimizer == "adam" else 1
-        step = declared.restarts * cost
+        step = declared.restarts * find_family(declared.optimizer).evaluation_cost()
         return step * (declared.evaluations // step)
 
     def attack(
@@ -87,18 +82,9 @@ def search_latents(
 
 
 def searched_by(case: Setting) -> AttackSpec:
-    """The declared search, but by ``cma`` where ``gauss_newton`` has room for too few of its steps.
-
-    With three it is as good as ``cma`` with twice the evaluations (faces). Of several images
-    ``cma`` can search each by itself if their gradients add up: with 3,000 evaluations digits come
-    back at 29.3 dB by 30 steps for both of two images and at 24.8 dB by 15 steps for four, where
-    ``cma`` gives 27.0 and 25.7.
-    """
+    """The declared search, but by what stands in for an optimizer that has too few evaluations."""
     declared, members = case.spec.attack, case.members
-    if declared.optimizer != "gauss_newton":
-        return declared
-    steps = full_steps(case.prior.size * members, declared.evaluations // declared.restarts)
     apart = members > 1 and case.matching().adds_up
-    if steps >= (FEWEST_STEPS_FOR_SEVERAL if apart else FEWEST_STEPS):
-        return declared
-    return declared.model_copy(update={"optimizer": "cma"})
+    size, evaluations = case.prior.size * members, declared.evaluations // declared.restarts
+    other = find_family(declared.optimizer).stand_in(size, evaluations, apart)
+    return declared.model_copy(update={"optimizer": other}) if other else declared

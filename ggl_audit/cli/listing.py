@@ -65,9 +65,12 @@ Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def _optimizers() -> Rows:
-    from ggl_audit.optimizers import FAMILIES
+    from ggl_audit.optimizers import families
 
-    rows = [(name, family.source, family.good_for) for name, family in FAMILIES.items()]
+    rows = []
+    for name, family in families().items():
+        needs = f"; needs {family.install}" if family.install else ""
+        rows.append((name, family.source + needs, family.good_for))
     return ("name", "source", "good for"), rows
 
 

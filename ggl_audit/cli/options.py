@@ -23,8 +23,8 @@ ModelFactory = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="file.py:callable, package:callable, torchvision:name, or a file of torch.jit.save "
-        "(.pt) or torch.export.save (.pt2).",
+        help="file.py:callable, package:callable, torchvision:name, or a file of "
+        "torch.export.save (.pt2).",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option("--weights", help="The model's weights.")]
@@ -195,9 +195,11 @@ def _model_source(text: str) -> dict[str, str | None]:
     """The key that a model is declared by, and no other that a spec may have."""
     from ggl_audit.spec import MODEL_SOURCES
 
-    kind = {".pt": "torchscript", ".pt2": "exported"}.get(Path(text).suffix)
-    own = _absolute_factory(text) if kind is None else str(Path(text).absolute())
-    return {**{f"model.{key}": None for key in MODEL_SOURCES}, f"model.{kind or 'factory'}": own}
+    # Of a .pt file that is no program, its reader says what it is.
+    saved = Path(text).suffix in (".pt", ".pt2")
+    own = str(Path(text).absolute()) if saved else _absolute_factory(text)
+    kind = "exported" if saved else "factory"
+    return {**{f"model.{key}": None for key in MODEL_SOURCES}, f"model.{kind}": own}
 
 
 def _numbers(text: str) -> list[int | str]:

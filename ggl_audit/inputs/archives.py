@@ -73,14 +73,15 @@ def open_archive(
         only: tells the wanted members by their names; the others are left out.
 
     Raises:
-        AuditError: members are there twice, overlap, are encrypted or compressed otherwise, or
-            expand to more than they can or may.
+        AuditError: it is of TorchScript, or members are there twice, overlap, are encrypted or
+            compressed otherwise, or expand to more than they can or may.
         Exception: of several kinds, where it is broken.
     """
     with _SmallReads(path) as opened, zipfile.ZipFile(opened) as file:
         size = path.stat().st_size
         if sum(member.compress_size for member in file.infolist()) > size:
             raise AuditError("its members overlap")
+        _refuse_torchscript(file.namelist())
         members: dict[str, zipfile.ZipInfo] = {}
         for member in filter(lambda member: only(member.filename), file.infolist()):
             if member.filename in members:
@@ -103,6 +104,15 @@ def open_archive(
                 "Save it without compression if that is what it should hold.",
             )
         yield Archive(file, members)
+
+
+def _refuse_torchscript(names: Collection[str]) -> None:
+    if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in names):
+        raise AuditError(
+            "a TorchScript file, which PyTorch has deprecated and this program does not read",
+            "Save the module by torch.export.save and name it as exported, or name its Python code "
+            "as a factory; of its weights, save module.state_dict() by torch.save.",
+        )
 
 
 def read_bytes(stream: io.BufferedIOBase, count: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ from ggl_audit.spec import Spec
 
 FLAGS = {
     "model.factory": "--model",
-    "model.torchscript": "--model",
     "model.exported": "--model",
     "model.weights": "--weights",
     "capture.gradient": "--gradient",

@@ -21,7 +21,6 @@ from ggl_audit.inputs.interpreter import (
     Program,
     Recorder,
     Recording,
-    Step,
     UnsupportedError,
     Value,
     held,
@@ -149,7 +148,7 @@ def _keys(graph_module: Mapping[str, Any], results: int) -> tuple[str, ...]:
     return tuple(keys) if named else ()
 
 
-def _step(node: Mapping[str, Any], names: Mapping[str, Value], recorder: Recorder) -> Step:
+def _step(node: Mapping[str, Any], names: Mapping[str, Value], recorder: Recorder) -> Call:
     target = node["target"]
     arguments = {own["name"]: _argument(own["arg"], names) for own in node["inputs"]}
     outputs = _outputs(node)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 Mode = Literal["train", "eval"]
 Values = dict[str, Any]
 
-LONGEST_LOOP = 10_000
 DEEPEST = 100
 
 REFUSED = ("from_file", "record_stream", "save", "set_")
@@ -53,21 +52,13 @@ class Value:
     name: str
 
 
-INPUT_DTYPE, INPUT_DEVICE, TRAINING = Value("@dtype"), Value("@device"), Value("@training")
+INPUT_DTYPE, INPUT_DEVICE = Value("@dtype"), Value("@device")
 """What a program was saved with as constants follows the module here."""
 
 
 def held(name: str) -> Value:
     """A parameter or a buffer of the program, by its name."""
     return Value(f"@{name}")
-
-
-class Step(Protocol):
-    """A part of a program."""
-
-    def run(self, values: Values) -> None:
-        """Computes values from values."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -107,53 +98,8 @@ class Block:
     """
 
     inputs: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[Call, ...]
     outputs: tuple[Any, ...]
-
-    def run(self, values: Values) -> tuple[Any, ...]:
-        """Runs the steps; the inputs are among the values."""
-        for step in self.steps:
-            step.run(values)
-        outputs: tuple[Any, ...] = _filled(self.outputs, values)
-        return outputs
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Runs one of two blocks."""
-
-    condition: Any
-    blocks: tuple[Block, Block]
-    outputs: tuple[str, ...]
-
-    def run(self, values: Values) -> None:
-        """Runs the first where the condition holds."""
-        block = self.blocks[0 if bool(_filled(self.condition, values)) else 1]
-        values.update(zip(self.outputs, block.run(values), strict=True))
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Runs a block, whose first output says whether to go on, so many times at most."""
-
-    count: Any
-    condition: Any
-    carried: tuple[Any, ...]
-    block: Block
-    outputs: tuple[str, ...]
-
-    def run(self, values: Values) -> None:
-        """Runs the block on the number of the round and what is carried over."""
-        carried = _filled(self.carried, values)
-        goes_on, count = _filled((self.condition, self.count), values)
-        place = 0
-        while bool(goes_on) and place < count:
-            if place == LONGEST_LOOP:
-                raise UnsupportedError(f"it loops more than {LONGEST_LOOP:,} times")
-            values.update(zip(self.block.inputs, [place, *carried], strict=True))
-            goes_on, *carried = self.block.run(values)
-            place += 1
-        values.update(zip(self.outputs, carried, strict=True))
 
 
 @dataclass(frozen=True)
@@ -163,7 +109,7 @@ class Recording:
     Attributes:
         body: its inputs are the program's, and so are its outputs.
         modes: the modes that it was saved in, where that makes a difference: of dropouts, and of
-            normalizations with running statistics. Empty if none is, or it follows ``train()``.
+            normalizations with running statistics.
         normalizes: whether there is a normalization with running statistics.
         batch: the number of images that it was saved for, None for any.
         keys: of the outputs, where it returns a dict; without, several come as a tuple.
@@ -238,7 +184,6 @@ class Program(nn.Module):
         values: Values = {held(name).name: self._tensor(name) for name in self._names}
         values[INPUT_DTYPE.name] = inputs[0].dtype
         values[INPUT_DEVICE.name] = inputs[0].device
-        values[TRAINING.name] = self.training
         values.update(zip(body.inputs, inputs, strict=True))
         for step, done in zip(body.steps, self._last_uses, strict=True):
             step.run(values)
@@ -385,7 +330,7 @@ def _last_uses(body: Block) -> list[list[str]]:
 
 
 def _names(part: Any) -> Iterator[str]:
-    """The names of all values in a part of a program."""
+    """The names of all values in a call, or in arguments."""
     if isinstance(part, Value):
         yield part.name
     elif isinstance(part, (list, tuple)):
@@ -394,12 +339,6 @@ def _names(part: Any) -> Iterator[str]:
     elif isinstance(part, Call):
         yield from _names((part.arguments, list(part.named.values())))
         yield from (part.outputs,) if isinstance(part.outputs, str) else part.outputs
-    elif isinstance(part, Block):
-        yield from _names((part.steps, part.outputs))
-    elif isinstance(part, Branch):
-        yield from _names((part.condition, part.blocks))
-    elif isinstance(part, Loop):
-        yield from _names((part.count, part.condition, part.carried, part.block))
 
 
 def _filled(argument: Any, values: Values) -> Any:

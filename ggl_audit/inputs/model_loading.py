@@ -27,7 +27,7 @@ from ggl_audit.inputs.model import (
     differentiable_attention,
 )
 from ggl_audit.inputs.model_trial import refuse_batch, try_model, without_draws
-from ggl_audit.inputs.programs import load_exported, load_torchscript
+from ggl_audit.inputs.programs import load_exported
 from ggl_audit.inputs.statistics import find_normalizations
 from ggl_audit.inputs.targets import read_targets
 from ggl_audit.inputs.weights import fill_weights
@@ -111,8 +111,6 @@ def load_model(
 
 def _build(spec: Spec) -> nn.Module:
     declared = spec.model
-    if declared.torchscript is not None:
-        return load_torchscript(spec.resolve(declared.torchscript))
     if declared.exported is not None:
         return load_exported(spec.resolve(declared.exported))
     assert declared.factory is not None

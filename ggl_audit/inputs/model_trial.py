@@ -61,8 +61,7 @@ def _mixes_by_statistics(module: nn.Module) -> bool:
     """Whether the images of a batch share the statistics that they are normalized with."""
     recording = recording_of(module)
     if recording is not None:
-        training = "train" in recording.modes or (not recording.modes and module.training)
-        return recording.normalizes and training
+        return recording.normalizes and "train" in recording.modes
     return any(
         isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
         for layer in module.modules()

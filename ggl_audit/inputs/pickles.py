@@ -189,15 +189,12 @@ OTHER = object()
 """Stands for a value that holds no tensor."""
 
 
-def describe(
-    stream: IO[bytes], storages: dict[str, Storage] | None = None, *, program: bool = False
-) -> Any:
+def describe(stream: IO[bytes], storages: dict[str, Storage] | None = None) -> Any:
     """Follows one pickle, and leaves the stream after it.
 
     Args:
         stream: at the start of the pickle.
         storages: takes all storages that the pickle names, by key.
-        program: whether it is of TorchScript, which has classes of its own.
 
     Returns:
         Dicts, lists, tuples and plain values; :class:`StoredTensor`, :class:`Array` and
@@ -272,10 +269,9 @@ def describe(
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                known = program or _is_known(argument)
-                stack.append(Name(argument) if known else Closed(argument))
-            case "NEWOBJ" if program or isinstance(stack[-2], Closed):
-                stack[-2:] = [OTHER if program else stack[-2]]
+                stack.append(Name(argument) if _is_known(argument) else Closed(argument))
+            case "NEWOBJ" if isinstance(stack[-2], Closed):
+                stack.pop()
             case "BINPERSID":
                 storage = _storage(stack.pop())
                 stack.append(storage)
@@ -286,11 +282,10 @@ def describe(
                 if isinstance(function, Closed):
                     stack.append(function)
                 else:
-                    own = program and not _is_known(function.text)
-                    stack.append(OTHER if own else _result(function.text, arguments))
+                    stack.append(_result(function.text, arguments))
             case "BUILD":
                 state = stack.pop()
-                if not (isinstance(stack[-1], Closed) or (program and stack[-1] is OTHER)):
+                if not isinstance(stack[-1], Closed):
                     _fill(stack[-1], state)
             case other:
                 raise ValueError(f"its pickle has the instruction {other}")

@@ -79,11 +79,10 @@ def _read_archive(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor],
         names = archive.members
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         root = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else None
-        if root is None or f"{root}constants.pkl" in names:
+        if root is None:
             raise AuditError(
                 "a zip archive, but not of tensors that torch.save wrote",
-                "A TorchScript or torch.export program is declared as such; for weights, save the "
-                "state dict.",
+                "A torch.export program is declared as exported; for weights, save the state dict.",
             )
 
         def read(name: str) -> torch.Tensor:

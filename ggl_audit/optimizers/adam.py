@@ -8,20 +8,29 @@ from typing import ClassVar
 
 import torch
 
-from ggl_audit.optimizers.base import Evaluation, Wants
+from ggl_audit.optimizers.base import DERIVATIVE_COST, Evaluation, Optimizer, Wants
+from ggl_audit.optimizers.family import Family, Task
+from ggl_audit.optimizers.registry import register
 
 FIRST_STEP = 0.1
 """As in GGL (Li et al., CVPR 2022); falls to zero by half a cosine (Loshchilov, ICLR 2017)."""
 
 
-class Adam:
+@register
+class Adam(Family):
     """Adam (Kingma and Ba, ICLR 2015) from as many latents of each search as it has candidates.
 
     The first starts at the origin, the prior's most likely latent, the others at random ones; none
     learns of another. Each search draws its starts from a generator of its own on the CPU.
     """
 
-    wants: ClassVar[Wants] = "derivatives"
+    name: ClassVar[str] = "adam"
+    source: ClassVar[str] = "Adam (Kingma and Ba, ICLR 2015) from `population` latents"
+    good_for: ClassVar[str] = (
+        "losses with derivatives: no sign, quantization or other steps in the defense"
+    )
+    learns_from: ClassVar[Wants] = "derivatives"
+    tried_first: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -45,6 +54,12 @@ class Adam:
         }
         self._steps = max(1, evaluations // population)
         self._leader = torch.zeros(len(seeds), dtype=torch.int64, device=device)
+
+    @classmethod
+    def start(cls, task: Task) -> Optimizer:
+        """Starts all searches of a task, whose derivatives are paid for in candidates."""
+        steps = task.evaluations // DERIVATIVE_COST
+        return cls(task.dimension, task.attack.population, steps, task.seeds, task.device)
 
     def ask(self) -> torch.Tensor:
         """The next candidates, (s, P, d)."""

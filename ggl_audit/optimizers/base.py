@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,6 +16,12 @@ Wants = Literal["losses", "derivatives", "products"]
 
 DERIVATIVE_COST = 4
 """What a candidate with its derivative costs, in candidates (measured: 3 to 5)."""
+
+EVALUATION_COST: dict[Wants, int] = {"losses": 1, "derivatives": DERIVATIVE_COST, "products": 1}
+"""What a candidate costs of which an optimizer is told so much."""
+
+Principal = Callable[[int], torch.Tensor]
+"""From k to (k, d) orthonormal directions along which the generator's pictures change most."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 import numpy as np
-from skopt import Optimizer
-from skopt.learning import GaussianProcessRegressor
-from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern
 
 from ggl_audit.optimizers.base import Array
-from ggl_audit.optimizers.subspace import Subspace
+from ggl_audit.optimizers.family import Task
+from ggl_audit.optimizers.registry import register
+from ggl_audit.optimizers.side_by_side import Search
+from ggl_audit.optimizers.subspace import Subspace, make_subspace
+from ggl_audit.spec import SubspaceSpec
+
+if TYPE_CHECKING:
+    from skopt.learning import GaussianProcessRegressor
 
 MOST_POINTS = 100
 """That the process learns from: the time it takes grows with their cube."""
@@ -20,7 +26,8 @@ NOISE = 1e-6
 """Of the variance of the losses, which have none; with less the covariance is not invertible."""
 
 
-class Bayesian:
+@register
+class Bayesian(Search):
     """One search of a subspace: Gaussian process, lower confidence bound, batches by lies.
 
     Each batch fits a process (Matern 5/2, a length for each direction) to the best and the latest
@@ -31,7 +38,17 @@ class Bayesian:
     of Ginsbourger, Le Riche and Carraro, 2010).
     """
 
+    name: ClassVar[str] = "bayesian"
+    source: ClassVar[str] = "Gaussian process and lower confidence bound, by scikit-optimize"
+    good_for: ClassVar[str] = (
+        "100 to 500 evaluations, each dearer than a second, in about 12 directions"
+    )
+    takes_subspace: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("skopt",)
+
     def __init__(self, subspace: Subspace, population: int, seed: int) -> None:
+        from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern
+
         self._subspace = subspace
         self._population = population
         self._seed = seed
@@ -42,6 +59,13 @@ class Bayesian:
         self._asked = np.zeros((0, subspace.dimension))
         self._places, self._losses = self._asked, np.zeros(0)
         self._best, self._least = np.full(subspace.dimension, 0.5), np.inf
+
+    @classmethod
+    def begin(cls, task: Task, seed: int) -> Search:
+        """Starts one search of a task."""
+        declared = task.attack.subspace or SubspaceSpec()
+        subspace = make_subspace(declared, task.dimension, seed, task.principal)
+        return cls(subspace, task.attack.population, seed)
 
     def ask(self) -> Array:
         """The next candidates, (population, d)."""
@@ -71,6 +95,9 @@ class Bayesian:
         return self._subspace.latents(self._best)
 
     def _chosen(self, seed: int) -> Array:
+        from skopt import Optimizer
+        from skopt.learning import GaussianProcessRegressor
+
         fits = [self._fit(begin) for begin in (self._kernel.theta, self._parameters)]
         fitted = max(fits, key=lambda fit: fit.log_marginal_likelihood_value_).kernel_
         self._parameters = fitted.theta
@@ -87,6 +114,8 @@ class Bayesian:
         return np.array(optimizer.ask(self._population, "cl_min"))
 
     def _fit(self, begin: Array) -> GaussianProcessRegressor:
+        from skopt.learning import GaussianProcessRegressor
+
         kernel = self._kernel.clone_with_theta(begin)
         process = GaussianProcessRegressor(kernel, NOISE, normalize_y=True)
         return process.fit(self._places, self._losses)

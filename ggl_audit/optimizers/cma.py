@@ -8,7 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from ggl_audit.optimizers.base import Evaluation, Wants
+from ggl_audit.optimizers.base import Evaluation, Optimizer
+from ggl_audit.optimizers.family import Family, Task
+from ggl_audit.optimizers.registry import register
 
 CONVERGED = 1e-4
 """Of the first step size: a search whose steps have become smaller starts anew."""
@@ -20,7 +22,8 @@ DRAWN_TOGETHER = 32
 """Populations that are drawn, and brought to the device, at a time."""
 
 
-class DiagonalCma:
+@register
+class DiagonalCma(Family):
     """Separable CMA-ES (Ros and Hansen, PPSN 2008), as in Hansen's tutorial (arXiv 1604.00772).
 
     With negative weights (its equation 53) and step size control by the evolution path (equation
@@ -32,7 +35,12 @@ class DiagonalCma:
     device and whatever else is searched beside it.
     """
 
-    wants: ClassVar[Wants] = "losses"
+    name: ClassVar[str] = "cma"
+    source: ClassVar[str] = "CMA-ES with a diagonal covariance (Ros and Hansen, PPSN 2008)"
+    good_for: ClassVar[str] = (
+        "the cheapest for an evaluation: any loss, any device, all searches at once"
+    )
+    tried_first: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -77,6 +85,12 @@ class DiagonalCma:
         self._weight = float(weights.sum())
         self._weights = weights.to(self._device, torch.float32)
         self._usual_length = math.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d * d))
+
+    @classmethod
+    def start(cls, task: Task) -> Optimizer:
+        """Starts all searches of a task."""
+        attack = task.attack
+        return cls(task.dimension, attack.population, attack.sigma, task.seeds, task.device)
 
     def ask(self) -> torch.Tensor:
         """The next candidates, (s, P, d)."""

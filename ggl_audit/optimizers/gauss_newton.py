@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
-from ggl_audit.optimizers.base import Evaluation, Wants
+from ggl_audit.optimizers.base import Evaluation, Optimizer, Wants
 from ggl_audit.optimizers.cma import DiagonalCma
+from ggl_audit.optimizers.family import Family, Task
+from ggl_audit.optimizers.registry import register
 
 EXPLORED = 0.3
 """The share of the evaluations that CMA-ES has first; 0 and 0.5 are worse behind some defenses."""
@@ -27,13 +30,17 @@ LITTLE = 3e-4
 PATIENCE = 2
 """Steps of little gain in a row after which a search starts anew."""
 
+FEWEST_STEPS, FEWEST_STEPS_FOR_SEVERAL = 3, 20
+"""With fewer ``cma`` stands in; see :meth:`GaussNewton.stand_in`."""
+
 
 def full_steps(dimension: int, evaluations: int) -> int:
     """How many steps with all differences there are in a search of so many evaluations."""
     return int((1 - EXPLORED) * evaluations) // (dimension + 1 + len(DAMPINGS))
 
 
-class GaussNewton:
+@register
+class GaussNewton(Family):
     """Levenberg-Marquardt steps whose derivatives are differences between candidates.
 
     A gradient is not one number but thousands, which a loss adds up. Here each is looked at by
@@ -46,6 +53,16 @@ class GaussNewton:
     search that gains little any more draws as many random latents as there are coordinates, and
     starts anew at the best of them.
     """
+
+    name: ClassVar[str] = "gauss_newton"
+    source: ClassVar[str] = (
+        "Levenberg-Marquardt by differences (Brown and Dennis, 1971), started by cma"
+    )
+    good_for: ClassVar[str] = (
+        "most audits, the default: looks at every value of the gradient, not at a loss alone"
+    )
+    learns_from: ClassVar[Wants] = "products"
+    tried_first: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -68,6 +85,32 @@ class GaussNewton:
         self._waiting = zeros > 0
         self._turns = 0
         self._steps = self._asked = self._base[:, None]
+
+    @classmethod
+    def start(cls, task: Task) -> Optimizer:
+        """Starts all searches of a task."""
+        attack = task.attack
+        return cls(
+            task.dimension,
+            attack.population,
+            attack.sigma,
+            task.seeds,
+            task.evaluations,
+            task.device,
+        )
+
+    @classmethod
+    def stand_in(cls, dimension: int, evaluations: int, apart: bool) -> str:
+        """``cma`` where there is room for too few steps.
+
+        With three it is as good as ``cma`` with twice the evaluations (faces). Of several images
+        ``cma`` can search each by itself if their gradients add up: with 3,000 evaluations digits
+        come back at 29.3 dB by 30 steps for both of two images and at 24.8 dB by 15 steps for four,
+        where ``cma`` gives 27.0 and 25.7.
+        """
+        steps = full_steps(dimension, evaluations)
+        enough = steps >= (FEWEST_STEPS_FOR_SEVERAL if apart else FEWEST_STEPS)
+        return "" if enough else DiagonalCma.name
 
     @property
     def wants(self) -> Wants:

@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ggl_audit.optimizers.base import Array
+from ggl_audit.optimizers.family import Task
+from ggl_audit.optimizers.registry import register
+from ggl_audit.optimizers.side_by_side import Search
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # about plots that pycma cannot draw without matplotlib
+if TYPE_CHECKING:
     import cma
-    from cma.restricted_gaussian_sampler import GaussVkDSampler
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "diagonal": {"CMA_diagonal": True},
-    "vkd": GaussVkDSampler.extend_cma_options(),
-}
-"""pycma's options for each."""
 
 
-class Pycma:
+class Pycma(Search):
     """One search by pycma (Hansen, arXiv 1604.00772).
 
-    Of a full covariance; of a diagonal one (Ros and Hansen, PPSN 2008); or of a diagonal one with
-    as many principal axes as it finds worth the time (VkD; Akimoto and Hansen, GECCO 2016). Starts
-    at the origin, the prior's most likely latent. A search that pycma calls finished starts anew at
-    a random latent, so that the rest of its budget is not spent on one point.
+    Starts at the origin, the prior's most likely latent. A search that pycma calls finished starts
+    anew at a random latent, so that the rest of its budget is not spent on one point.
     """
 
-    def __init__(
-        self, variant: str, dimension: int, population: int, sigma: float, seed: int
-    ) -> None:
+    libraries: ClassVar[tuple[str, ...]] = ("cma",)
+
+    def __init__(self, dimension: int, population: int, sigma: float, seed: int) -> None:
         self._random = np.random.default_rng(seed)
         self._sigma = sigma
         self._options = {
-            **VARIANTS[variant],
+            **self._covariance(),
             "popsize": population,
             "randn": self._draw,
             "seed": np.nan,  # keeps pycma from seeding NumPy's global generator
             "verbose": -9,
         }
-        if variant == "vkd":
-            self._options["CMA_sampler_options"] = {"randn": self._draw}
         self._search = self._start(np.zeros(dimension))
         self._asked: list[Array] = []
+
+    @classmethod
+    def begin(cls, task: Task, seed: int) -> Search:
+        """Starts one search of a task."""
+        return cls(task.dimension, task.attack.population, task.attack.sigma, seed)
 
     def ask(self) -> Array:
         """The next candidates, (population, d)."""
@@ -67,4 +61,48 @@ class Pycma:
         return self._random.standard_normal(shape)
 
     def _start(self, mean: Array) -> cma.CMAEvolutionStrategy:
+        import cma
+
         return cma.CMAEvolutionStrategy(mean, self._sigma, dict(self._options))
+
+    def _covariance(self) -> dict[str, Any]:
+        """The options of pycma that say which covariance it learns."""
+        return {}
+
+
+@register
+class FullCovariance(Pycma):
+    """One search with a full covariance."""
+
+    name: ClassVar[str] = "pycma:full"
+    source: ClassVar[str] = "CMA-ES (Hansen, arXiv 1604.00772), by pycma"
+    good_for: ClassVar[str] = "coordinates that depend on each other, up to some hundred of them"
+
+
+@register
+class DiagonalCovariance(Pycma):
+    """One search with a diagonal covariance (Ros and Hansen, PPSN 2008)."""
+
+    name: ClassVar[str] = "pycma:diagonal"
+    source: ClassVar[str] = "as cma, by pycma, in double precision"
+    good_for: ClassVar[str] = "checking cma"
+
+    def _covariance(self) -> dict[str, Any]:
+        return {"CMA_diagonal": True}
+
+
+@register
+class PrincipalAxes(Pycma):
+    """One search with a diagonal covariance and as many principal axes as are worth their time."""
+
+    name: ClassVar[str] = "pycma:vkd"
+    source: ClassVar[str] = "VkD-CMA (Akimoto and Hansen, GECCO 2016), by pycma"
+    good_for: ClassVar[str] = (
+        "many coordinates of which a few combinations matter, and 10,000 evaluations or more"
+    )
+
+    def _covariance(self) -> dict[str, Any]:
+        from cma.restricted_gaussian_sampler import GaussVkDSampler
+
+        options: dict[str, Any] = GaussVkDSampler.extend_cma_options()
+        return {**options, "CMA_sampler_options": {"randn": self._draw}}

@@ -7,16 +7,24 @@ from typing import ClassVar
 
 import torch
 
-from ggl_audit.optimizers.base import Evaluation, Wants
+from ggl_audit.optimizers.base import Evaluation, Optimizer
+from ggl_audit.optimizers.family import Family, Task
+from ggl_audit.optimizers.registry import register
 
 
-class RandomSearch:
+@register
+class RandomSearch(Family):
     """Draws every candidate from the prior, N(0, 1) in each coordinate, whatever it is told.
 
     Each search draws from a generator of its own on the CPU.
     """
 
-    wants: ClassVar[Wants] = "losses"
+    name: ClassVar[str] = "random"
+    source: ClassVar[str] = "draws from the prior"
+    good_for: ClassVar[str] = (
+        "the floor: what an optimizer must beat to have learned from the losses"
+    )
+    tried_first: ClassVar[bool] = False
 
     def __init__(
         self, dimension: int, population: int, seeds: Sequence[int], device: torch.device
@@ -27,6 +35,11 @@ class RandomSearch:
         self._asked = torch.zeros(len(seeds), *self._shape, device=device)
         self._best = torch.zeros(len(seeds), dimension, device=device)
         self._least = torch.full((len(seeds), 1), torch.inf, device=device)
+
+    @classmethod
+    def start(cls, task: Task) -> Optimizer:
+        """Starts all searches of a task."""
+        return cls(task.dimension, task.attack.population, task.seeds, task.device)
 
     def ask(self) -> torch.Tensor:
         """The next candidates, (s, P, d)."""

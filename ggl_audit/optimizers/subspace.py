@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from ggl_audit.optimizers.base import Array
+from ggl_audit.optimizers.base import Array, Principal
 from ggl_audit.spec import SubspaceSpec
 
 BOUND = 2.0
 """The box that is searched, in prior deviations to both sides of the origin, as in GGL."""
-
-Principal = Callable[[int], torch.Tensor]
-"""From k to (k, d) orthonormal directions along which the generator's pictures change most."""
 
 
 @dataclass(frozen=True)

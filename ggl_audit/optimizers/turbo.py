@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from ggl_audit.optimizers.base import Array
-from ggl_audit.optimizers.subspace import Subspace
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of what they import and may use no longer
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.generation.sampling import MaxPosteriorSampling
-    from botorch.models import SingleTaskGP
-    from gpytorch.mlls import ExactMarginalLogLikelihood
-    from gpytorch.settings import max_cholesky_size
+from ggl_audit.optimizers.family import Task
+from ggl_audit.optimizers.registry import register
+from ggl_audit.optimizers.side_by_side import Search
+from ggl_audit.optimizers.subspace import Subspace, make_subspace
 
 FIRST_LENGTH, LEAST_LENGTH, MOST_LENGTH = 0.8, 0.5**7, 1.6
 """Of the trust region's side, the box being 1 wide; below the least the search starts anew."""
@@ -35,7 +30,8 @@ MOST_ITERATIONS = 10
 """In fitting a process, which begins at the parameters of the one before."""
 
 
-class Turbo:
+@register
+class Turbo(Search):
     """One search by TuRBO-1 (Eriksson et al., NeurIPS 2019), written from the paper.
 
     Each batch fits a Gaussian process with a length for each direction to the points since the
@@ -46,6 +42,15 @@ class Turbo:
     The paper's process has a Matern kernel and bounds on its lengths; this one is BoTorch's, with a
     Gaussian kernel and a prior on them that suits many directions (Hvarfner et al., ICML 2024).
     """
+
+    name: ClassVar[str] = "turbo"
+    source: ClassVar[str] = "TuRBO-1 (Eriksson et al., NeurIPS 2019) on BoTorch"
+    good_for: ClassVar[str] = (
+        "100 to 500 evaluations in a subspace; in a whole latent space cma finds more"
+    )
+    takes_subspace: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("botorch", "gpytorch")
+    install: ClassVar[str] = "ggl-audit[turbo]"
 
     def __init__(self, subspace: Subspace, population: int, evaluations: int, seed: int) -> None:
         self._subspace = subspace
@@ -59,6 +64,12 @@ class Turbo:
         self._places, self._losses = self._asked, self._asked.sum(1)
         self._fitted: dict[str, torch.Tensor] = {}
         self._length, self._successes, self._failures = FIRST_LENGTH, 0, 0
+
+    @classmethod
+    def begin(cls, task: Task, seed: int) -> Search:
+        """Starts one search of a task."""
+        subspace = make_subspace(task.attack.subspace, task.dimension, seed, task.principal)
+        return cls(subspace, task.attack.population, task.evaluations, seed)
 
     def ask(self) -> Array:
         """The next candidates, (population, d)."""
@@ -108,6 +119,12 @@ class Turbo:
         return engine.draw(count, dtype=torch.float64)
 
     def _sampled(self, seed: int) -> torch.Tensor:
+        from botorch.fit import fit_gpytorch_mll
+        from botorch.generation.sampling import MaxPosteriorSampling
+        from botorch.models import SingleTaskGP
+        from gpytorch.mlls import ExactMarginalLogLikelihood
+        from gpytorch.settings import max_cholesky_size
+
         centre = self._places[self._losses.argmin()]
         nearest = (self._places - centre).square().sum(1).argsort(stable=True)[:MOST_POINTS]
         losses = self._losses[nearest, None]

@@ -1,4 +1,4 @@
-"""Loads a generator of the user's own: from a factory, TorchScript, or torch.export."""
+"""Loads a generator of the user's own: from a factory or torch.export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.factories import build_module, find_callable
 from ggl_audit.inputs.images import fingerprints, read_image_set
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.inputs.programs import load_exported, load_torchscript
+from ggl_audit.inputs.programs import load_exported
 from ggl_audit.inputs.tensors import read_tensors
 from ggl_audit.inputs.weights import fill_weights
 from ggl_audit.priors.latents import DeclaredLatents, LatentSpace, fit_gaussian
@@ -67,8 +67,6 @@ def load_own(spec: Spec, model: ClientModel) -> Prior:
 
 def _generator(spec: Spec) -> tuple[nn.Module, str]:
     declared = spec.prior
-    if declared.torchscript is not None:
-        return load_torchscript(spec.resolve(declared.torchscript)), declared.torchscript.name
     if declared.exported is not None:
         return load_exported(spec.resolve(declared.exported)), declared.exported.name
     assert declared.factory is not None

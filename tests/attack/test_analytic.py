@@ -476,11 +476,11 @@ def test_in_a_saved_program_the_layer_is_found_too(
 ) -> None:
     torch.manual_seed(0)
     module = mlp(256, 8, 6).eval()
-    path = tmp_path / "program.pt"
-    torch.jit.save(torch.jit.script(module), path)
-    spec = sample(
-        "undefended", model__factory=None, model__weights=None, model__torchscript=str(path)
-    )
+    path = tmp_path / "program.pt2"
+    batch = torch.export.Dim("batch", max=64)
+    program = torch.export.export(module, (torch.rand(2, 1, 16, 16),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, path)
+    spec = sample("undefended", model__factory=None, model__weights=None, model__exported=str(path))
     saved = load_model(spec, torch.device("cpu"))
     images, labels = some(1, 16, 16)
     plain = client(module, 1, 16, 16)

@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -39,7 +38,6 @@ from ggl_audit.audit import run_audit
 from ggl_audit.cli import app
 from ggl_audit.errors import AuditError, InputError, SpecError
 from ggl_audit.inputs.images import read_image, read_image_set
-from ggl_audit.inputs.programs import load_torchscript
 from ggl_audit.inputs.spec_file import parse_defense, parse_override, read_spec
 from ggl_audit.inputs.tensors import npz_names, read_tensors
 from ggl_audit.inputs.yaml_file import NotYamlError, parse_yaml
@@ -66,8 +64,8 @@ def load_fuzz() -> ModuleType:
 
 
 fuzz = load_fuzz()
-# The two that run native code, and the one that takes an audit to make, have the benchmark alone.
-READERS = [name for name in fuzz.READERS if name not in ("TorchScript", "torch.export", "report")]
+# The one that runs native code, and the one that takes an audit to make, have the benchmark alone.
+READERS = [name for name in fuzz.READERS if name not in ("torch.export", "report")]
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -454,38 +452,6 @@ def test_nothing_is_allocated_because_a_header_says_so(tmp_path: Path) -> None:
         assert name in line
         assert words in line
         assert "memory" not in line.lower()
-
-
-@pytest.mark.parametrize(
-    ("ending", "change", "words"),
-    [
-        (".pkl", lambda c: c.replace(b"X\x08\0\0\0", b"X\xff\xff\xff\x7f"), "2147483647 bytes"),
-        (".debug_pkl", lambda c: re.sub(rb"X..\0\0", b"X\xff\xff\xff\x7f", c), "2147483647 bytes"),
-        (".pkl", lambda c: c[:-1] + b"r\xff\xff\xff\x7f.", "numbers more than it has"),
-        (".debug_pkl", lambda c: c[:-1] + b"r\xff\xff\xff\x7f.", "numbers more than it has"),
-        ("data/0", lambda c: c[:-4], "has 44 bytes, not 48"),
-        (".pkl", lambda c: c.replace(b"K\x0ct", b"K\x0dt"), "has 48 bytes, not 52"),
-        (".pkl", lambda c: c.replace(b"(K\x03K\x04t", b"(K\x13K\x04t"), "reaches beyond"),
-        (".py", lambda c: c.replace(b"modules", b"module\xae"), "not in ASCII"),
-    ],
-)
-def test_no_program_is_loaded_that_lies(
-    tmp_path: Path, ending: str, change: Callable[[bytes], bytes], words: str
-) -> None:
-    """PyTorch's own reader allocates, reads beyond a storage, or ends the process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated; files of it are there
-        seed = fuzz._torchscript_seeds()[0]
-    path = tmp_path / "x.pt"
-    path.write_bytes(seed)
-    load_torchscript(path)
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    changed = {name: change(content) for name, content in members.items() if name.endswith(ending)}
-    assert any(content != members[name] for name, content in changed.items())
-    path.write_bytes(zipped({**members, **changed}))
-    with pytest.raises(InputError, match=words):
-        load_torchscript(path)
 
 
 def _claiming(count: int) -> bytes:

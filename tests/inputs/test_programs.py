@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import copy
 import io
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,26 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
+from typer.testing import CliRunner
 
-from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, norm
-from ggl_audit.case.loading import load_client
 from ggl_audit.case.setting import prepare
+from ggl_audit.cli import app
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.interpreter import UnsupportedError
 from ggl_audit.inputs.model import differentiable_attention
 from ggl_audit.inputs.model_loading import load_model
-from ggl_audit.inputs.programs import load_exported, load_torchscript
+from ggl_audit.inputs.programs import load_exported
 from ggl_audit.spec import Spec
+from tests.conftest import SAMPLES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*does not reference an nn.Module:UserWarning"),
 ]
 
 CPU = torch.device("cpu")
+DIGITS = SAMPLES / "digits_undefended.yaml"
 GREY, COLOUR = (1, 16, 16), (3, 32, 32)
 
 
@@ -96,23 +95,6 @@ class Buffered(nn.Module):
         return self.last(torch.cat([right, left], 1)) + self.offset
 
 
-def scripted(net: nn.Module, images: torch.Tensor, path: Path, **_: Any) -> nn.Module:
-    try:
-        program = torch.jit.script(net)
-    except RuntimeError as error:
-        # PyTorch knows builtins by their addresses, also of those that are gone. A copy has others.
-        if "builtin cannot be used as a value" not in str(error):
-            raise
-        program = torch.jit.script(copy.deepcopy(net))
-    program.save(str(path))
-    return load_torchscript(path)
-
-
-def traced(net: nn.Module, images: torch.Tensor, path: Path, **_: Any) -> nn.Module:
-    torch.jit.trace(net, images, check_trace=False).save(str(path))
-    return load_torchscript(path)
-
-
 def exported(
     net: nn.Module, images: torch.Tensor, path: Path, fixed: bool = False, taken_apart: bool = False
 ) -> nn.Module:
@@ -150,7 +132,7 @@ def mapped_gradients(module: nn.Module, images: torch.Tensor, labels: torch.Tens
         return vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, labels)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("save", [scripted, traced, exported, taken_apart])
+@pytest.mark.parametrize("save", [exported, taken_apart])
 @pytest.mark.parametrize("make", [lenet, normalized, dropping, grouped, Buffered])
 def test_a_program_has_the_names_and_the_gradients_of_the_original(
     make: Callable[[], nn.Module], save: Any, tmp_path: Path
@@ -158,7 +140,7 @@ def test_a_program_has_the_names_and_the_gradients_of_the_original(
     _compare(make, GREY, save, tmp_path)
 
 
-@pytest.mark.parametrize("save", [scripted, traced, exported])
+@pytest.mark.parametrize("save", [exported, taken_apart])
 @pytest.mark.parametrize("make", [resnet, transformer])
 def test_torchvision_models_as_programs(
     make: Callable[[], nn.Module], save: Any, tmp_path: Path
@@ -183,7 +165,7 @@ def _compare(
             assert away <= 1e-5 * tensor.norm() + 1e-6 * whole, name
 
 
-@pytest.mark.parametrize("save", [scripted, traced, exported])
+@pytest.mark.parametrize("save", [exported, taken_apart])
 @pytest.mark.parametrize(("make", "shape"), [(normalized, GREY), (transformer, COLOUR)])
 def test_a_program_can_be_differentiated_forward(
     make: Callable[[], nn.Module], shape: tuple[int, int, int], save: Any, tmp_path: Path
@@ -230,28 +212,12 @@ def test_copies_leave_the_statistics_of_a_batch_as_they_are(tmp_path: Path) -> N
         program(torch.rand(3, *GREY))
 
 
-def test_shared_parameters_stay_shared(tmp_path: Path) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one = nn.Linear(256, 256)
-            self.two = nn.Linear(256, 256)
-            self.two.weight = self.one.weight
-            self.last = nn.Linear(256, 10)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.last(self.two(torch.sigmoid(self.one(images.flatten(1)))))
-
-    _compare(Tied, GREY, scripted, tmp_path)
-    _compare(Tied, GREY, traced, tmp_path)
-
-
 @pytest.fixture
 def declare(tmp_path: Path, sample: Callable[..., Spec]) -> Callable[..., Spec]:
     """A spec of the sample audit with a program as its model."""
 
-    def read(kind: str, **more: Any) -> Spec:
-        model = {kind: str(tmp_path / "program.pt2"), "input": {"shape": [*GREY]}}
+    def read(**more: Any) -> Spec:
+        model = {"exported": str(tmp_path / "program.pt2"), "input": {"shape": [*GREY]}}
         for key in [key for key in more if key.startswith("model__")]:
             model[key.removeprefix("model__")] = more.pop(key)
         return sample("undefended", model=model, **more)
@@ -259,28 +225,26 @@ def declare(tmp_path: Path, sample: Callable[..., Spec]) -> Callable[..., Spec]:
     return read
 
 
-@pytest.mark.parametrize("save", [traced, exported])
+@pytest.mark.parametrize("save", [exported, taken_apart])
 def test_a_saved_mode_has_to_be_declared(
     save: Any, declare: Callable[..., Spec], tmp_path: Path
 ) -> None:
-    kind = "exported" if save is exported else "torchscript"
     for own, other in (("train", "eval"), ("eval", "train")):
         save(normalized().train(own == "train"), torch.rand(2, *GREY), tmp_path / "program.pt2")
-        load_model(declare(kind, model__mode=own, capture__batch_size=2), CPU)
+        load_model(declare(model__mode=own, capture__batch_size=2), CPU)
         with pytest.raises(SpecError, match=f"{other}, but the program .* in {own} mode") as error:
-            load_model(declare(kind, model__mode=other, capture__batch_size=2), CPU)
+            load_model(declare(model__mode=other, capture__batch_size=2), CPU)
         assert error.value.key == ("model", "mode")
 
 
-@pytest.mark.parametrize("save", [scripted, traced, exported, taken_apart])
+@pytest.mark.parametrize("save", [exported, taken_apart])
 def test_training_uses_batch_statistics_and_leaves_buffers_alone(
     save: Any, declare: Callable[..., Spec], tmp_path: Path
 ) -> None:
     net = normalized().train()
     images, labels = torch.rand(4, *GREY), torch.arange(4)
-    kind = "torchscript" if save in (scripted, traced) else "exported"
     save(net, images, tmp_path / "program.pt2")
-    model = load_model(declare(kind, model__mode="train", capture__batch_size=4), CPU)
+    model = load_model(declare(model__mode="train", capture__batch_size=4), CPU)
     before = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
     found = vmap(grad(model.loss), in_dims=(None, 0, 0))(
         model.parameters, images[None], labels[None]
@@ -292,50 +256,53 @@ def test_training_uses_batch_statistics_and_leaves_buffers_alone(
         assert torch.equal(before[name], buffer), name
 
 
-@pytest.mark.parametrize("save", [scripted, traced, exported])
+@pytest.mark.parametrize("save", [exported, taken_apart])
 def test_active_dropout_is_refused(save: Any, declare: Callable[..., Spec], tmp_path: Path) -> None:
-    kind = "exported" if save is exported else "torchscript"
     save(dropping().train(), torch.rand(2, *GREY), tmp_path / "program.pt2")
     with pytest.raises(SpecError, match="draws at random"):
-        load_model(declare(kind, model__mode="train", capture__batch_size=2), CPU)
+        load_model(declare(model__mode="train", capture__batch_size=2), CPU)
 
 
 def test_a_batch_of_another_size_than_the_exported_one(
     declare: Callable[..., Spec], tmp_path: Path
 ) -> None:
     exported(lenet(), torch.rand(4, *GREY), tmp_path / "program.pt2", fixed=True)
-    assert load_model(declare("exported", capture__batch_size=4), CPU).classes == 10
+    assert load_model(declare(capture__batch_size=4), CPU).classes == 10
     with pytest.raises(SpecError, match=r"exported for 4 images at a time.*dynamic_shapes"):
-        load_model(declare("exported"), CPU)
+        load_model(declare(), CPU)
 
 
-def test_a_trace_that_knows_its_batch(declare: Callable[..., Spec], tmp_path: Path) -> None:
-    class Counting(nn.Module):
+def test_a_program_that_takes_multiples_of_the_batch(
+    declare: Callable[..., Spec], tmp_path: Path
+) -> None:
+    class Paired(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.last = nn.Linear(256, 10)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.last(images.reshape(2, 256))
+            return self.last(images.reshape(-1, 2, 256)).reshape(-1, 10)
 
-    net = Counting()
-    traced(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
-    model = load_model(declare("torchscript", capture__batch_size=2), CPU)
-    images = torch.rand(3, *GREY)
-    expected = net.last(images.flatten(1))
-    torch.testing.assert_close(model.logits(model.parameters, images), expected)
+    net = Paired()
+    batch = 2 * torch.export.Dim("pairs", max=256)
+    program = torch.export.export(net, (torch.rand(4, *GREY),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, tmp_path / "program.pt2")
+    model = load_model(declare(capture__batch_size=2), CPU)
+    for count in (2, 3, 4):
+        images = torch.rand(count, *GREY)
+        expected = net.last(images.flatten(1))
+        torch.testing.assert_close(model.logits(model.parameters, images), expected)
     with pytest.raises(SpecError, match="does not take images"):
-        load_model(declare("torchscript"), CPU)
+        load_model(declare(), CPU)
 
 
-@pytest.mark.parametrize("save", [scripted, traced, exported, taken_apart])
+@pytest.mark.parametrize("save", [exported, taken_apart])
 def test_the_head_of_a_program_is_found(
     save: Any, declare: Callable[..., Spec], tmp_path: Path
 ) -> None:
     net = lenet()
     save(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
-    kind = "torchscript" if save in (scripted, traced) else "exported"
-    model = load_model(declare(kind), CPU)
+    model = load_model(declare(), CPU)
     assert model.head is not None
     assert (model.head.weight, model.head.bias) == ("5.weight", "5.bias")
     images = torch.rand(3, *GREY)
@@ -366,15 +333,14 @@ class InADict(Several):
 
 
 @pytest.mark.parametrize("kind", [InATuple, InADict])
-@pytest.mark.parametrize("save", [scripted, exported, taken_apart])
+@pytest.mark.parametrize("save", [exported, taken_apart])
 def test_a_program_that_returns_several_tensors(
     save: Any, kind: type[Several], declare: Callable[..., Spec], tmp_path: Path
 ) -> None:
     net = kind()
     save(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
-    source = "torchscript" if save is scripted else "exported"
     declared = {"model__output": 1} if kind is InATuple else {}
-    model = load_model(declare(source, **declared), CPU)
+    model = load_model(declare(**declared), CPU)
     assert model.output == (1 if kind is InATuple else "logits")
     assert model.head is not None
     assert model.head.weight == "last.weight"
@@ -382,7 +348,7 @@ def test_a_program_that_returns_several_tensors(
     torch.testing.assert_close(model.logits(model.parameters, images), net.both(images)[1])
     if kind is InATuple:
         with pytest.raises(SpecError, match="not given, but the model returned a tuple of 0"):
-            load_model(declare(source), CPU)
+            load_model(declare(), CPU)
 
 
 @pytest.mark.parametrize("kind", [InATuple, InADict])
@@ -396,31 +362,26 @@ def test_other_numbers_of_images_where_several_tensors_are_returned(
         torch.testing.assert_close(program(images), net(images))
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "exported"])
 def test_an_audit_of_a_program(
-    kind: str, declare: Callable[..., Spec], sample: Callable[..., Spec], tmp_path: Path
+    declare: Callable[..., Spec], sample: Callable[..., Spec], tmp_path: Path
 ) -> None:
-
     net = load_model(sample("undefended"), CPU).module
-    save = scripted if kind == "torchscript" else exported
-    save(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
+    exported(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
     shape = {"shape": [*GREY], "mean": [0.5], "std": [0.5]}
-    setting = prepare(declare(kind, model__input=shape))
+    setting = prepare(declare(model__input=shape))
     assert setting.labels == [2]
     assert setting.model.module.training is False
     assert any(path.endswith("program.pt2") for path, _ in setting.files)
     assert all(check.outcome == "agrees" for check in setting.checks)
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "exported"])
 def test_weights_of_a_file_take_the_place_of_the_program_s(
-    kind: str, declare: Callable[..., Spec], tmp_path: Path
+    declare: Callable[..., Spec], tmp_path: Path
 ) -> None:
     net, other = Buffered(), Buffered()
-    save = traced if kind == "torchscript" else exported
-    save(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
+    exported(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
     torch.save(other.state_dict(), tmp_path / "other.pt")  # without what is constant in the code
-    model = load_model(declare(kind, model__weights=str(tmp_path / "other.pt")), CPU)
+    model = load_model(declare(model__weights=str(tmp_path / "other.pt")), CPU)
     assert torch.equal(model.parameters["last.weight"], other.last.weight)
     images = torch.rand(2, *GREY)
     torch.testing.assert_close(model.logits(model.parameters, images), other(images))
@@ -440,54 +401,6 @@ def repack(source: Path, target: Path, change: Callable[[str, bytes], bytes]) ->
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for info in old.infolist():
             new.writestr(info.filename, change(info.filename, old.read(info.filename)))
-
-
-@pytest.mark.parametrize("member", ["data.pkl", "constants.pkl"])
-def test_a_pickle_in_torchscript_runs_nothing(member: str, tmp_path: Path) -> None:
-    traced(lenet(), torch.rand(2, *GREY), tmp_path / "good.pt")
-    mark = tmp_path / "was_here"
-    evil = pickle.dumps(Mark(mark), 2)
-    repack(
-        tmp_path / "good.pt",
-        tmp_path / "bad.pt",
-        lambda name, content: evil if name.endswith(f"/{member}") else content,
-    )
-    with pytest.raises(InputError, match="TorchScript"):
-        load_torchscript(tmp_path / "bad.pt")
-    assert not mark.exists()
-
-
-class Restoring(nn.Module):
-    """TorchScript runs ``__setstate__`` while a file is loaded, and can write files."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path = path
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images
-
-    @torch.jit.export
-    def __getstate__(self) -> tuple[str, bool]:
-        return self.path, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[str, bool]) -> None:
-        self.path = state[0]
-        self.training = state[1]
-        torch.save(torch.zeros(1), state[0])
-
-
-def test_code_that_runs_while_it_is_loaded_is_refused(tmp_path: Path) -> None:
-    mark = tmp_path / "was_here"
-    torch.jit.script(Restoring(str(mark))).save(str(tmp_path / "bad.pt"))
-    mark.unlink(missing_ok=True)
-    torch.jit.load(tmp_path / "bad.pt")
-    assert mark.exists()  # that is what it does to others
-    mark.unlink()
-    with pytest.raises(InputError, match="__setstate__"):
-        load_torchscript(tmp_path / "bad.pt")
-    assert not mark.exists()
 
 
 def test_an_expression_in_an_exported_program_is_not_evaluated(tmp_path: Path) -> None:
@@ -600,102 +513,77 @@ def test_the_format_of_older_versions(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("load", [load_torchscript, load_exported])
-def test_files_that_are_no_programs(load: Callable[[Path], nn.Module], tmp_path: Path) -> None:
+def test_files_that_are_no_programs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
-        load(tmp_path / "gone.pt")
+        load_exported(tmp_path / "gone.pt")
     with pytest.raises(InputError, match="not a file"):
-        load(tmp_path)
+        load_exported(tmp_path)
     (tmp_path / "text.pt").write_text("model")
     torch.save(lenet().state_dict(), tmp_path / "weights.pt")
     for name in ("text.pt", "weights.pt"):
-        with pytest.raises(InputError, match=r"not a (whole )?(TorchScript|torch\.export) file"):
-            load(tmp_path / name)
+        with pytest.raises(InputError, match=r"not a (whole )?torch\.export file"):
+            load_exported(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "expression", ["(" * 100_000, "-" * 100_000, "not " * 50_000, "(\n" * 50_000]
-)
-def test_code_that_would_overrun_the_parser_is_refused(expression: str, tmp_path: Path) -> None:
-    traced(lenet(), torch.rand(2, *GREY), tmp_path / "good.pt")
-
-    def change(name: str, content: bytes) -> bytes:
-        more = f"  x = {expression}1\n".encode()
-        return content + more if name.endswith(".py") else content
-
-    repack(tmp_path / "good.pt", tmp_path / "bad.pt", change)
-    with pytest.raises(InputError, match="too long"):
-        load_torchscript(tmp_path / "bad.pt")
-
-
-def test_what_a_program_does_that_cannot_be_run_is_named(tmp_path: Path) -> None:
-    class Saving(nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            torch.save(images, "x")
-            return images
-
-    class Endless(nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            while bool(images.dim() > 0):
-                images = images + 1
-            return images
-
-    with pytest.raises(InputError, match=r"the operator aten::save .*line \d+"):
-        scripted(Saving(), torch.rand(1), tmp_path / "p.pt")
-    with pytest.raises(Exception, match="loops more than"):
-        scripted(Endless(), torch.rand(1), tmp_path / "p.pt")(torch.zeros(1))
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_torchscript_file_is_told_what_it_is_wherever_it_is_named(
+    traced: bool, sample: Callable[..., Spec], tmp_path: Path
+) -> None:
+    path, images = tmp_path / "old.pt", torch.rand(2, *GREY)
+    torch.jit.save(torch.jit.trace(lenet(), images) if traced else torch.jit.script(lenet()), path)
+    program = {"exported": str(path), "input": {"shape": [*GREY]}}
+    prior = {"exported": str(path), "latent": {"shape": [48]}}
+    specs = [
+        sample("undefended", model=program),
+        sample("undefended", model__weights=str(path)),
+        sample("undefended", prior=prior),
+        sample("undefended", capture__gradient=str(path)),
+    ]
+    for spec in specs:
+        with pytest.raises(InputError, match="a TorchScript file, which PyTorch has") as error:
+            prepare(spec)
+        assert "torch.export.save" in error.value.remedy
+        assert error.value.path == path
+    result = CliRunner().invoke(app, ["check", str(DIGITS), "--model", str(path)])
+    assert result.exit_code == 2
+    assert "a TorchScript file" in " ".join(result.stderr.split())
 
 
-def test_branches_on_values_are_refused(declare: Callable[..., Spec], tmp_path: Path) -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = nn.Linear(256, 10)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            images = images.flatten(1)
-            return self.last(images) if bool(images.sum() > 0) else self.last(-images)
-
-    scripted(Branching(), torch.rand(1, *GREY), tmp_path / "program.pt2")
-    defense, model = load_client(declare("torchscript"), CPU)
-    with pytest.raises(SpecError, match="data-dependent"):
-        Matching(model, defense).try_out()
-
-
-def test_a_frozen_program_has_nothing_that_is_trained(
+def test_the_weights_of_a_torchscript_file_are_read_as_a_state_dict(
     declare: Callable[..., Spec], tmp_path: Path
 ) -> None:
-    frozen = torch.jit.freeze(torch.jit.script(lenet().eval()))
-    torch.jit.save(frozen, tmp_path / "program.pt2")
-    with pytest.raises(SpecError, match="no parameter that is trained"):
-        load_model(declare("torchscript"), CPU)
+    """What the message says to do."""
+    net, other = lenet(), lenet()
+    exported(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
+    torch.jit.save(torch.jit.script(other), tmp_path / "old.pt")
+    state = torch.jit.load(tmp_path / "old.pt").state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    model = load_model(declare(model__weights=str(tmp_path / "weights.pt")), CPU)
+    assert torch.equal(model.parameters["5.weight"], other.state_dict()["5.weight"])
 
 
 @pytest.fixture(scope="module")
-def small_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("programs")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("programs") / "p.pt2"
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.BatchNorm1d(2)).eval()
-    traced(net, torch.rand(2, 1, 2, 2), folder / "a")
-    exported(net, torch.rand(2, 1, 2, 2), folder / "b")
-    return {"torchscript": (folder / "a").read_bytes(), "exported": (folder / "b").read_bytes()}
+    exported(net, torch.rand(2, 1, 2, 2), path)
+    return path.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "exported"])
 @settings(max_examples=60)
 @given(data=st.data())
 def test_a_damaged_file_is_an_error_or_a_program(
-    kind: str, data: st.DataObject, small_files: dict[str, bytes], tmp_path_factory: Any
+    data: st.DataObject, small_file: bytes, tmp_path_factory: Any
 ) -> None:
-    content = bytearray(small_files[kind])
+    content = bytearray(small_file)
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content) - 1))
         content[place] = data.draw(st.integers(0, 255))
     del content[data.draw(st.one_of(st.none(), st.integers(0, len(content)))) or len(content) :]
     path = tmp_path_factory.mktemp("damaged") / "p.pt2"
     path.write_bytes(content)
-    load = load_torchscript if kind == "torchscript" else load_exported
     try:
-        program = load(path)
+        program = load_exported(path)
     except InputError:
         return
     assert isinstance(program, nn.Module)

@@ -370,13 +370,17 @@ def test_unknown_endings_and_missing_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["x/data.pkl", "x/constants.pkl", "x/code/net.py"], ["x/models/model.json"]]
+    ("names", "words"),
+    [
+        (["x/data.pkl", "x/constants.pkl", "x/code/net.py"], "a TorchScript file"),
+        (["x/models/model.json"], r"not of tensors that torch\.save wrote"),
+    ],
 )
-def test_programs_are_told_from_tensors(tmp_path: Path, names: list[str]) -> None:
+def test_programs_are_told_from_tensors(tmp_path: Path, names: list[str], words: str) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         for name in names:
             archive.writestr(name, b"")
-    with pytest.raises(InputError, match=r"not of tensors that torch\.save wrote"):
+    with pytest.raises(InputError, match=words):
         read_tensors(tmp_path / "x.pt")
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ggl_audit.optimizers import Evaluation
 from ggl_audit.optimizers.cma import DiagonalCma
-from ggl_audit.optimizers.pycma import Pycma
+from ggl_audit.optimizers.pycma import DiagonalCovariance
 
 CPU = torch.device("cpu")
 SEEDS = range(13)
@@ -46,7 +46,7 @@ def curve_of_pycma(function: Function, d: int, population: int, batches: int) ->
     """The same of PyCMA."""
     least = torch.zeros(batches, len(SEEDS))
     for number, seed in enumerate(SEEDS):
-        search = Pycma("diagonal", d, population, 0.3, seed)
+        search = DiagonalCovariance(d, population, 0.3, seed)
         for batch in range(batches):
             losses = function(torch.from_numpy(search.ask())).numpy()
             least[batch, number] = float(losses.min())

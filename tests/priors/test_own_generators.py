@@ -267,7 +267,7 @@ def test_far_coordinates_stay_finite(distribution: Any) -> None:
             "exactly one of bundled, trained",
         ),
         ({"bundled": "digits", "latent": {"shape": [1]}}, "latent: only for one's own"),
-        ({"torchscript": "a.pt", "latent": {"shape": [1]}, "weights": "b.pt"}, "for a factory"),
+        ({"exported": "a.pt2", "latent": {"shape": [1]}, "weights": "b.pt"}, "for a factory"),
         (toy("Plain", truncation=1), "Extra inputs"),
         (toy("Plain", 10_000, 10_000), "too many to search"),
         (toy("Plain", latent={"shape": [1], "truncation": 1}), "distribution: truncated"),
@@ -494,72 +494,43 @@ def test_pictures_can_be_differentiated(load: Load, distribution: str) -> None:
 # Where it is from
 
 
-def save_program(generator: nn.Module, path: Path, *example: torch.Tensor) -> str:
-    """Saves a generator as the path's name says; returns the key of the spec for such a file."""
-    if path.suffix == ".pt2":
-        batch = torch.export.Dim("batch", min=1, max=4096)
-        shapes = None if path.stem == "four" else tuple({0: batch} for _ in example)
-        torch._dynamo.reset()  # PyTorch 2.6 exports no more than 8 in one process
-        torch.export.save(torch.export.export(generator, example, dynamic_shapes=shapes), path)
-        return "exported"
-    if path.stem == "traced":
-        torch.jit.save(torch.jit.trace(generator, example, check_trace=False), path)
-    else:
-        torch.jit.save(torch.jit.script(generator), path)
-    return "torchscript"
+def save_program(generator: nn.Module, path: Path, *example: torch.Tensor) -> None:
+    """Saves a generator for batches of any size, or of four as the path's name says."""
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    shapes = None if path.stem == "four" else tuple({0: batch} for _ in example)
+    torch._dynamo.reset()  # PyTorch 2.6 exports no more than 8 in one process
+    torch.export.save(torch.export.export(generator, example, dynamic_shapes=shapes), path)
 
 
-@pytest.mark.filterwarnings(OLD_PROGRAMS)
-@pytest.mark.parametrize(
-    ("file", "training"),
-    [
-        ("traced.pt", False),
-        ("any.pt2", False),
-        ("four.pt2", False),
-        ("scripted.pt", False),
-        ("scripted.pt", True),
-    ],
-)
-def test_saved_programs_draw_the_same_pictures(
-    load: Load, tmp_path: Path, file: str, training: bool
-) -> None:
+@pytest.mark.parametrize("file", ["any.pt2", "four.pt2"])
+def test_saved_programs_draw_the_same_pictures(load: Load, tmp_path: Path, file: str) -> None:
     eager = load(toy("Layered", 6, 1, 1))
-    generator = eager.generator.train(training)
-    source = save_program(generator, tmp_path / file, torch.randn(4, 6, 1, 1))
-    eager.generator.eval()
-    prior = load({source: file, "latent": {"shape": [6, 1, 1]}})
+    save_program(eager.generator, tmp_path / file, torch.randn(4, 6, 1, 1))
+    prior = load({"exported": file, "latent": {"shape": [6, 1, 1]}})
     latents, labels = coordinates(eager, 11), torch.zeros(11, dtype=torch.long)
     torch.testing.assert_close(prior.decode(latents, labels), eager.decode(latents, labels))
     assert prior.source == f"prior {file}"
 
 
-@pytest.mark.filterwarnings(OLD_PROGRAMS)
-@pytest.mark.parametrize("file", ["traced.pt", "any.pt2"])
-def test_saved_programs_take_labels(load: Load, tmp_path: Path, file: str) -> None:
+def test_saved_programs_take_labels(load: Load, tmp_path: Path) -> None:
     eager = load({"bundled": "digits"}, shape=(1, 16, 16), classes=10)
     labels = torch.arange(10)
     latents = coordinates(eager, 10)
-    source = save_program(eager.generator, tmp_path / file, latents[:4], labels[:4])
-    declared = {source: file, "latent": {"shape": [48]}, "labels": "index"}
+    save_program(eager.generator, tmp_path / "any.pt2", latents[:4], labels[:4])
+    declared = {"exported": "any.pt2", "latent": {"shape": [48]}, "labels": "index"}
     prior = load(declared, shape=(1, 16, 16), classes=10)
     torch.testing.assert_close(prior.decode(latents, labels), eager.decode(latents, labels))
 
 
-@pytest.mark.filterwarnings(OLD_PROGRAMS, "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
-    ("file", "words"),
-    [
-        ("traced.pt", "saved in eval mode"),
-        ("any.pt2", "saved in eval mode"),
-        ("four.pt2", "saved in train mode"),
-    ],
+    ("file", "words"), [("any.pt2", "saved in eval mode"), ("four.pt2", "saved in train mode")]
 )
 def test_a_program_saved_in_training_mode_is_found(
     load: Load, tmp_path: Path, file: str, words: str
 ) -> None:
     generator = load(toy("Layered", 6, 1, 1)).generator.train()
-    source = save_program(generator, tmp_path / file, torch.randn(4, 6, 1, 1))
-    refused(load, {source: file, "latent": {"shape": [6, 1, 1]}}, words)
+    save_program(generator, tmp_path / file, torch.randn(4, 6, 1, 1))
+    refused(load, {"exported": file, "latent": {"shape": [6, 1, 1]}}, words)
 
 
 def test_weights_are_filled_in_by_name(load: Load, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.func import vmap
 
-from ggl_audit.basics.gradient import each, take
+from ggl_audit.basics.gradient import Gradient, each, take
 from ggl_audit.client.randomness import client_context
-from ggl_audit.defenses import DPSGD, Pipeline, build_pipeline, is_own
+from ggl_audit.defenses import DPSGD, Context, Pipeline, build_pipeline, is_own
+from ggl_audit.defenses.capabilities import rounds_remembered
 from ggl_audit.errors import Key, SpecError, nearest
 from ggl_audit.inputs.fitting import tied_names
 from ggl_audit.inputs.model import ClientModel
@@ -48,7 +49,7 @@ def load_client(
 
     def wrap(module: nn.Module) -> nn.Module:
         try:
-            return defense.wrap(module)
+            return defense.training.wrap(module)
         except ValueError as error:
             raise misfit(error) from None
 
@@ -159,13 +160,11 @@ def _try_own_steps(defense: Pipeline, model: ClientModel, spec: Spec) -> None:
     """
     context = client_context(spec.seed, "own steps", model.device)
     for index, step in enumerate(defense.steps):
-        if not is_own(step) or step.earlier_rounds:
+        if not is_own(step) or rounds_remembered(step):
             continue
-        gradient = each(torch.ones_like, model.parameters)
+        gradient, alone = each(torch.ones_like, model.parameters), Pipeline([step], model)
         try:
-            sent = step.apply(gradient, context)
-            many = each(lambda tensor: tensor[None], gradient)
-            replica = take(vmap(step.replicate, in_dims=(0, None))(many, sent), 0)
+            sent, replica = _sent_and_replicated(alone, gradient, context)
             fits = all(
                 {n: t.shape for n, t in other.items()} == {n: t.shape for n, t in gradient.items()}
                 for other in (sent, replica)
@@ -180,3 +179,14 @@ def _try_own_steps(defense: Pipeline, model: ClientModel, spec: Spec) -> None:
                 ("defense", index),
                 f"{step.name} does not keep the names and the shapes of a gradient",
             )
+
+
+def _sent_and_replicated(
+    step: Pipeline, gradient: Gradient, context: Context
+) -> tuple[Gradient, Gradient]:
+    sent = step.apply(step.training.clip_samples(gradient), context)
+
+    def replicated(candidate: Gradient) -> Gradient:
+        return step.replica.replicate([candidate], sent)
+
+    return sent, take(vmap(replicated)(each(lambda tensor: tensor[None], gradient)), 0)

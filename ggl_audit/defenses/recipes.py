@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ggl_audit.defenses.aggregation import SecureAggregation
-from ggl_audit.defenses.base import Defense
+from ggl_audit.defenses.base import Declared, Step
 from ggl_audit.defenses.clip import Clip
 from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.secure_aggregation import SecureAggregation
 
 
-class Recipe(BaseModel, ABC):
+class Recipe(Declared):
     """A defense that is a sequence of other defenses."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    name: ClassVar[str]
-    source: ClassVar[str]
-    promise: ClassVar[str]
-    broken_by: ClassVar[str]
-
     @abstractmethod
-    def steps(self, units: int) -> list[Defense]:
+    def steps(self, units: int) -> list[Step]:
         """The steps.
 
         Args:
@@ -48,7 +41,7 @@ class DPSGD(Recipe):
     bound: float = Field(gt=0, description="largest l2 norm of one sample's gradient")
     noise_multiplier: float = Field(gt=0, description="deviation of the sum's noise over bound")
 
-    def steps(self, units: int) -> list[Defense]:
+    def steps(self, units: int) -> list[Step]:
         """A clip of each sample, then noise."""
         std = self.noise_multiplier * self.bound / units
         return [Clip(bound=self.bound, unit="sample"), Noise(std=std)]
@@ -70,7 +63,7 @@ class DPFedAvg(Recipe):
     noise_multiplier: float = Field(gt=0, description="deviation of the sum's noise over bound")
     clients: int = Field(default=1, ge=1, description="in the cohort")
 
-    def steps(self, units: int) -> list[Defense]:
+    def steps(self, units: int) -> list[Step]:
         """A clip of each client's share, the mean, then noise."""
         std = self.noise_multiplier * self.bound / self.clients
         joined = [SecureAggregation(clients=self.clients)] if self.clients > 1 else []

@@ -86,7 +86,7 @@ def place_capture(
     largest = max(float(norm(take(gradients, i))) for i in range(len(losses)))
     if float(norm(setting.observed)) > largest:
         likeness = likeness.model_copy(update={"rules_out_larger": False})
-    if not setting.defense.empties_tensors():
+    if not setting.defense.effect.empties_tensors():
         own_shares = shares(stack([setting.observed]))[0]
         names, rounding = list(setting.observed), setting.captured.rounding
         before_norm = (

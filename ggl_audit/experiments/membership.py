@@ -37,9 +37,9 @@ def identify_members(
 
     def contributed(chosen: torch.Tensor) -> Iterator[Gradient]:
         images, labels = setting.reference.images[chosen], setting.reference.labels[chosen]
-        return map(setting.defense.share_of_one, matching.each_gradient(images, labels))
+        return map(setting.defense.replica.share_of_one, matching.each_gradient(images, labels))
 
-    noise = setting.defense.total_noise()
+    noise = setting.defense.randomness.total_noise()
     # A sum over each client's images is a mean over clients of sums.
     whole = members if not model.loss_sum else setting.defense.aggregation.clients
     unknown = UnknownMembers(
@@ -68,6 +68,8 @@ def can_identify_members(setting: Setting) -> bool:
     model = setting.model
     local, batch_size = model.local, model.batch_size
     one = batch_size == 1
-    adds_up = setting.defense.adds_up() and (one or (local is None and model.criterion.adds_up))
+    adds_up = setting.defense.replica.adds_up() and (
+        one or (local is None and model.criterion.adds_up)
+    )
     enough = len(setting.reference) // 2 >= setting.members + setting.spec.evidence.candidates
     return setting.members > 1 and adds_up and enough and not (model.mixes and batch_size > 1)

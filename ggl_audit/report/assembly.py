@@ -56,7 +56,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
     attack = measured.strongest(setting.distance)
     floors = measured.floors.get(attack, {})
     floor = floors.get(setting.distance)
-    proven = not setting.defense.is_random() and any(
+    proven = not setting.defense.randomness.is_random() and any(
         check.step == PRIVATE_IMAGE and check.outcome == "agrees" for check in setting.checks
     )
     checks = [
@@ -72,8 +72,8 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
     likeness = min(likenesses, key=_confidence, default=None)
     proven = proven and not setting.others
     fits = proven or (likeness is not None and likeness.rules_out_larger)
-    bound = largest_advantage(setting.defense.guarantee(), 1 / spec.evidence.candidates)
-    if setting.defense.in_the_clear:
+    bound = largest_advantage(setting.defense.sensitivity.guarantee(), 1 / spec.evidence.candidates)
+    if setting.defense.clear.names:
         bound = 1.0  # no clip and no noise is on them
     rates = [rate for rate in (measured.ceiling, measured.promise) if rate is not None]
     not_measured = _not_measured(setting, measured)
@@ -149,7 +149,7 @@ def assemble(setting: Setting, measured: Measurements, seconds: float) -> Report
             measured.noise,
             recovered=spec.capture.kind == "moments",
             members=setting.members,
-            in_the_clear=setting.defense.in_the_clear,
+            in_the_clear=setting.defense.clear.names,
             exact=measured.exact,
         ),
         assumptions=assumptions(setting, measured),
@@ -244,14 +244,14 @@ def _no_ranks(setting: Setting) -> dict[str, str]:
             "capture.labels, in the order of evidence.truth"
         }
         checked = any(check.step == PRIVATE_IMAGE for check in setting.checks)
-        if setting.defense.leaves_only_noise() and not checked:
+        if setting.defense.randomness.leaves_only_noise() and not checked:
             reasons["check"] = (
                 "whether the capture is of the private images: it is not with the inferred labels "
                 "in the order that fits best, and others were not tried"
             )
         return reasons
     reasons = {}
-    if setting.defense.leaves_only_noise() and not any(
+    if setting.defense.randomness.leaves_only_noise() and not any(
         check.step == PRIVATE_IMAGE for check in setting.checks
     ):
         reasons["check"] = (
@@ -372,14 +372,14 @@ def _not_measured(setting: Setting, measured: Measurements) -> dict[str, str]:
 
 
 def _no_guarantee(setting: Setting) -> str:
-    if setting.defense.guarantee() is not None:
+    if setting.defense.sensitivity.guarantee() is not None:
         return (
             "a clip and noise are declared, but not whom they protect and how often: that takes "
             "guarantee: {unit, reduction, rounds, sampling_rate, delta}"
         )
     if not setting.defense.steps:
         return "no defense is declared"
-    if not setting.defense.is_random():
+    if not setting.defense.randomness.is_random():
         return (
             f"{setting.defense} is not random, and only randomness makes a gradient differentially "
             "private"

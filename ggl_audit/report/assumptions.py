@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ggl_audit.case.setting import Setting
 from ggl_audit.client.local_training import described
-from ggl_audit.defenses import Encryption
+from ggl_audit.defenses.capabilities import Encrypts
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.last_layer import MODEL_AND_LOSS
 from ggl_audit.evidence.square_layers import LAYOUT, square_layers
@@ -170,7 +170,7 @@ def _cohort(setting: Setting) -> list[str]:
     said += [
         f"{step.key_holder} holds the key; whoever lacks it sees nothing that is measured here."
         for step in setting.defense.steps
-        if isinstance(step, Encryption)
+        if isinstance(step, Encrypts)
     ]
     rounds = setting.defense.earlier_rounds
     if rounds:
@@ -249,7 +249,7 @@ def beside(setting: Setting) -> list[str]:
     found, declared, said = setting.captured.beside, setting.spec.capture, []
     if found.statistics:
         names = _listed([*found.statistics])
-        if setting.defense.is_over_everything:
+        if setting.defense.clear.is_over_everything:
             how = "under the declared steps like the parameters"
         elif setting.defense.steps:
             how = "in the clear, as no declared step is over them"

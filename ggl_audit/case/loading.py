@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from ggl_audit.basics.gradient import Gradient, each, take
 from ggl_audit.client.randomness import client_context
-from ggl_audit.defenses import DPSGD, Context, Pipeline, build_pipeline, is_own
+from ggl_audit.defenses import Context, Pipeline, Recipe, build_pipeline, is_own, known
 from ggl_audit.defenses.capabilities import rounds_remembered
 from ggl_audit.errors import Key, SpecError, nearest
 from ggl_audit.inputs.fitting import tied_names
@@ -40,8 +40,10 @@ def load_client(
         AuditError: one of them cannot be built, or they do not fit each other.
     """
     samples = spec.capture.batch_size if spec.model.loss.reduction == "mean" else 1
-    if any(step.name == DPSGD.name for step in spec.defense):
-        _check_dp_sgd(spec)
+    for step in spec.defense:
+        kind = known().get(step.name or "")
+        if kind is not None and issubclass(kind, Recipe) and kind.divides_by_batch:
+            _check_batch(kind.name, spec)
     defense = build_pipeline(spec.defense, spec.folder, samples)
 
     def misfit(error: ValueError) -> SpecError:
@@ -137,17 +139,17 @@ def _named(
     return named
 
 
-def _check_dp_sgd(spec: Spec) -> None:
+def _check_batch(recipe: str, spec: Spec) -> None:
     if spec.capture.kind == "update":
         raise SpecError(
             ("defense",),
-            "dp_sgd adds noise in every local step, which an update is not audited for",
+            f"{recipe} adds noise in every local step, which an update is not audited for",
             "Audit one step's gradient, or declare what is done to the update (dp_fedavg).",
         )
     if spec.client is not None and spec.client.batch_size > 1 and spec.capture.batch_size == 1:
         raise SpecError(
             ("client", "batch_size"),
-            f"{spec.client.batch_size}, but dp_sgd divides its noise by capture.batch_size, 1",
+            f"{spec.client.batch_size}, but {recipe} divides its noise by capture.batch_size, 1",
             "Declare the clip and the noise as separate steps, or capture a batch.",
         )
 

@@ -91,6 +91,15 @@ class Declared(BaseModel, ABC):
     promise: ClassVar[str] = "none"
     broken_by: ClassVar[str] = "not known"
 
+    @abstractmethod
+    def as_steps(self, units: int) -> list[Step]:
+        """The steps that it stands for.
+
+        Args:
+            units: how many samples of a client noise is divided by: those of a batch under a mean,
+                1 under a sum.
+        """
+
 
 class Step(Declared):
     """One step of what a client does, or has done, to what it sends.
@@ -111,6 +120,10 @@ class Step(Declared):
     effect: ClassVar[Effect] = "any"
     stochastic: ClassVar[bool] = False
     random_if_hidden: ClassVar[bool] = False
+
+    def as_steps(self, units: int) -> list[Step]:
+        """Itself."""
+        return [self]
 
     def bind(self, model: ClientModel) -> Self:
         """This step for one model, whose parameters it may have to know by name.

@@ -27,6 +27,8 @@ class Chain:
             Gaussian noise on their mean.
         aggregation: the step that joins the cohort.
         join: its place among the equivalent steps; their number where none is declared.
+        visible: of each equivalent step, whether later ones leave its trace.
+        readable: of each, whether they leave what its replica reads.
         clear: what they leave alone.
     """
 
@@ -38,6 +40,9 @@ class Chain:
         joins = [i for i, step in enumerate(self.equivalent) if isinstance(step, Aggregation)]
         self.join = joins[0] if joins else len(self.equivalent)
         self.aggregation = next((s for s in self.steps if isinstance(s, Aggregation)), ALONE)
+        places = [*enumerate(self.equivalent)]
+        self.visible = tuple(self._survives(step.trace, place) for place, step in places)
+        self.readable = tuple(self._survives(step.reads, place) for place, step in places)
         self.clear = InTheClear(self.steps, model, self.aggregation.clients)
 
     def around(self) -> tuple[list[Step], list[Step]]:
@@ -45,14 +50,6 @@ class Chain:
         whole = [step for step in self.steps if step.place is not Place.SAMPLE]
         join = next((i for i, s in enumerate(whole) if isinstance(s, Aggregation)), len(whole))
         return whole[:join], whole[join + 1 :]
-
-    def is_visible(self, index: int) -> bool:
-        """Whether later steps leave the trace of one of the equivalent steps."""
-        return self._survives(self.equivalent[index].trace, index)
-
-    def is_readable(self, index: int) -> bool:
-        """Whether later steps leave what the replica of an equivalent step reads."""
-        return self._survives(self.equivalent[index].reads, index)
 
     @property
     def earlier_rounds(self) -> int:
@@ -65,8 +62,8 @@ class Chain:
             step.acts_on_a_gradient and step.place is not Place.SAMPLE for step in self.steps
         )
 
-    def _survives(self, trace: Trace, index: int) -> bool:
-        later = self.equivalent[index + 1 :]
+    def _survives(self, trace: Trace, place: int) -> bool:
+        later = self.equivalent[place + 1 :]
         return trace != "none" and all(step.leaves(trace) for step in later)
 
     def __str__(self) -> str:

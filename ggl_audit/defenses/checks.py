@@ -61,7 +61,7 @@ class Checks:
                 checks.append(Check(str(step), "hidden", "the local steps hide its trace"))
             elif step.trace == "none" or not isinstance(step, HasCheck):
                 checks.append(Check(str(step), "hidden", "it leaves nothing that could be checked"))
-            elif self._chain.is_visible(index):
+            elif self._chain.visible[index]:
                 contradicts, detail = step.contradiction(observed, bound)
                 if contradicts and isinstance(step, HasHint):
                     detail += step.hint(observed, self.factors)

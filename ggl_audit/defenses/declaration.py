@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from ggl_audit.basics.validation import first_problem
 from ggl_audit.defenses.base import Declared, Place, Step
 from ggl_audit.defenses.pipeline import Pipeline
-from ggl_audit.defenses.recipes import Recipe
 from ggl_audit.defenses.registry import known
 from ggl_audit.errors import SpecError, nearest
 from ggl_audit.inputs.factories import find_callable
@@ -49,13 +48,9 @@ def build_pipeline(
                 nearest(step.name, kinds),
             )
         try:
-            built = kind.model_validate(parameters)
+            steps += kind.model_validate(parameters).as_steps(samples)
         except ValidationError as error:
             raise _wrong_parameter(index, kind, error) from None
-        if isinstance(built, Recipe):
-            steps += built.steps(samples)
-        elif isinstance(built, Step):
-            steps.append(built)
     _check_order(steps)
     return Pipeline(steps)
 

@@ -21,27 +21,15 @@ class Likelihood:
         self._chain = chain
         self._randomness = Randomness(chain)
         self._replica = Replica(chain)
+        # Found once, as candidates are compared often.
+        self._known = self._is_known()
+        self._compared = self._compared_by_l2()
+        # Of what the steps act on, where something is sent in the clear beside it.
+        self._covered = Likelihood(Chain(chain.steps)) if chain.clear.names else None
 
     def is_known(self) -> bool:
         """Whether it is, or none is needed as nothing is random."""
-        if self._chain.earlier_rounds or self._randomness.hides_draws():
-            return False
-        steps, first = self._chain.equivalent, self._randomness.first
-        stochastic = [step for step in steps if step.stochastic]
-        if stochastic:
-            alone = isinstance(stochastic[0], HasOwnLikelihood)
-            return first == len(steps) and stochastic == [steps[-1]] and alone
-        if first == len(steps):
-            return True
-        noise = self._randomness.total_noise()
-        after = [step for step in steps[first:] if not is_harmless(step)]
-        if noise is None or len(after) > 1:
-            return False
-        if not after:
-            return True
-        last = after[0]
-        knows = isinstance(last, HasLikelihood) and noise.distribution in last.likelihood_after
-        return knows and last is steps[-1]
+        return self._known
 
     def mismatch(
         self, gradients: Sequence[Gradient], observed: Gradient, known: Gradient | None = None
@@ -61,7 +49,7 @@ class Likelihood:
         Returns:
             A scalar, to be compared between candidates for the same capture only.
         """
-        compared, noise = self._compared_by_l2(), self._randomness.total_noise()
+        compared, noise = self._compared, self._randomness.total_noise()
         if self._chain.clear.names and (compared is None or noise is not None):
             return self._mismatch_beside_noise(gradients, observed, known)
         if compared is not None:
@@ -81,13 +69,33 @@ class Likelihood:
 
     def value_wise(self) -> ValueWise | None:
         """The replica that is compared by l2, by single values; None where there is none."""
-        count = self._compared_by_l2()
+        count = self._compared
         return None if count is None else value_wise(self._chain, count, exact=True)
+
+    def _is_known(self) -> bool:
+        if self._chain.earlier_rounds or self._randomness.hides_draws():
+            return False
+        steps, first = self._chain.equivalent, self._randomness.first
+        stochastic = [step for step in steps if step.stochastic]
+        if stochastic:
+            alone = isinstance(stochastic[0], HasOwnLikelihood)
+            return first == len(steps) and stochastic == [steps[-1]] and alone
+        if first == len(steps):
+            return True
+        noise = self._randomness.total_noise()
+        after = [step for step in steps[first:] if not is_harmless(step)]
+        if noise is None or len(after) > 1:
+            return False
+        if not after:
+            return True
+        last = after[0]
+        knows = isinstance(last, HasLikelihood) and noise.distribution in last.likelihood_after
+        return knows and last is steps[-1]
 
     def _compared_by_l2(self) -> int | None:
         """How many steps are replicated before it is a relative l2; None if never."""
         steps = self._chain.equivalent
-        if not steps or not self.is_known():
+        if not steps or not self._known:
             return len(steps)
         if steps[-1].stochastic:
             return None
@@ -117,9 +125,9 @@ class Likelihood:
         parts = [clear.parted(gradient) for gradient in gradients]
         observed, shown = clear.parted(observed)
         others, shown_of_others = (None, {}) if known is None else clear.parted(known)
-        alone = Likelihood(Chain(self._chain.steps))
-        covered = alone.mismatch([part for part, _ in parts], observed, others)
-        if noise is not None and self._compared_by_l2() is not None:
+        assert self._covered is not None
+        covered = self._covered.mismatch([part for part, _ in parts], observed, others)
+        if noise is not None and self._compared is not None:
             covered = covered * norm(observed).square() / (2 * noise.std**2)
         mean = clear.mean([own for _, own in parts])
         mean = {name: tensor + shown_of_others.get(name, 0.0) for name, tensor in mean.items()}

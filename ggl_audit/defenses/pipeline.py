@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -37,13 +38,15 @@ class Pipeline(Chain):
 
     def __init__(self, steps: Sequence[Step] = (), model: ClientModel | None = None) -> None:
         super().__init__(steps, model)
-        self.training = Training(self)
-        self.replica = Replica(self)
-        self.likelihood = Likelihood(self)
-        self.randomness = Randomness(self)
-        self.sensitivity = Sensitivity(self)
-        self.checks = Checks(self)
-        self.effect = WholeEffect(self)
+        # Not itself, so that a model is let go as soon as nobody needs it.
+        chain = Chain(steps, model)
+        self.training = Training(chain)
+        self.replica = Replica(chain)
+        self.likelihood = Likelihood(chain)
+        self.randomness = Randomness(chain)
+        self.sensitivity = Sensitivity(chain)
+        self.checks = Checks(chain)
+        self.effect = WholeEffect(chain)
 
     def bind(self, model: ClientModel) -> Pipeline:
         """The steps for one model.
@@ -92,5 +95,8 @@ class Pipeline(Chain):
 
     def without_noise(self, gradient: Gradient, context: Context) -> Gradient:
         """What the steps before the noise make of a gradient."""
-        before = self.equivalent[: self.randomness.first]
-        return Pipeline(before, self.model).apply(gradient, context)
+        return self._before_noise.apply(gradient, context)
+
+    @functools.cached_property
+    def _before_noise(self) -> Pipeline:
+        return Pipeline(self.equivalent[: self.randomness.first], self.model)

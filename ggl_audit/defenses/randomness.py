@@ -24,17 +24,11 @@ class Randomness:
         self._noises = [step.law for step in steps if isinstance(step, AddsNoise)]
         noisy = (i for i, step in enumerate(steps) if isinstance(step, AddsNoise))
         self.first = next(noisy, len(steps))
+        self._total = self._added_up()
 
     def total_noise(self) -> NoiseLaw | None:
         """The noise of all steps in one; None without noise, in a gap of it, or of two kinds."""
-        laws = self._noises
-        if len(laws) == 1:
-            return laws[0]
-        in_turn = self._chain.equivalent[self.first : self.first + len(laws)]
-        without_gap = all(isinstance(step, AddsNoise) for step in in_turn)
-        if laws and without_gap and all(law.distribution == "gaussian" for law in laws):
-            return NoiseLaw(math.hypot(*(law.std for law in laws)))
-        return None
+        return self._total
 
     def is_random(self) -> bool:
         """Whether anything is random that the capture does not tell."""
@@ -49,14 +43,22 @@ class Randomness:
 
     def hides_draws(self) -> bool:
         """Whether something was drawn that the capture would tell but for later steps."""
-        return any(
-            step.random_if_hidden and not self._chain.is_readable(index)
-            for index, step in enumerate(self._chain.equivalent)
-        )
+        steps = zip(self._chain.equivalent, self._chain.readable, strict=True)
+        return any(step.random_if_hidden and not readable for step, readable in steps)
 
     def ends_in_noise(self) -> bool:
         """Whether nothing is done after the noise, where there is any."""
         return all(map(is_harmless, self._chain.equivalent[self.first :]))
+
+    def _added_up(self) -> NoiseLaw | None:
+        laws = self._noises
+        if len(laws) == 1:
+            return laws[0]
+        in_turn = self._chain.equivalent[self.first : self.first + len(laws)]
+        without_gap = all(isinstance(step, AddsNoise) for step in in_turn)
+        if laws and without_gap and all(law.distribution == "gaussian" for law in laws):
+            return NoiseLaw(math.hypot(*(law.std for law in laws)))
+        return None
 
 
 def noise_norm(steps: Sequence[Step], size: int, confidence: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import ClassVar
 
 from pydantic import Field
@@ -14,16 +13,13 @@ from ggl_audit.defenses.secure_aggregation import SecureAggregation
 
 
 class Recipe(Declared):
-    """A defense that is a sequence of other defenses."""
+    """A defense that is a sequence of other defenses.
 
-    @abstractmethod
-    def steps(self, units: int) -> list[Step]:
-        """The steps.
+    Attributes:
+        divides_by_batch: whether it is of each step of a client, and divides by the images in it.
+    """
 
-        Args:
-            units: how many samples of a client the noise is divided by: those of a batch under a
-                mean, 1 under a sum.
-        """
+    divides_by_batch: ClassVar[bool] = False
 
 
 class DPSGD(Recipe):
@@ -35,13 +31,14 @@ class DPSGD(Recipe):
 
     name: ClassVar[str] = "dp_sgd"
     source: ClassVar[str] = "Abadi et al., CCS 2016, algorithm 1"
+    divides_by_batch: ClassVar[bool] = True
     promise: ClassVar[str] = "differential privacy for each sample"
     broken_by: ClassVar[str] = "nothing; noise multipliers far below 1 promise very little"
 
     bound: float = Field(gt=0, description="largest l2 norm of one sample's gradient")
     noise_multiplier: float = Field(gt=0, description="deviation of the sum's noise over bound")
 
-    def steps(self, units: int) -> list[Step]:
+    def as_steps(self, units: int) -> list[Step]:
         """A clip of each sample, then noise."""
         std = self.noise_multiplier * self.bound / units
         return [Clip(bound=self.bound, unit="sample"), Noise(std=std)]
@@ -63,7 +60,7 @@ class DPFedAvg(Recipe):
     noise_multiplier: float = Field(gt=0, description="deviation of the sum's noise over bound")
     clients: int = Field(default=1, ge=1, description="in the cohort")
 
-    def steps(self, units: int) -> list[Step]:
+    def as_steps(self, units: int) -> list[Step]:
         """A clip of each client's share, the mean, then noise."""
         std = self.noise_multiplier * self.bound / self.clients
         joined = [SecureAggregation(clients=self.clients)] if self.clients > 1 else []

@@ -17,27 +17,30 @@ from ggl_audit.defenses.capabilities import (
 from ggl_audit.defenses.chain import Chain
 from ggl_audit.defenses.value_wise import ValueWise, value_wise
 
-Way = Callable[[Step, Gradient, Gradient | None], Gradient]
-"""How a step is replicated: from (step, candidate's gradient, capture) to what is compared."""
+OfStep = Callable[[Gradient, Gradient | None], Gradient]
+"""From a candidate's gradient, and the capture where it shows, to what is compared."""
+
+Way = Callable[[Step], OfStep]
+"""How steps are replicated."""
 
 
-def usual(step: Step, gradient: Gradient, observed: Gradient | None) -> Gradient:
+def usual(step: Step) -> OfStep:
     """The replica of a step."""
-    return step.replicate(gradient, observed) if isinstance(step, HasReplica) else gradient
+    return step.replicate if isinstance(step, HasReplica) else _unchanged
 
 
-def exact(step: Step, gradient: Gradient, observed: Gradient | None) -> Gradient:
+def exact(step: Step) -> OfStep:
     """The replica on a candidate that may be the very image."""
-    if isinstance(step, HasExactReplica):
-        return step.exact_replica(gradient, observed)
-    return usual(step, gradient, observed)
+    return step.exact_replica if isinstance(step, HasExactReplica) else usual(step)
 
 
-def smooth(step: Step, gradient: Gradient, observed: Gradient | None) -> Gradient:
+def smooth(step: Step) -> OfStep:
     """The replica, without plateaus."""
-    if isinstance(step, HasSmoothReplica):
-        return step.smooth(gradient, observed)
-    return usual(step, gradient, observed)
+    return step.smooth if isinstance(step, HasSmoothReplica) else usual(step)
+
+
+def _unchanged(gradient: Gradient, observed: Gradient | None) -> Gradient:
+    return gradient
 
 
 class Replica:
@@ -50,15 +53,20 @@ class Replica:
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
         self.is_smooth = not any(isinstance(step, HasSmoothReplica) for step in chain.steps)
+        whole = [*zip(chain.equivalent, chain.readable, strict=True)]
+        self._guessed = [(s, readable) for s, readable in whole if isinstance(s, HasGuesses)]
+        # Looked up once, as candidates are compared often.
+        self._of_steps: dict[Way, list[OfStep]] = {
+            way: [
+                _unchanged if step.place is Place.SAMPLE else way(step) for step in chain.equivalent
+            ]
+            for way in (usual, exact, smooth)
+        }
 
     def guesses(self, observed: Gradient) -> list[Drawn]:
         """What the attacker takes the draws for; every combination of the steps' guesses."""
         observed, _ = self._chain.clear.parted(observed)
-        each_step = [
-            step.guesses(observed if self._chain.is_readable(index) else None)
-            for index, step in enumerate(self._chain.equivalent)
-            if isinstance(step, HasGuesses)
-        ]
+        each_step = [s.guesses(observed if readable else None) for s, readable in self._guessed]
         guesses = []
         for combination in itertools.product(*each_step):
             whole: Drawn = {}
@@ -70,9 +78,8 @@ class Replica:
     def blind_guess(self) -> Drawn:
         """What somebody without a capture takes the draws for."""
         guess: Drawn = {}
-        for step in self._chain.steps:
-            if isinstance(step, HasGuesses):
-                guess |= step.guesses(None)[0]
+        for step, _ in self._guessed:
+            guess |= step.guesses(None)[0]
         return guess
 
     def replicate(
@@ -142,15 +149,13 @@ class Replica:
         before, _ = self._chain.around()
         gradient, shown = self._chain.clear.parted(gradient)
         for step in before:
-            gradient = usual(step, gradient, None)
+            gradient = usual(step)(gradient, None)
         return {**gradient, **shown}
 
     def _through(
         self, gradient: Gradient, observed: Gradient, start: int, stop: int, way: Way
     ) -> Gradient:
-        for index in range(start, stop):
-            step = self._chain.equivalent[index]
-            if step.place is not Place.SAMPLE:
-                seen = observed if self._chain.is_readable(index) else None
-                gradient = way(step, gradient, seen)
+        for place in range(start, stop):
+            seen = observed if self._chain.readable[place] else None
+            gradient = self._of_steps[way][place](gradient, seen)
         return gradient

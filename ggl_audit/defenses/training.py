@@ -7,8 +7,9 @@ from torch import nn
 
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, DataDefense, Drawn, ModelDefense, Place
-from ggl_audit.defenses.capabilities import Draws, DrawsForEachImage, HasReplica
+from ggl_audit.defenses.capabilities import Draws, DrawsForEachImage
 from ggl_audit.defenses.chain import Chain
+from ggl_audit.defenses.replica import usual
 
 
 class Training:
@@ -20,12 +21,15 @@ class Training:
     """
 
     def __init__(self, chain: Chain) -> None:
-        self._steps = chain.steps
+        self._drawing = [step for step in chain.steps if isinstance(step, Draws)]
+        of_images = [step for step in chain.steps if isinstance(step, DrawsForEachImage)]
+        self._rows = {name for step in of_images for name in step.drawn_for_each_image}
         self._on_data = [step for step in chain.steps if isinstance(step, DataDefense)]
         self._on_model = [step for step in chain.steps if isinstance(step, ModelDefense)]
-        self._on_samples = [step for step in chain.steps if step.place is Place.SAMPLE]
+        on_samples = [step for step in chain.steps if step.place is Place.SAMPLE]
+        self._of_samples = [usual(step) for step in on_samples]
         self.changes_images = bool(self._on_data)
-        self.per_sample = bool(self._on_samples)
+        self.per_sample = bool(on_samples)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Adds to the client's model what the steps need.
@@ -40,9 +44,8 @@ class Training:
     def draw(self, context: Context, images: int) -> Drawn:
         """What a client draws before it computes the gradient of so many images."""
         drawn: Drawn = {}
-        for step in self._steps:
-            if isinstance(step, Draws):
-                drawn |= step.draw(context, images)
+        for step in self._drawing:
+            drawn |= step.draw(context, images)
         return drawn
 
     def drawn_for(self, drawn: Drawn, images: torch.Tensor) -> Drawn:
@@ -52,10 +55,8 @@ class Training:
             drawn: for all of them.
             images: (n,), indices.
         """
-        drawing = [step for step in self._steps if isinstance(step, DrawsForEachImage)]
-        rows = {name for step in drawing for name in step.drawn_for_each_image}
         return {
-            name: tensor[images] if name in rows and len(tensor) > 1 else tensor
+            name: tensor[images] if name in self._rows and len(tensor) > 1 else tensor
             for name, tensor in drawn.items()
         }
 
@@ -73,7 +74,6 @@ class Training:
 
     def clip_samples(self, gradient: Gradient) -> Gradient:
         """What the steps on each sample make of one sample's gradient."""
-        for step in self._on_samples:
-            if isinstance(step, HasReplica):
-                gradient = step.replicate(gradient, None)
+        for of_sample in self._of_samples:
+            gradient = of_sample(gradient, None)
         return gradient

@@ -70,7 +70,7 @@ def value_wise(chain: Chain, count: int, *, exact: bool) -> ValueWise | None:
     steps: list[ByValues] = []
     scalings: list[ByFactor] = []
     for index, step in enumerate(chain.equivalent[:count]):
-        by_values, by_factor = _forms(step, chain.is_readable(index))
+        by_values, by_factor = _forms(step, chain.readable[index])
         if exact and isinstance(step, HasExactReplica):
             return None
         if by_values is not None and not scalings:

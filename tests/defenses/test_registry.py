@@ -204,7 +204,7 @@ class Both(Recipe):
 
     size: float
 
-    def steps(self, units):
+    def as_steps(self, units):
         return [Clip(bound=self.size), Noise(std=self.size / units)]
 '''
     package("defenses", "toy_recipe = toy_recipe_package:Both", source)

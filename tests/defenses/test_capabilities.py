@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import inspect
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -279,6 +281,15 @@ def test_an_inherited_kind_is_not_that_of_another_replica() -> None:
     assert Clip.replica_kind == "scaling"
     assert Doubled.replica_kind == "whole"
     assert Pipeline([Doubled(bound=1.0)]).replica.value_wise() is None
+
+
+def test_a_defense_and_its_model_are_let_go_at_once() -> None:
+    gc.disable()
+    try:
+        kept = weakref.ref(Pipeline([Clip(bound=1.0), OwnNoise(std=1), Sign()]))
+    finally:
+        gc.enable()
+    assert kept() is None
 
 
 # The room.

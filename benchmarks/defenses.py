@@ -34,7 +34,7 @@ from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
 from ggl_audit.cli.progress import AuditProgress
 from ggl_audit.client.randomness import client_context
-from ggl_audit.defenses import RECIPES, REGISTRY, build_pipeline
+from ggl_audit.defenses import build_pipeline, shipped
 from ggl_audit.errors import AuditError
 from ggl_audit.evidence.bounds import Rate
 from ggl_audit.inputs.capture import write_capture
@@ -434,7 +434,7 @@ def main(
     """Audits every defense at its usual strength and writes a table."""
     if task not in ("digits", "faces", "all"):
         raise typer.BadParameter("expected digits, faces or all", param_hint="--task")
-    missing = {*REGISTRY, *RECIPES} - {name for case in CASES for name in names(case)}
+    missing = {*shipped()} - {name for case in CASES for name in names(case)}
     if missing:
         raise typer.BadParameter(f"no row has {', '.join(sorted(missing))}: add one to CASES")
     lines = []

@@ -405,7 +405,7 @@ def judge(
 ) -> list[Violation]:
     """What the tests say of releases."""
     sent = {name: shares[name] + std * noise[name] for name in shares}
-    residuals = residuals_of(sent, declared, shares, paired=True)
+    residuals = residuals_of(sent, declared.law, shares, paired=True)
     assert residuals is not None
     return find_violations(residuals, level)
 
@@ -418,7 +418,7 @@ def accused(seed: int, releases: int, distribution: str, level: float) -> tuple[
     noise = right(shares, declared, draw)
     found = judge(noise, shares, 1.0, declared, level)
     first = {name: shares[name][:1] + noise[name][:1] for name in shares}
-    capture = residuals_of(first, declared)
+    capture = residuals_of(first, declared.law)
     assert capture is not None
     return bool(found), bool(find_violations(capture, level))
 

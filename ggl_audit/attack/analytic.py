@@ -19,37 +19,12 @@ from torch.func import vjp
 from ggl_audit.attack.matching import MEMORY, Matching
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.client.local_training import rate_of_one_step
-from ggl_audit.defenses import (
-    Clip,
-    Encryption,
-    FederatedDropout,
-    Noise,
-    Pipeline,
-    RandomK,
-    SecureAggregation,
-    Soteria,
-    Sparsify,
-    Threshold,
-)
+from ggl_audit.defenses import Pipeline
 from ggl_audit.inputs.model import ClientModel
 
 SAME = 1e-2
 """Relative, of a gradient and the product that it should be: above TF32's rounding of 2^-11 and
 bfloat16's of 2^-8, while one of another layer is off by about 1."""
-
-ROUND_NOTHING = (
-    Clip,
-    Encryption,
-    FederatedDropout,
-    Noise,
-    RandomK,
-    SecureAggregation,
-    Soteria,
-    Sparsify,
-    Threshold,
-)
-"""Steps under which two images do not give the same values: they scale values, leave values out or
-add something. Where values are rounded to levels, many images have the same."""
 
 EXPLAINED = 1e-4
 """The largest relative distance that is put down to rounding. Each operation in float32 adds 6e-8;
@@ -164,7 +139,7 @@ def is_exact(
     Returns:
         (t,), of type bool.
     """
-    if not all(isinstance(step, ROUND_NOTHING) for step in defense.steps):
+    if not defense.effect.keeps_images_apart():
         return torch.zeros(len(images), dtype=torch.bool, device=images.device)
     random = torch.Generator().manual_seed(0)
     noise = torch.randn(NEIGHBOURS, *model.shape, generator=random).to(images)

@@ -18,7 +18,7 @@ COPIES = 3 * COPIES_OF_A_GRADIENT
 class Derivatives:
     """Distances of sets of images to observed gradients, and how they change with each pixel.
 
-    By the smooth replica (:meth:`Pipeline.smooth`).
+    By the smooth replica (``Pipeline.replica``).
 
     Args:
         model: the client's.
@@ -64,7 +64,7 @@ class Derivatives:
             The distances (t,), and their derivatives, shaped as the images.
         """
         with torch.no_grad():
-            drawn = vmap(self._defense.guesses)(observed)[0]
+            drawn = vmap(self._defense.replica.guesses)(observed)[0]
         slopes, distances = [], []
         for start in range(0, len(labels), self._together):
             part = slice(start, start + self._together)
@@ -88,7 +88,7 @@ class Derivatives:
             self._contribution(own, labelled, drawn)
             for own, labelled in zip(images.split(size), labels.split(size), strict=True)
         ]
-        distance = self._measure(self._defense.smooth(gradients, observed), observed)
+        distance = self._measure(self._defense.replica.smooth(gradients, observed), observed)
         taken = None if shown is None else self._model.representation(images)
         if taken is None or shown is None:
             return distance

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from scipy.optimize import nnls
 
 from ggl_audit.basics.gradient import Gradient, unstack
-from ggl_audit.defenses import Encryption, Noise, Pipeline, SecureAggregation
+from ggl_audit.defenses import Pipeline
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel, Head
 from ggl_audit.optimizers import Array
@@ -142,9 +142,7 @@ def scale_of_one(model: ClientModel, defense: Pipeline, images: int) -> float | 
         defense: a step that changes magnitudes, as a clip does, leaves it untold.
         images: of the whole release.
     """
-    harmless = (Noise, Encryption, SecureAggregation)
-    kept = all(isinstance(step, harmless) or step.leaves("values") for step in defense.steps)
-    if model.local is not None or not kept:
+    if model.local is not None or not defense.effect.keeps_magnitudes():
         return None
     return model.loss_scale / (images // model.batch_size if model.loss_sum else images)
 

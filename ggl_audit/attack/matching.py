@@ -84,7 +84,7 @@ class Matching:
         model: the client's model, and how it is trained.
         defense: the declared defense, replicated on each candidate's gradient.
         distance: ``likelihood``, the best statistic under the declared noise
-            (:meth:`Pipeline.mismatch`); or ``l2`` or ``cosine``, between replica and capture.
+            (``Pipeline.likelihood``); or ``l2`` or ``cosine``, between replica and capture.
         memory: bytes that candidates' gradients may take at a time, about. Where the device has
             fewer, the chunks are halved until they fit.
     """
@@ -107,8 +107,8 @@ class Matching:
         def compare(gradients: Gradient, observed: Gradient, known: Gradient) -> torch.Tensor:
             clients = unstack(gradients)
             if distance == "likelihood":
-                return defense.mismatch(clients, observed, known or None)
-            return measure(defense.replicate(clients, observed, known or None), observed)
+                return defense.likelihood.mismatch(clients, observed, known or None)
+            return measure(defense.replica.replicate(clients, observed, known or None), observed)
 
         # The inner map runs over the candidates of one observation, the outer over observations.
         self._distances = vmap(vmap(compare, in_dims=(0, None, None)))
@@ -120,9 +120,10 @@ class Matching:
         """The way layer by layer, where it is known to be exact."""
         if self.model.statistics is not None:
             return None
-        replica = self.defense.value_wise(self.distance == "likelihood")
+        best = self.distance == "likelihood"
+        side = self.defense.likelihood if best else self.defense.replica
         cosine = self.distance == "cosine"
-        return layer_wise(self.model, replica, cosine, self.gradients, self.memory)
+        return layer_wise(self.model, side.value_wise(), cosine, self.gradients, self.memory)
 
     def seen_of(self, observed: Gradient) -> Gradient | None:
         """What of a release this model computes, which in another mode keeps other statistics.
@@ -193,7 +194,7 @@ class Matching:
         if labels.ndim == 1:
             images, labels = images[:, None], labels[:, None]
         if drawn is None:
-            blind = self.defense.blind_guess()
+            blind = self.defense.replica.blind_guess()
             drawn = {
                 name: tensor.expand(len(labels), *tensor.shape) for name, tensor in blind.items()
             }
@@ -253,7 +254,7 @@ class Matching:
         """
         _, candidates, members = labels.shape
         way = self._layer_wise if members == 1 else None
-        if way is None or not way.holds(candidates) or not self.defense.is_smooth:
+        if way is None or not way.holds(candidates) or not self.defense.replica.is_smooth:
             return None
         return way.residual_products(images[:, :, 0], labels[:, :, 0], observed)
 
@@ -282,7 +283,7 @@ class Matching:
             seen = {name: tensor[part] for name, tensor in observed.items()}
             known = {} if others is None else self._known(others[0][part], others[1][part], seen)
             with torch.no_grad():
-                guesses = vmap(self.defense.guesses)(seen)
+                guesses = vmap(self.defense.replica.guesses)(seen)
                 tried = [
                     self._distances(self.of_clients(images[part], labels[part], guess), seen, known)
                     for guess in guesses
@@ -321,7 +322,7 @@ class Matching:
             with torch.no_grad():
                 tried = [
                     self._in_turn(candidates[part], labels[part], others[part], seen, guess)
-                    for guess in vmap(self.defense.guesses)(seen)
+                    for guess in vmap(self.defense.replica.guesses)(seen)
                 ]
             distances.append(torch.stack(tried).amin(0))
         return torch.cat(distances)
@@ -375,10 +376,10 @@ class Matching:
             images, labels = images[:, None], labels[:, None]
 
         def replicate(gradients: Gradient, observed: Gradient) -> Gradient:
-            return self.defense.replicate(unstack(take(gradients, 0)), observed)
+            return self.defense.replica.replicate(unstack(take(gradients, 0)), observed)
 
         with torch.no_grad():
-            guesses = vmap(self.defense.guesses)(observed)
+            guesses = vmap(self.defense.replica.guesses)(observed)
             found: list[Gradient] = [
                 vmap(replicate)(self.of_clients(images[:, None], labels[:, None], guess), observed)
                 for guess in guesses
@@ -449,9 +450,9 @@ class Matching:
         rest = {name: whole[name] - own[name] for name in own}
         known: Gradient = {}
         if members > batch_size:
-            shares = vmap(lambda gradient, observed: self.defense.share([gradient], observed))(
-                clients, repeated(observed, members // batch_size)
-            )
+            shares = vmap(
+                lambda gradient, observed: self.defense.replica.share([gradient], observed)
+            )(clients, repeated(observed, members // batch_size))
 
             def of_other_clients(share: torch.Tensor) -> torch.Tensor:
                 releases = share.unflatten(0, (trials, -1))
@@ -492,10 +493,10 @@ class Matching:
         if labels.shape[1] == 0:
             return {}
         with torch.no_grad():
-            guess = vmap(self.defense.guesses)(observed)[0]
+            guess = vmap(self.defense.replica.guesses)(observed)[0]
             gradients = self.of_clients(images[:, None], labels[:, None], guess)
 
             def share(gradients: Gradient, observed: Gradient) -> Gradient:
-                return self.defense.share(unstack(take(gradients, 0)), observed)
+                return self.defense.replica.share(unstack(take(gradients, 0)), observed)
 
             return vmap(share)(gradients, observed)

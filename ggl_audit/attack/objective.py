@@ -79,7 +79,7 @@ class LatentObjective:
         The mode of the posterior minimizes |g - observed|^2 / std^2 + |z|^2, where the declared
         noise has the standard deviation std.
         """
-        noise = self.matching.defense.total_noise()
+        noise = self.matching.defense.randomness.total_noise()
         squares = [t.reshape(len(t), -1).square().sum(1) for t in self.observed.values()]
         observed = torch.stack(squares).sum(0).clamp(min=1e-30)
         if noise is None or self.regularizer.name != "posterior":

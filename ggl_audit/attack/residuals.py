@@ -18,7 +18,7 @@ FEWEST_VALUES = 4096
 class Residuals:
     """The difference between replica and capture, relative to the capture.
 
-    By the smooth replica (:meth:`Pipeline.smooth`), as this is for searches that follow
+    By the smooth replica (``Pipeline.replica``), as this is for searches that follow
     differences. Their inner products are added up layer by layer where that is exact; elsewhere
     they are held, and those too long to be held together are compressed: with random signs that
     never change they are added up to as many values as can be, which keeps inner products on
@@ -62,7 +62,7 @@ class Residuals:
         together = max(1, memory // (32 * model.size * max(1, labels.shape[2] // model.batch_size)))
         losses, products = [], []
         with torch.no_grad():
-            guesses = vmap(self._defense.guesses)(observed)
+            guesses = vmap(self._defense.replica.guesses)(observed)
             for index, seen in enumerate(unstack(observed)):
                 drawn = [{n: tensor[index][None] for n, tensor in one.items()} for one in guesses]
                 parts = [
@@ -102,9 +102,9 @@ class Residuals:
         self, gradients: Gradient, observed: Gradient
     ) -> tuple[torch.Tensor, torch.Tensor]:
         clients = unstack(gradients)
-        replica = smooth = self._defense.replicate(clients, observed)
-        if not self._defense.is_smooth:
-            smooth = self._defense.smooth(clients, observed)
+        replica = smooth = self._defense.replica.replicate(clients, observed)
+        if not self._defense.replica.is_smooth:
+            smooth = self._defense.replica.smooth(clients, observed)
         length = norm(observed).clamp(min=1e-30)
         own = norm(smooth).clamp(min=1e-30) if self._by_direction else length
         left = {name: observed[name] / length - tensor / own for name, tensor in smooth.items()}

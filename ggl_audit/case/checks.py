@@ -42,7 +42,7 @@ def observe(
         context = client_context(spec.seed, "captured client", model.device)
         gradient, checks = defense.apply(gradient, context), []
     else:
-        checks = defense.verify(gradient)
+        checks = defense.checks.verify(gradient)
     applied = Pipeline() if raw else defense
     layout = check_square_layers(applied, captured.gradient, captured.rounding)
     checks += [] if layout is None else [layout]
@@ -80,9 +80,9 @@ def check_truths(
     told = spec.capture.labels != "infer" or len(labels) == 1
     known = labels if told or len(set(labels)) == 1 else None
     fixed = [name for name, _ in model.module.named_parameters() if name in model.constants]
-    if len(truths) == 0 or not defense.leaves_only_noise():
+    if len(truths) == 0 or not defense.randomness.leaves_only_noise():
         return known, []
-    if fixed and defense.acts_on_the_whole():
+    if fixed and defense.effect.acts_on_the_whole():
         return known, []  # whether the client's norm is over what is sent alone is not known
     matching = Matching(model, defense, memory=spec.memory_bytes)
     if len(truths) == 1:
@@ -100,7 +100,7 @@ def check_truths(
         return labels, [_hinted(check, spec, model, observed, truths, reference, of_each)]
     if check.outcome == "contradicts":
         return None, []  # the images may be the right ones, with their labels in another order
-    return None if defense.is_random() else ordered, [check]
+    return None if defense.randomness.is_random() else ordered, [check]
 
 
 def _hinted(
@@ -137,7 +137,7 @@ def look_for_covering_noise(
     spec: Spec, model: ClientModel, defense: Pipeline, observed: Gradient, reference: ImageSet
 ) -> list[Check]:
     """Looks for the noise that is said to be over everything in the running statistics."""
-    if model.statistics is None or not defense.is_over_everything or spec.client is not None:
+    if model.statistics is None or not defense.clear.is_over_everything or spec.client is not None:
         return []
     sets, labels = reference.sets(NORMS_COMPARED, model.batch_size)
     gradients = unstack(Matching(model, defense, memory=spec.memory_bytes).gradients(sets, labels))

@@ -51,7 +51,7 @@ def capture_doubts(
             f"{', ...' if len(silent) > 1 else ''}) hold what the images do to them, and whether "
             "they were sent is not said: declare capture.unsent for them if they never are"
         )
-    if spec.guarantee is not None and defense.in_the_clear:
+    if spec.guarantee is not None and defense.clear.names:
         doubts.append("the guarantee does not cover the running statistics, sent in the clear")
     if captured.unsent:
         more = f" and {len(captured.unsent) - 1} more" if len(captured.unsent) > 1 else ""
@@ -93,7 +93,7 @@ def beside_doubts(
         "which were sent and are not measured: if they tell nothing, say why in capture.ignored"
         for kind, names in beside.unmeasured.items()
     ]
-    counts = {} if defense.is_over_everything else beside.counts
+    counts = {} if defense.clear.is_over_everything else beside.counts
     declared = _declared_counts(model, defense, tuple(counts)) if counts else {}
     wrong = [name for name, change in counts.items() if float(change) != float(declared[name])]
     if wrong:
@@ -140,8 +140,8 @@ def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Imag
         ]
     for index, image in enumerate(images):
         one = take(sent, index)
-        checks = defense.verify(one)
-        if defense.leaves_only_noise():
+        checks = defense.checks.verify(one)
+        if defense.randomness.leaves_only_noise():
             told = None if client.matching.model.targets is None else labels[index, None]
             others = reference.images[1:]
             checks.append(check_truth(client.matching, defense, one, image, others, told))
@@ -154,7 +154,7 @@ def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Imag
 def _batch_doubts(
     client: OwnClient, defense: Pipeline, reference: ImageSet, seed: int
 ) -> list[str]:
-    if not defense.leaves_only_noise():
+    if not defense.randomness.leaves_only_noise():
         return [f"whether the client's own code does {defense} to a batch cannot be checked"]
     images, labels = reference.sets(CLIENT_TRIALS, client.batch_size)
     contexts = client_contexts(
@@ -224,7 +224,7 @@ def replica_doubts(
     if any(step.stochastic for step in own):
         return [f"the likelihood of {own[0]} is taken on trust"]
     without = defense.noiseless()
-    if not without.steps or not without.has_likelihood() or without.is_random():
+    if not without.steps or not without.likelihood.is_known() or without.randomness.is_random():
         return []
     matching = Matching(model, without, memory=spec.memory_bytes)
     members = model.batch_size * defense.aggregation.clients

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.func import vmap
 
-from ggl_audit.basics.gradient import each, take
+from ggl_audit.basics.gradient import Gradient, each, take
 from ggl_audit.client.randomness import client_context
-from ggl_audit.defenses import DPSGD, Pipeline, build_pipeline, is_own
+from ggl_audit.defenses import Context, Pipeline, Recipe, build_pipeline, is_own, known
+from ggl_audit.defenses.capabilities import rounds_remembered
 from ggl_audit.errors import Key, SpecError, nearest
 from ggl_audit.inputs.fitting import tied_names
 from ggl_audit.inputs.model import ClientModel
@@ -39,8 +40,10 @@ def load_client(
         AuditError: one of them cannot be built, or they do not fit each other.
     """
     samples = spec.capture.batch_size if spec.model.loss.reduction == "mean" else 1
-    if any(step.name == DPSGD.name for step in spec.defense):
-        _check_dp_sgd(spec)
+    for step in spec.defense:
+        kind = known().get(step.name or "")
+        if kind is not None and issubclass(kind, Recipe) and kind.divides_by_batch:
+            _check_batch(kind.name, spec)
     defense = build_pipeline(spec.defense, spec.folder, samples)
 
     def misfit(error: ValueError) -> SpecError:
@@ -48,7 +51,7 @@ def load_client(
 
     def wrap(module: nn.Module) -> nn.Module:
         try:
-            return defense.wrap(module)
+            return defense.training.wrap(module)
         except ValueError as error:
             raise misfit(error) from None
 
@@ -136,17 +139,17 @@ def _named(
     return named
 
 
-def _check_dp_sgd(spec: Spec) -> None:
+def _check_batch(recipe: str, spec: Spec) -> None:
     if spec.capture.kind == "update":
         raise SpecError(
             ("defense",),
-            "dp_sgd adds noise in every local step, which an update is not audited for",
+            f"{recipe} adds noise in every local step, which an update is not audited for",
             "Audit one step's gradient, or declare what is done to the update (dp_fedavg).",
         )
     if spec.client is not None and spec.client.batch_size > 1 and spec.capture.batch_size == 1:
         raise SpecError(
             ("client", "batch_size"),
-            f"{spec.client.batch_size}, but dp_sgd divides its noise by capture.batch_size, 1",
+            f"{spec.client.batch_size}, but {recipe} divides its noise by capture.batch_size, 1",
             "Declare the clip and the noise as separate steps, or capture a batch.",
         )
 
@@ -159,13 +162,11 @@ def _try_own_steps(defense: Pipeline, model: ClientModel, spec: Spec) -> None:
     """
     context = client_context(spec.seed, "own steps", model.device)
     for index, step in enumerate(defense.steps):
-        if not is_own(step) or step.earlier_rounds:
+        if not is_own(step) or rounds_remembered(step):
             continue
-        gradient = each(torch.ones_like, model.parameters)
+        gradient, alone = each(torch.ones_like, model.parameters), Pipeline([step], model)
         try:
-            sent = step.apply(gradient, context)
-            many = each(lambda tensor: tensor[None], gradient)
-            replica = take(vmap(step.replicate, in_dims=(0, None))(many, sent), 0)
+            sent, replica = _sent_and_replicated(alone, gradient, context)
             fits = all(
                 {n: t.shape for n, t in other.items()} == {n: t.shape for n, t in gradient.items()}
                 for other in (sent, replica)
@@ -180,3 +181,14 @@ def _try_own_steps(defense: Pipeline, model: ClientModel, spec: Spec) -> None:
                 ("defense", index),
                 f"{step.name} does not keep the names and the shapes of a gradient",
             )
+
+
+def _sent_and_replicated(
+    step: Pipeline, gradient: Gradient, context: Context
+) -> tuple[Gradient, Gradient]:
+    sent = step.apply(step.training.clip_samples(gradient), context)
+
+    def replicated(candidate: Gradient) -> Gradient:
+        return step.replica.replicate([candidate], sent)
+
+    return sent, take(vmap(replicated)(each(lambda tensor: tensor[None], gradient)), 0)

@@ -174,7 +174,7 @@ class Setting:
         """Whether candidate matching is by the likelihood of the capture."""
         local, batch_size = self.model.local, self.model.batch_size
         knows_order = local is None or local.order == "fixed" or batch_size == 1
-        return knows_order and self.defense.has_likelihood()
+        return knows_order and self.defense.likelihood.is_known()
 
     @functools.cached_property
     def usual(self) -> Gradient:
@@ -351,7 +351,10 @@ def _prepare(spec: Spec) -> Setting:
     checks += truth_checks
     checks += look_for_covering_noise(spec, model, defense, gradient, reference)
     client = _client(spec, model, defense, reference)
-    proven = any(check.outcome == "agrees" for check in truth_checks) and not defense.is_random()
+    proven = (
+        any(check.outcome == "agrees" for check in truth_checks)
+        and not defense.randomness.is_random()
+    )
     labels_in_doubt = (
         [] if proven else label_doubts(spec, model, client, defense, gradient, reference)
     )
@@ -408,7 +411,7 @@ def _with_statistics(
     if not changes:
         return model, defense
     names = [*changes]
-    if defense.is_over_everything:
+    if defense.clear.is_over_everything:
         names += captured.beside.counts
         unit = 1.0  # they are in one norm with the gradient
     else:
@@ -478,7 +481,7 @@ def _captured(spec: Spec, model: ClientModel, defense: Pipeline) -> Capture:
     """
     capture = spec.capture
     ignored = [one.name for one in capture.ignored]
-    holder = defense.ciphertext_of()
+    holder = defense.effect.ciphertext_of()
     if holder is not None:
         raise NothingToMeasureError(
             ("defense",),
@@ -601,7 +604,7 @@ def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageS
         else spec.guarantee is not None and spec.guarantee.reduction == "mean",
         ignored=[one.name for one in spec.capture.ignored],
     )
-    if not several and client.batch_size > 1 and not defense.leaves_only_noise():
+    if not several and client.batch_size > 1 and not defense.randomness.leaves_only_noise():
         raise SpecError(
             ("client", "batch_size"),
             f"{client.batch_size}, but {defense} ends in a step after the noise, and what the "
@@ -614,7 +617,7 @@ def _guarantee(spec: Spec, model: ClientModel, defense: Pipeline) -> Guarantee |
     declared = spec.guarantee
     if declared is None:
         return None
-    mechanism = defense.guarantee(declared.unit)
+    mechanism = defense.sensitivity.guarantee(declared.unit)
     if mechanism is None:
         raise SpecError(
             ("guarantee",),

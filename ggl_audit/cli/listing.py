@@ -43,11 +43,10 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
 
 
 def _defenses() -> list[tuple[str, str]]:
-    from ggl_audit.defenses import RECIPES, REGISTRY, Defense, Recipe
+    from ggl_audit.defenses import known
 
-    known: dict[str, type[Defense] | type[Recipe]] = {**REGISTRY, **RECIPES}
     listed = []
-    for name, defense in sorted(known.items()):
+    for name, defense in sorted(known().items()):
         said = [(defense.__doc__ or "").splitlines()[0]]
         for key, field in defense.model_fields.items():
             needed = "needed" if field.is_required() else f"default {field.default}"

@@ -19,9 +19,10 @@ class Document(str, Enum):
 def schema(document: Annotated[Document, typer.Argument(help="Which one.")]) -> None:
     """Print the JSON Schema of the spec or of report.json."""
     if document is Document.SPEC:
+        from ggl_audit.defenses import with_known_defenses
         from ggl_audit.spec import Spec
 
-        typer.echo(json.dumps(Spec.model_json_schema(), indent=2))
+        typer.echo(json.dumps(with_known_defenses(Spec.model_json_schema()), indent=2))
     else:
         from ggl_audit.report.model import Report
 

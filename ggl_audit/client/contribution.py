@@ -35,7 +35,7 @@ class Contribution:
 
     def __init__(self, model: ClientModel, defense: Pipeline) -> None:
         first = torch.zeros(1, dtype=torch.long, device=model.device)
-        if defense.changes_images and model.mixable_targets_of(first) is None:
+        if defense.training.changes_images and model.mixable_targets_of(first) is None:
             raise SpecError(
                 ("defense",),
                 f"{defense} changes images and may change what they are to give, which is not "
@@ -48,7 +48,7 @@ class Contribution:
 
     def draw(self, context: Context, images: int) -> Drawn:
         """What the client draws before it begins."""
-        drawn = self._defense.draw(context, images)
+        drawn = self._defense.training.draw(context, images)
         local = self._model.local
         if local is not None and local.order == "shuffled":
             generator = context.generator
@@ -84,18 +84,20 @@ class Contribution:
         seen: list[Batch],
     ) -> Gradient:
         targets = self._model.targets_of(labels)
-        if self._defense.changes_images:
+        if self._defense.training.changes_images:
             mixable = self._model.mixable_targets_of(labels)
             assert mixable is not None
-            images, targets = self._defense.transform(images, mixable.to(images.dtype), drawn)
-        if not self._defense.per_sample:
+            images, targets = self._defense.training.transform(
+                images, mixable.to(images.dtype), drawn
+            )
+        if not self._defense.training.per_sample:
             gradient, batch = self._reduced(parameters, images, targets, drawn)
             seen.append(batch)
             return gradient
         order = torch.arange(len(images), device=images.device)
         gradients, batches = self._each(parameters, images, targets, order, drawn)
         seen.append(each(lambda tensor: tensor.mean(0), batches))
-        clipped = vmap(self._defense.clip_samples)(gradients)
+        clipped = vmap(self._defense.training.clip_samples)(gradients)
         reduce = torch.sum if self._model.loss_sum else torch.mean
         return each(lambda tensor: reduce(tensor, dim=0), clipped)
 
@@ -119,7 +121,7 @@ class Contribution:
             for start in range(0, len(parts), local.accumulate):
                 shares = []
                 for part in parts[start : start + local.accumulate]:
-                    mine = self._defense.drawn_for(drawn, part)
+                    mine = self._defense.training.drawn_for(drawn, part)
                     share = self._gradient(weights, images[part], labels[part], mine, seen)
                     if local.proximal:
                         share = {
@@ -142,7 +144,7 @@ class Contribution:
         index: torch.Tensor,
         drawn: Drawn,
     ) -> tuple[Gradient, Batch]:
-        mine = self._defense.drawn_for(drawn, index[None])
+        mine = self._defense.training.drawn_for(drawn, index[None])
         return self._reduced(parameters, image[None], target[None], mine)
 
     def _loss(
@@ -151,4 +153,4 @@ class Contribution:
         module = self._model.module
         with batches_seen(module, self._model.statistics) as batch:
             loss = self._model.loss(parameters, images, targets, drawn)
-        return loss + self._defense.penalty(module), batch
+        return loss + self._defense.training.penalty(module), batch

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.defenses.base import BeforeGradient, Context, Drawn
+from ggl_audit.defenses.base import Context, DataDefense, Drawn
 
 POLICY, SIGNS = "ats.policy", "ats.signs"
 
@@ -161,7 +161,7 @@ class Step:
         return TRANSFORMATIONS[self.name][0](images, self.level / LEVELS, sign.view(-1, 1, 1, 1))
 
 
-class Ats(BeforeGradient):
+class Ats(DataDefense):
     """Transforms each training image by a policy: up to three transformations, one after another.
 
     A policy is written as its transformations with their levels, such as ``translate_x 9, contrast

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -13,12 +15,13 @@ from ggl_audit.defenses.base import (
     FALSE_ACCUSATION,
     Context,
     Defense,
-    Distribution,
+    Effect,
     NoiseBound,
+    Place,
     ReplicaKind,
     Trace,
 )
-from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 from ggl_audit.inputs.model import ClientModel
 
 ROUNDING = 1e-4
@@ -39,6 +42,8 @@ class Clip(Defense):
     broken_by: ClassVar[str] = "alone by candidate matching, as measured in docs/defenses.md"
     trace: ClassVar[Trace] = "norm"
     preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros", "mask", "levels", "span"})
+    effect: ClassVar[Effect] = "exact"
+    replica_kind: ClassVar[ReplicaKind] = "scaling"
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian"})
 
     bound: float = Field(gt=0, description="largest l2 norm")
@@ -79,13 +84,14 @@ class Clip(Defense):
         """The same, with the declared bound."""
         return self._clipped(gradient)
 
-    def replica_kind(self, readable: bool) -> ReplicaKind:
-        """A factor, if it is over the whole gradient."""
-        return "scaling" if self.scope == "global" else "whole"
+    @property
+    def place(self) -> Place:
+        """On each sample's gradient, if declared so."""
+        return Place.SAMPLE if self.unit == "sample" else Place.GRADIENT
 
-    def factor(self, norm: torch.Tensor) -> torch.Tensor:
-        """min(1, bound / norm)."""
-        return (self.bound / norm.clamp(min=1e-30)).clamp(max=1)
+    def by_factor(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """min(1, bound / norm), if it is over the whole gradient."""
+        return self._factor if self.scope == "global" else None
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds a norm above the bound, or above what bound and later noise can reach together."""
@@ -117,7 +123,7 @@ class Clip(Defense):
         """Levels of the whole gradient are no longer so after tensors were scaled apart."""
         return super().leaves(trace) and not (trace == "levels" and self.scope == "layer")
 
-    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+    def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """Of the direction, as the clip hides the scale; of the whole where nothing was clipped.
 
         The density of a Gaussian vector's direction integrates over its unknown length r,
@@ -154,13 +160,22 @@ class Clip(Defense):
             return before
         return self.bound if before is None else min(before, self.bound)
 
+    def sensitivity(self, before: float | None, of_mean: bool) -> float | None:
+        """What it was: a clip brings no two gradients farther apart.
+
+        Nor any two means; and none of these from another than twice its bound.
+        """
+        if not of_mean:
+            return before
+        if self.scope == "layer":
+            return None
+        return min(2 * self.bound, math.inf if before is None else before)
+
+    def _factor(self, norm: torch.Tensor) -> torch.Tensor:
+        return (self.bound / norm.clamp(min=1e-30)).clamp(max=1)
+
     def _clipped(self, gradient: Gradient) -> Gradient:
         if self.scope == "global":
-            factor = self.factor(norm(gradient))
+            factor = self._factor(norm(gradient))
             return each(lambda tensor: tensor * factor, gradient)
-        return each(lambda tensor: tensor * self.factor(tensor.square().sum().sqrt()), gradient)
-
-
-def is_per_sample(step: Defense) -> bool:
-    """Whether a step acts on each sample's gradient, before these are reduced to a client's."""
-    return isinstance(step, Clip) and step.unit == "sample"
+        return each(lambda tensor: tensor * self._factor(tensor.square().sum().sqrt()), gradient)

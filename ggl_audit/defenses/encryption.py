@@ -11,6 +11,7 @@ from ggl_audit.defenses.base import (
     EVERY_TRACE,
     Context,
     Defense,
+    Effect,
     NoiseBound,
     ReplicaKind,
     Trace,
@@ -31,6 +32,8 @@ class Encryption(Defense):
     broken_by: ClassVar[str] = "the holder of the key"
     trace: ClassVar[Trace] = "protocol"
     preserves: ClassVar[frozenset[Trace]] = EVERY_TRACE
+    effect: ClassVar[Effect] = "none"
+    replica_kind: ClassVar[ReplicaKind] = "identity"
 
     key_holder: str = Field(min_length=1, description="who can decrypt: a client, a server, ...")
     view: Literal["key_holder", "outsider"] = Field(
@@ -45,14 +48,14 @@ class Encryption(Defense):
         """Nothing."""
         return gradient
 
-    def replica_kind(self, readable: bool) -> ReplicaKind:
-        """Nothing is changed."""
-        return "identity"
-
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Nothing that is decrypted tells of the encryption."""
         return False, f"{self.key_holder} holds the key and sees what is audited here"
 
     def norm_bound(self, before: float | None) -> float | None:
+        """Unchanged."""
+        return before
+
+    def sensitivity(self, before: float | None, of_mean: bool) -> float | None:
         """Unchanged."""
         return before

@@ -14,7 +14,7 @@ from torch.func import grad
 from typing_extensions import Self
 
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.defenses.base import BeforeGradient, Context, Drawn, NoiseBound, Trace
+from ggl_audit.defenses.base import Context, Drawn, Effect, ModelDefense, NoiseBound, Trace
 from ggl_audit.inputs.model import ClientModel
 
 MASK = "kept_units"
@@ -60,7 +60,7 @@ class Hidden:
         return changed
 
 
-class FederatedDropout(BeforeGradient):
+class FederatedDropout(ModelDefense):
     """Trains and sends a sub-model: some of each hidden layer's units, drawn at random.
 
     A unit is a feature of a linear layer, or a channel of a convolution. Units that are left out
@@ -77,6 +77,7 @@ class FederatedDropout(BeforeGradient):
     )
     random_if_hidden: ClassVar[bool] = True
     trace: ClassVar[Trace] = "zeros"
+    effect: ClassVar[Effect] = "exact"
 
     kept: float = Field(gt=0, lt=1, description="share of each hidden layer's units that is kept")
 

@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 
 from ggl_audit.basics.gradient import Gradient, each, largest_magnitude
-from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, ReplicaKind, Trace
-from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.base import Context, Defense, NoiseBound, ReplicaKind, Trace
+from ggl_audit.defenses.capabilities import ByValues
+from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 
 SMALLEST_SCALE = 1e-30
 ROUNDING = 1e-5
@@ -34,6 +35,7 @@ class FloatFormat(Defense):
     broken_by: ClassVar[str] = "candidate matching, as measured in docs/defenses.md"
     trace: ClassVar[Trace] = "values"
     preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros"})
+    replica_kind: ClassVar[ReplicaKind] = "values"
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian", "laplace"})
 
     format: Literal["float16", "bfloat16", "float8_e4m3", "float8_e5m2"] = Field(
@@ -56,17 +58,14 @@ class FloatFormat(Defense):
         """Leaves the rounding away."""
         return gradient
 
-    def replica_kind(self, readable: bool) -> ReplicaKind:
-        """Each value by itself, if none is scaled by others."""
-        return "values" if self.scale == "none" else "whole"
-
-    def readings(self, observed: Gradient) -> Gradient:
-        """Nothing."""
-        return each(lambda tensor: tensor.new_ones(()), observed)
-
-    def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
-        """Rounds."""
-        return self._rounded(values)
+    def by_values(self, readable: bool) -> ByValues | None:
+        """Rounds each value by itself, if none is scaled by others."""
+        if self.scale == "tensor":
+            return None
+        return ByValues(
+            readings=lambda observed: each(lambda tensor: tensor.new_ones(()), observed),
+            on_values=lambda values, _: self._rounded(values),
+        )
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds values that the format does not have."""
@@ -81,7 +80,7 @@ class FloatFormat(Defense):
         )
         return counts[where] > 0, detail
 
-    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+    def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """The sum of log P(value plus noise is rounded to what was observed).
 
         The largest magnitude of a scaled tensor was not rounded; for it, it is the density.

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.defenses.base import Context, ReplicaKind, Trace
+from ggl_audit.defenses.base import Context, Effect, ReplicaKind, Trace
+from ggl_audit.defenses.capabilities import ByValues
 from ggl_audit.defenses.error_feedback import ErrorFeedback
 
 
 class Masking(ErrorFeedback):
     """Sets values to zero and leaves the others as they are: what was kept is there to be seen."""
+
+    effect: ClassVar[Effect] = "exact"
+    replica_kind: ClassVar[ReplicaKind] = "values"
 
     @abstractmethod
     def foreseen(self, gradient: Gradient) -> Gradient:
@@ -37,19 +42,15 @@ class Masking(ErrorFeedback):
         """Keeps what the candidate itself would have kept: where that is tells of the image too."""
         return self.replicate(gradient, observed if self.error_feedback else None)
 
-    def replica_kind(self, readable: bool) -> ReplicaKind:
-        """By the mask of the capture."""
-        return "values" if readable else "whole"
-
-    def readings(self, observed: Gradient) -> Gradient:
-        """What was sent, which is not zero where the client kept a value."""
-        return observed
-
-    def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
-        """Keeps what the client kept."""
-        return values.mul_((readings != 0).to(values.dtype))
+    def by_values(self, readable: bool) -> ByValues | None:
+        """Keeps what the client kept, which is not zero in what was sent."""
+        return ByValues(readings=lambda observed: observed, on_values=_kept) if readable else None
 
     @property
     def reads(self) -> Trace:
         """What was kept."""
         return "mask"
+
+
+def _kept(values: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
+    return values.mul_((sent != 0).to(values.dtype))

@@ -10,12 +10,12 @@ from pydantic import Field
 from scipy.special import betaincinv
 
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.defenses.base import BeforeGradient, Context, Drawn
+from ggl_audit.defenses.base import Context, DataDefense, Drawn
 
 WEIGHT = "mixup.weight"
 
 
-class Mixup(BeforeGradient):
+class Mixup(DataDefense):
     """Trains on weighted means of two images and of their labels, with one weight for a batch.
 
     Each image is mixed with the next of the batch, the last with the first; the order of a batch

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from scipy.special import chdtri, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 
 from ggl_audit.basics.factors import Factors
 from ggl_audit.basics.gradient import Gradient, each, flat
@@ -15,14 +15,14 @@ from ggl_audit.defenses.base import (
     FALSE_ACCUSATION,
     Context,
     Defense,
-    Distribution,
+    Effect,
     NoiseBound,
     ReplicaKind,
     Trace,
 )
+from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 
 THRESHOLDS = (0.01, 0.1, 0.3, 0.6745, 1.0)  # in standard deviations
-MOST_CERTAIN = -1e-12
 FACTOR_TOLERANCE = 0.05
 """Of a deviation that the median of a capture tells, since the gradient is in there too."""
 
@@ -41,6 +41,8 @@ class Noise(Defense):
     broken_by: ClassVar[str] = "alone by candidate matching, as measured in docs/defenses.md"
     trace: ClassVar[Trace] = "noise"
     preserves: ClassVar[frozenset[Trace]] = frozenset({"norm"})  # its own norm is known
+    effect: ClassVar[Effect] = "exact"
+    replica_kind: ClassVar[ReplicaKind] = "identity"
 
     std: float = Field(gt=0, description="standard deviation, in the gradient's own units")
     distribution: Distribution = Field(default="gaussian", description="gaussian or laplace")
@@ -68,10 +70,6 @@ class Noise(Defense):
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Nothing: fresh noise on a candidate would only blur the comparison."""
         return gradient
-
-    def replica_kind(self, readable: bool) -> ReplicaKind:
-        """Nothing is changed."""
-        return "identity"
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds too many values near zero, in the whole gradient or in one tensor.
@@ -105,61 +103,10 @@ class Noise(Defense):
         fits = f"{factor:.2g} of the declared noise{name}: std {factor * self.std:.2g} would fit"
         return f"; {fits}, or noise before the division" if name else ""
 
-    def norm_bound_of(self, size: int, confidence: float) -> float:
-        """A bound on the norm of this noise on ``size`` values, kept with the given confidence.
-
-        Gaussian: the chi-squared quantile. Laplace: no value is beyond m but with a probability of
-        half of what is missed, and Bernstein's inequality for the squares below m^2.
-        """
-        if self.distribution == "gaussian":
-            return self.std * math.sqrt(chdtri(size, 1 - confidence))
-        missed = (1 - confidence) / 2
-        largest = math.log(size / missed) ** 2  # of a square, in squared scales b = std / sqrt(2)
-        tail = math.log(1 / missed)
-        squares = 2 * size + math.sqrt(2 * 24 * size * tail) + largest * tail / 3
-        return self.std * math.sqrt(squares / 2)
-
-    def log_cdf(self, value: torch.Tensor) -> torch.Tensor:
-        """The log of P(noise <= value), for each value."""
-        if self.distribution == "gaussian":
-            # Of erfc, since log_ndtr and erfcx have no batching rule. Below -5 by the tail's
-            # asymptotic series (Abramowitz and Stegun, 26.2.12), exact to 1e-6 there.
-            scaled = value / self.std
-            near = scaled.clamp(min=-5)
-            body = torch.where(
-                near > 0,
-                torch.log1p(-torch.erfc(near / math.sqrt(2)) / 2),
-                torch.log(torch.erfc(-near / math.sqrt(2)) / 2),
-            )
-            far = scaled.clamp(max=-5)
-            inverse = far.square().reciprocal()
-            series = 1 - inverse * (1 - 3 * inverse * (1 - 5 * inverse * (1 - 7 * inverse)))
-            tail = -far.square() / 2 - torch.log(-far * math.sqrt(2 * math.pi)) + torch.log(series)
-            return torch.where(scaled < -5, tail, body)
-        scaled = value * math.sqrt(2) / self.std
-        below = math.log(0.5) + scaled.clamp(max=0)
-        above = torch.log1p(-0.5 * torch.exp(-scaled.clamp(min=0)))
-        return torch.where(scaled < 0, below, above)
-
-    def log_probability(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """The log of P(low <= noise <= high), for each pair with low < high."""
-        # In the tail where the distribution function is small, so that nothing cancels.
-        flip = low > 0
-        low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
-        most = self.log_cdf(high)
-        share = (self.log_cdf(low) - most).clamp(max=MOST_CERTAIN)
-        return most + torch.log(-torch.expm1(share))
-
-    def log_densities(self, value: torch.Tensor) -> torch.Tensor:
-        """The log density of the noise at each value."""
-        scaled = value / self.std
-        if self.distribution == "gaussian":
-            return -scaled.square() / 2 - math.log(self.std * math.sqrt(2 * math.pi))
-        return -math.sqrt(2) * scaled.abs() - math.log(self.std * math.sqrt(2))
-
-    def log_density(self, noise: Gradient) -> torch.Tensor:
-        """The log density of all of the noise, a scalar."""
-        return torch.stack([self.log_densities(t).sum() for t in noise.values()]).sum()
+    @property
+    def law(self) -> NoiseLaw:
+        """The distribution of the noise."""
+        return NoiseLaw(self.std, self.distribution)
 
     @property
     def _half(self) -> float:

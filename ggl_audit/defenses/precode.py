@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Self
 
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.defenses.base import BeforeGradient, Context, Drawn, NoiseBound, Trace
+from ggl_audit.defenses.base import Context, Drawn, ModelDefense, NoiseBound, Trace
 from ggl_audit.inputs.model import ClientModel
 
 ROUNDING = 1e-3
@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
         return {**self.__dict__, "divergence": torch.zeros(1)}
 
 
-class Precode(BeforeGradient):
+class Precode(ModelDefense):
     """Puts a variational bottleneck before the last linear layer, which makes the gradient random.
 
     The features are encoded as a mean and a standard deviation (through softplus), a sample of that

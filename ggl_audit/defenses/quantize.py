@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 
 from ggl_audit.basics.gradient import Gradient, flat
-from ggl_audit.defenses.base import Context, Defense, Distribution, NoiseBound, Trace
-from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
+from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 from ggl_audit.defenses.sign import WIDTH
 
 SMALLEST_STEP = 1e-30
@@ -79,7 +79,7 @@ class Quantize(Defense):
         detail = f"{where} has {counts[where]} levels; {self.bits} bits allow {2**self.bits}"
         return counts[where] > 2**self.bits, detail
 
-    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+    def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """The sum of log P(value plus noise is rounded to what was observed), on its own grid.
 
         Where the grid is a single point nothing was rounded, and it is the density.

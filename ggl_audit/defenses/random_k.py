@@ -8,7 +8,7 @@ import torch
 
 from ggl_audit.basics.gradient import Gradient, each
 from ggl_audit.defenses.base import Context, Trace
-from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.noise_law import NoiseLaw
 from ggl_audit.defenses.sparsify import Sparsify
 
 
@@ -42,7 +42,7 @@ class RandomK(Sparsify):
         """The replica, as chance chose what is kept."""
         return self.replicate(gradient, observed)
 
-    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+    def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """Kept values by their density; removed ones say nothing, as chance chose them."""
         parts = []
         for name, tensor in observed.items():

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ggl_audit.defenses.aggregation import SecureAggregation
-from ggl_audit.defenses.base import Defense
+from ggl_audit.defenses.base import Declared, Step
 from ggl_audit.defenses.clip import Clip
 from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.secure_aggregation import SecureAggregation
 
 
-class Recipe(BaseModel, ABC):
-    """A defense that is a sequence of other defenses."""
+class Recipe(Declared):
+    """A defense that is a sequence of other defenses.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    Attributes:
+        divides_by_batch: whether it is of each step of a client, and divides by the images in it.
+    """
 
-    name: ClassVar[str]
-    source: ClassVar[str]
-    promise: ClassVar[str]
-    broken_by: ClassVar[str]
-
-    @abstractmethod
-    def steps(self, units: int) -> list[Defense]:
-        """The steps.
-
-        Args:
-            units: how many samples of a client the noise is divided by: those of a batch under a
-                mean, 1 under a sum.
-        """
+    divides_by_batch: ClassVar[bool] = False
 
 
 class DPSGD(Recipe):
@@ -42,13 +31,14 @@ class DPSGD(Recipe):
 
     name: ClassVar[str] = "dp_sgd"
     source: ClassVar[str] = "Abadi et al., CCS 2016, algorithm 1"
+    divides_by_batch: ClassVar[bool] = True
     promise: ClassVar[str] = "differential privacy for each sample"
     broken_by: ClassVar[str] = "nothing; noise multipliers far below 1 promise very little"
 
     bound: float = Field(gt=0, description="largest l2 norm of one sample's gradient")
     noise_multiplier: float = Field(gt=0, description="deviation of the sum's noise over bound")
 
-    def steps(self, units: int) -> list[Defense]:
+    def as_steps(self, units: int) -> list[Step]:
         """A clip of each sample, then noise."""
         std = self.noise_multiplier * self.bound / units
         return [Clip(bound=self.bound, unit="sample"), Noise(std=std)]
@@ -70,7 +60,7 @@ class DPFedAvg(Recipe):
     noise_multiplier: float = Field(gt=0, description="deviation of the sum's noise over bound")
     clients: int = Field(default=1, ge=1, description="in the cohort")
 
-    def steps(self, units: int) -> list[Defense]:
+    def as_steps(self, units: int) -> list[Step]:
         """A clip of each client's share, the mean, then noise."""
         std = self.noise_multiplier * self.bound / self.clients
         joined = [SecureAggregation(clients=self.clients)] if self.clients > 1 else []

@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 
 from ggl_audit.basics.gradient import Gradient, each, flat
-from ggl_audit.defenses.aggregation import Aggregation
-from ggl_audit.defenses.base import NoiseBound, Trace
+from ggl_audit.defenses.base import Aggregation, NoiseBound, Trace
 
 MEAN, VARIANCE = "m:", "v:"
 ROUNDING = 1e-3
@@ -69,10 +68,6 @@ class SecAdam(Aggregation):
         """The direction."""
         names = [name.removeprefix(MEAN) for name in mean if name.startswith(MEAN)]
         return {n: (mean[MEAN + n] / mean[VARIANCE + n].sqrt()).float() for n in names}
-
-    def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
-        """The same with fresh moments."""
-        return self.finish(self.lift(gradient))
 
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
         """Finds a value beyond what the moments allow, or with fresh moments between the signs.

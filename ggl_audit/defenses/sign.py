@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ggl_audit.basics.gradient import Gradient, each, flat, largest_magnitude
-from ggl_audit.defenses.base import Context, Distribution, NoiseBound, ReplicaKind, Trace
+from ggl_audit.defenses.base import Context, NoiseBound, ReplicaKind, Trace
+from ggl_audit.defenses.capabilities import ByValues
 from ggl_audit.defenses.error_feedback import ErrorFeedback
-from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 
 ROUNDING, TINY = 1e-5, 1e-30
 
@@ -31,6 +32,7 @@ class Sign(ErrorFeedback):
     broken_by: ClassVar[str] = "Learning to Invert, Wu et al., UAI 2023"
     trace: ClassVar[Trace] = "levels"
     preserves: ClassVar[frozenset[Trace]] = frozenset({"zeros", "mask"})
+    replica_kind: ClassVar[ReplicaKind] = "values"
     likelihood_after: ClassVar[frozenset[Distribution]] = frozenset({"gaussian", "laplace"})
 
     scale: Literal["none", "mean", "layer_mean"] = Field(
@@ -53,26 +55,16 @@ class Sign(ErrorFeedback):
 
     def replicate(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """The same; with the step that the capture shows, where the candidate does not tell it."""
-        if observed is None or self.replica_kind(readable=True) == "whole":
+        if observed is None or self._tells_its_step:
             return self._signs(gradient)
-        steps = self.readings(observed)
+        steps = self._steps(observed)
         return {name: steps[name] * torch.sign(tensor) for name, tensor in gradient.items()}
 
-    def replica_kind(self, readable: bool) -> ReplicaKind:
-        """By the step that the capture shows, unless the candidate's own magnitudes give it."""
-        own = self.scale != "none" and not self.error_feedback
-        return "values" if readable and not own else "whole"
-
-    def readings(self, observed: Gradient) -> Gradient:
-        """The step: the largest magnitude, of each tensor or of all."""
-        steps = each(largest_magnitude, observed)
-        if self.scale != "layer_mean":
-            steps = dict.fromkeys(observed, torch.stack([*steps.values()]).max())
-        return steps
-
-    def on_values(self, values: torch.Tensor, readings: torch.Tensor) -> torch.Tensor:
-        """The sign, in the length of the step."""
-        return values.sign_().mul_(readings)
+    def by_values(self, readable: bool) -> ByValues | None:
+        """The sign, in the length of the step that the capture shows."""
+        if not readable or self._tells_its_step:
+            return None
+        return ByValues(self._steps, lambda values, steps: values.sign_().mul_(steps))
 
     def smooth(self, gradient: Gradient, observed: Gradient | None) -> Gradient:
         """Has a hyperbolic tangent for the sign."""
@@ -100,7 +92,7 @@ class Sign(ErrorFeedback):
         )
         return most > least * (1 + ROUNDING), detail
 
-    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+    def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """The sum of log P(sign of value plus noise); zeros say nothing of the noise.
 
         Nor does the scale, which so many values make nearly the same for all candidates.
@@ -115,6 +107,18 @@ class Sign(ErrorFeedback):
     def norm_bound(self, before: float | None) -> float | None:
         """The one before, if scaled: sqrt(n) times the mean magnitude is at most the norm."""
         return None if self.scale == "none" else super().norm_bound(before)
+
+    @property
+    def _tells_its_step(self) -> bool:
+        """Whether the candidate's own magnitudes give the step."""
+        return self.scale != "none" and not self.error_feedback
+
+    def _steps(self, observed: Gradient) -> Gradient:
+        """The largest magnitude, of each tensor or of all."""
+        steps = each(largest_magnitude, observed)
+        if self.scale != "layer_mean":
+            steps = dict.fromkeys(observed, torch.stack([*steps.values()]).max())
+        return steps
 
     def _signs(self, gradient: Gradient) -> Gradient:
         if self.scale == "none":

@@ -10,7 +10,7 @@ from torch.func import vjp, vmap
 from typing_extensions import Self
 
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
+from ggl_audit.defenses.base import Context, Defense, Effect, NoiseBound, Trace
 from ggl_audit.inputs.model import ClientModel
 
 FEATURES_AT_A_TIME = 64
@@ -34,6 +34,7 @@ class Soteria(Defense):
     random_if_hidden: ClassVar[bool] = True
     trace: ClassVar[Trace] = "zeros"
     preserves: ClassVar[frozenset[Trace]] = frozenset({"norm", "zeros"})
+    effect: ClassVar[Effect] = "exact"
 
     fraction: float = Field(
         gt=0, lt=1, description="share of the representation's features that is pruned"

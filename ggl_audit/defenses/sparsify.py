@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 
 from ggl_audit.basics.gradient import Gradient, each, flat
-from ggl_audit.defenses.base import Distribution, NoiseBound, Trace
+from ggl_audit.defenses.base import NoiseBound, Trace
 from ggl_audit.defenses.masking import Masking
-from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 
 
 class Sparsify(Masking):
@@ -54,7 +54,7 @@ class Sparsify(Masking):
         share = float((flat(observed) == 0).double().mean())
         return False, f"{share:.1%} of the values are zero; {self.fraction:.1%} was declared"
 
-    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+    def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """Kept values by their density, removed ones by P(below the least that was kept)."""
         if self.scope == "global":
             return self._censored(flat(before), flat(observed), noise)
@@ -66,7 +66,7 @@ class Sparsify(Masking):
         """Not over the whole gradient, where a tensor of small values goes as a whole."""
         return self.scope == "layer"
 
-    def _censored(self, mean: torch.Tensor, seen: torch.Tensor, noise: Noise) -> torch.Tensor:
+    def _censored(self, mean: torch.Tensor, seen: torch.Tensor, noise: NoiseLaw) -> torch.Tensor:
         mean, seen = mean.double(), seen.double()
         kept = seen != 0
         least = torch.where(kept, seen.abs(), torch.inf).min()

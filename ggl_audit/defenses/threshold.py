@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 
 from ggl_audit.basics.gradient import Gradient, each, flat
-from ggl_audit.defenses.base import Distribution, NoiseBound, Trace
+from ggl_audit.defenses.base import NoiseBound, Trace
 from ggl_audit.defenses.masking import Masking
-from ggl_audit.defenses.noise import Noise
+from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 
 ROUNDING = 1e-6
 
@@ -49,7 +49,7 @@ class Threshold(Masking):
         detail = f"the smallest magnitude but zero is {least:.6g}; the threshold is {self.least:g}"
         return least < self.least * (1 - ROUNDING), detail
 
-    def log_likelihood(self, before: Gradient, noise: Noise, observed: Gradient) -> torch.Tensor:
+    def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """Kept values by their density, removed ones by P(value plus noise is below)."""
         parts = []
         for name, tensor in observed.items():

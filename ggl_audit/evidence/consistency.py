@@ -126,10 +126,10 @@ def check_remainder(
     """
     left = {name: replica[name] - observed[name] for name in observed}
     if noise_norm(defense.steps, 1, 0.5):
-        noisy, clear = defense.parted(left)
-        _, shown = defense.parted(observed)
+        noisy, clear = defense.clear.parted(left)
+        _, shown = defense.clear.parted(observed)
         away = float((norm(clear) / norm(shown)) ** 2) if clear else 0.0
-        if not away <= max(SMALLEST_LIMIT, defense.clear_rounding):
+        if not away <= max(SMALLEST_LIMIT, defense.clear.rounding):
             detail = (
                 "its own running statistics are at a relative distance of "
                 f"{away:.2g} from those that were sent"
@@ -150,12 +150,12 @@ def _times(defense: Pipeline, replica: Gradient, observed: Gradient) -> str:
     factor = float(own @ seen / (own @ own).clamp(min=1e-300))
     if factor <= 0 or float((seen - factor * own).square().sum() / (seen @ seen)) > SMALLEST_LIMIT:
         return ""
-    return f"; it is {factor:.3g} times that{defense.factors.name(factor, LEAST_TOLERANCE)}"
+    return f"; it is {factor:.3g} times that{defense.checks.factors.name(factor, LEAST_TOLERANCE)}"
 
 
 def _noise_check(defense: Pipeline, remainder: float, count: int, step: str) -> Check:
     high = noise_norm(defense.steps, count, 1 - FALSE_ACCUSATION / 2)
-    noise = defense.total_noise()
+    noise = defense.randomness.total_noise()
     gaussian = noise is not None and noise.distribution == "gaussian"
     low = noise.std * chdtri(count, 1 - FALSE_ACCUSATION / 2) ** 0.5 if noise and gaussian else 0
     detail = (
@@ -167,7 +167,7 @@ def _noise_check(defense: Pipeline, remainder: float, count: int, step: str) -> 
     if noise is not None:
         std = remainder / count**0.5
         tolerance = min(MOST_TOLERANCE, LEAST_TOLERANCE + DEVIATIONS * (2 * count) ** -0.5)
-        name = defense.factors.name(std / noise.std, tolerance)
+        name = defense.checks.factors.name(std / noise.std, tolerance)
         detail += f"; it is {std / noise.std:.3g} of the declared{name}"
         detail += f": a std of {std:.3g} would fit" if name else ""
     return Check(step, "contradicts", detail)

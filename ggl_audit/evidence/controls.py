@@ -24,7 +24,7 @@ def null_gradient(
         context: the client's randomness.
         usual_norm: of a gradient before the defense, which the random one is given.
     """
-    observed, clear = defense.parted(observed)
+    observed, clear = defense.clear.parted(observed)
     nothing = each(torch.zeros_like, observed)
 
     def random() -> Gradient:

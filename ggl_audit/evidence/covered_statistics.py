@@ -36,8 +36,12 @@ def check_covered(
     Returns:
         None where nothing is noised, or it cannot be told.
     """
-    noise = defense.total_noise()
-    if noise is None or noise.distribution != "gaussian" or not defense.leaves_only_noise():
+    noise = defense.randomness.total_noise()
+    if (
+        noise is None
+        or noise.distribution != "gaussian"
+        or not defense.randomness.leaves_only_noise()
+    ):
         return None
     counts = [observed[name] for name in names if name.rpartition(".")[2] == COUNTER]
     by_chance = (2 * WHOLE / (noise.std * math.sqrt(2 * math.pi))) ** len(counts)

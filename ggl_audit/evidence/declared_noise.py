@@ -119,12 +119,12 @@ def _residuals(
     replicas: Gradient | None = None,
     images: int = 1,
 ) -> Residuals | None:
-    noise = defense.total_noise()
-    if noise is None or not defense.ends_in_noise():
+    noise = defense.randomness.total_noise()
+    if noise is None or not defense.randomness.ends_in_noise():
         return None
-    captures = [defense.parted(one)[0] for one in captures]
+    captures = [defense.clear.parted(one)[0] for one in captures]
     if replicas is not None:
-        replicas, _ = defense.parted(replicas)
+        replicas, _ = defense.clear.parted(replicas)
     floors = None
     rounding = max(rounding, *(grain_of([*one.values()]) for one in captures))
     if capture.kind == "update":  # a difference has the rounding of the weights

@@ -17,7 +17,8 @@ import torch
 from ggl_audit.attack.labels import infer_labels
 from ggl_audit.basics.gradient import Gradient, norm, stack
 from ggl_audit.client.local_training import rate_of_one_step
-from ggl_audit.defenses import Check, Clip, Pipeline
+from ggl_audit.defenses import Check, Pipeline
+from ggl_audit.defenses.capabilities import BoundsNorm
 from ggl_audit.inputs.model import ClientModel, has_batch_norm
 
 MODEL_AND_LOSS = "the declared model and loss"
@@ -192,7 +193,7 @@ def check_last_layer(
     """
     local, rate_of_step = model.local, rate_of_one_step(model.local, model.batch_size)
     decays = local is not None and local.weight_decay > 0
-    if not defense.only_scales() or rate_of_step is None or decays:
+    if not defense.effect.only_scales() or rate_of_step is None or decays:
         return None
     seen = look_at_last_layer(model, observed, rounding)
     if seen is None:
@@ -232,7 +233,7 @@ def check_last_layer(
     detail = f"its last layer's gradient is {times:.3g} times that of the declared loss"
     if wrong:
         tolerance = min(seen.precision, LEAST_ROUNDING)
-        detail += defense.factors.name(times, tolerance)
+        detail += defense.checks.factors.name(times, tolerance)
         if too_small and defense.steps:
             detail += ", and its norm is below the bound, so that nothing was clipped"
         rate = (
@@ -248,18 +249,18 @@ def check_last_layer(
 
 
 def _may_be_clipped(model: ClientModel, defense: Pipeline, observed: Gradient) -> bool:
-    """Whether the capture may have been larger before a clip.
+    """Whether the capture may have been larger before a clip, as all steps are.
 
     A clip whose norm is over more than is seen may act below its bound, as may that of a sample
     before the update is multiplied by the learning rate.
     """
-    clips = [step for step in defense.steps if isinstance(step, Clip)]
     trained = {name for name, _ in model.module.named_parameters()}
     more = trained != observed.keys() or (model.local is not None and has_batch_norm(model.module))
-    if more or any(clip.unit == "sample" for clip in clips):
-        return bool(clips)
+    if more or defense.training.per_sample:
+        return bool(defense.steps)
     size = float(norm(observed))
-    return any(size >= BELOW_A_CLIP * clip.bound for clip in clips)
+    bounds = [step.norm_bound(None) for step in defense.steps if isinstance(step, BoundsNorm)]
+    return any(bound is not None and size >= BELOW_A_CLIP * bound for bound in bounds)
 
 
 def _focal(seen: LastLayer, times: float, tolerance: float) -> str:

@@ -17,8 +17,7 @@ import torch
 from scipy.special import ndtri_exp
 
 from ggl_audit.basics.gradient import Gradient, each
-from ggl_audit.defenses import Noise
-from ggl_audit.defenses.base import Distribution
+from ggl_audit.defenses import Distribution, NoiseLaw
 
 Fault = Literal[
     "missing",
@@ -184,7 +183,7 @@ class Residuals:
 
 def residuals_of(
     releases: Gradient,
-    noise: Noise,
+    noise: NoiseLaw,
     shares: Gradient | None = None,
     factor: float = 1.0,
     images: int = 1,

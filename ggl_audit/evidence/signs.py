@@ -86,7 +86,7 @@ def _below_zero(
     """How many values of the head's bias are below zero by more than rounding."""
     head, local = model.head, model.local
     pulled = local is not None and (local.weight_decay > 0 or local.proximal > 0)
-    if head is None or head.bias is None or pulled or not defense.only_scales():
+    if head is None or head.bias is None or pulled or not defense.effect.only_scales():
         return None
     bias = observed[head.bias]
     return int((bias < -ROUNDINGS * rounding * bias.abs().max()).sum())

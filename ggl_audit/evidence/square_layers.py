@@ -44,7 +44,7 @@ def check_square_layers(defense: Pipeline, observed: Gradient, rounding: float) 
         None where it cannot be told of any: the defense does more than to scale the gradient, the
         layer has no bias, or too many images are in it.
     """
-    if not defense.only_scales() or ROUNDINGS * rounding > INSIDE:
+    if not defense.effect.only_scales() or ROUNDINGS * rounding > INSIDE:
         return None
     told = {
         name: transposed

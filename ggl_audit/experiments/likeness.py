@@ -46,7 +46,7 @@ def premises_of(case: Setting) -> Premises:
     return Premises(
         before_norm=biases if has_batch_norm(case.model.module) else [],
         rounding=case.captured.rounding,
-        empties_tensors=case.defense.empties_tensors(),
+        empties_tensors=case.defense.effect.empties_tensors(),
     )
 
 

@@ -54,7 +54,7 @@ class Membership(Experiment[Identified]):
         by_itself = alone or (model.local is None and model.criterion.adds_up)
         enough = len(case.reference) // 2 >= case.members + case.spec.evidence.candidates
         mixed = model.mixes and not alone
-        return case.defense.adds_up() and by_itself and enough and not mixed
+        return case.defense.replica.adds_up() and by_itself and enough and not mixed
 
     @functools.cached_property
     def _public(self) -> np.ndarray:
@@ -70,7 +70,7 @@ class Membership(Experiment[Identified]):
     def _unknown(self) -> UnknownMembers:
         """The share of all images but one, as public images have it."""
         case = self.case
-        noise = case.defense.total_noise()
+        noise = case.defense.randomness.total_noise()
         # A sum over each client's images is a mean over clients of sums.
         whole = case.members if not case.model.loss_sum else case.defense.aggregation.clients
         public = torch.as_tensor(self._public, device=case.model.device)
@@ -81,7 +81,7 @@ class Membership(Experiment[Identified]):
         reference = self.case.reference
         images, labels = reference.images[chosen], reference.labels[chosen]
         gradients = self.case.matching().each_gradient(images, labels)
-        return map(self.case.defense.share_of_one, gradients)
+        return map(self.case.defense.replica.share_of_one, gradients)
 
     def run(self, trials: range, advance: Advance) -> Iterator[Identified]:
         """Asks of a release by its likelihood with each candidate in it."""

@@ -76,7 +76,7 @@ def try_noise(setting: Setting, planned: int, advance: Advance) -> NoiseTest | N
 
     # With the same companions all releases of an image differ by noise alone.
     client = replace(setting.client, step=noted, always_the_same=True)
-    noise = setting.defense.total_noise()
+    noise = setting.defense.randomness.total_noise()
     assert noise is not None
     matching = setting.matching()
     shape = (planned // 2, setting.members)
@@ -89,8 +89,8 @@ def try_noise(setting: Setting, planned: int, advance: Advance) -> NoiseTest | N
     for one in torch.cat([once, once]).split(1):
         images, labels = setting.reference.images[one], setting.reference.labels[one]
         sent = client.send(images, labels, [context])
-        noisy, _ = setting.defense.parted(sent)
-        share, _ = setting.defense.parted(matching.replicas(images, labels, sent))
+        noisy, _ = setting.defense.clear.parted(sent)
+        share, _ = setting.defense.clear.parted(matching.replicas(images, labels, sent))
         releases.append(kept_values(noisy))
         shares.append(kept_values(share))
         advance(1)
@@ -123,15 +123,15 @@ def planned_releases(setting: Setting) -> int:
 
 def _noisy(setting: Setting) -> Gradient:
     """What of the capture the declared steps are over."""
-    return setting.defense.parted(setting.observed)[0]
+    return setting.defense.clear.parted(setting.observed)[0]
 
 
 def why_no_noise_test(setting: Setting) -> str:
     """Why the noise of the client's own code cannot be tested; empty where it can."""
     if not isinstance(setting.client, OwnClient):
         return "the client's own code was not given (client.step)"
-    if setting.defense.total_noise() is None:
+    if setting.defense.randomness.total_noise() is None:
         return "no noise is declared, or noise of several kinds"
-    if not setting.defense.leaves_only_noise():
+    if not setting.defense.randomness.leaves_only_noise():
         return "the noise is not the last step, or beside it something else is random"
     return ""

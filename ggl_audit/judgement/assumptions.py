@@ -10,7 +10,7 @@ from ggl_audit.attacks.ggl import searched_by
 from ggl_audit.attacks.suite import Suite
 from ggl_audit.case.setting import Setting
 from ggl_audit.client.local_training import described
-from ggl_audit.defenses import Encryption
+from ggl_audit.defenses.capabilities import Encrypts
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.last_layer import MODEL_AND_LOSS
 from ggl_audit.evidence.likeness import Likeness
@@ -194,7 +194,7 @@ def _cohort(setting: Setting) -> list[str]:
     said += [
         f"{step.key_holder} holds the key; whoever lacks it sees nothing that is measured here."
         for step in setting.defense.steps
-        if isinstance(step, Encryption)
+        if isinstance(step, Encrypts)
     ]
     rounds = setting.defense.earlier_rounds
     if rounds:
@@ -273,7 +273,7 @@ def beside(setting: Setting) -> list[str]:
     found, declared, said = setting.captured.beside, setting.spec.capture, []
     if found.statistics:
         names = _listed([*found.statistics])
-        if setting.defense.is_over_everything:
+        if setting.defense.clear.is_over_everything:
             how = "under the declared steps like the parameters"
         elif setting.defense.steps:
             how = "in the clear, as no declared step is over them"

@@ -141,7 +141,7 @@ class Declared(BaseModel):
 def declare(case: Setting, suite: Suite, experiments: Sequence[Experiment[Result]]) -> Declared:
     """Puts down what is known of a case before its first trial."""
     spec = case.spec
-    bound = largest_advantage(case.defense.guarantee(), 1 / spec.evidence.candidates)
+    bound = largest_advantage(case.defense.sensitivity.guarantee(), 1 / spec.evidence.candidates)
     no_label = why_not_inferred(case.model, case.members)
     if not no_label and case.model.classes == 1:
         no_label = "there is one label only"
@@ -178,8 +178,8 @@ def declare(case: Setting, suite: Suite, experiments: Sequence[Experiment[Result
         doubts=case.doubts,
         guarantee=case.guarantee,
         # No clip and no noise is on what is sent in the clear.
-        bound_for_any_model=1.0 if case.defense.in_the_clear else bound,
-        in_the_clear=list(case.defense.in_the_clear),
+        bound_for_any_model=1.0 if case.defense.clear.names else bound,
+        in_the_clear=list(case.defense.clear.names),
         is_defended=bool(case.defense.steps),
         is_exact_moments=spec.capture.kind == "moments",
         has_likelihood=case.has_likelihood,
@@ -205,7 +205,7 @@ def _capture(case: Setting) -> DeclaredCapture:
         label_method=f"{method}{rows}",
         norm=float(norm(case.observed)),
         truths=[png_uri(truth) for truth in case.truths],
-        proven=shown and not case.defense.is_random(),
+        proven=shown and not case.defense.randomness.is_random(),
         likeness=likeness.premises_of(case),
         not_measured=_no_ranks(case),
     )
@@ -226,14 +226,14 @@ def _no_ranks(case: Setting) -> dict[str, str]:
             "capture.labels, in the order of evidence.truth"
         }
         checked = any(check.step == PRIVATE_IMAGE for check in case.checks)
-        if case.defense.leaves_only_noise() and not checked:
+        if case.defense.randomness.leaves_only_noise() and not checked:
             reasons["check"] = (
                 "whether the capture is of the private images: it is not with the inferred labels "
                 "in the order that fits best, and others were not tried"
             )
         return reasons
     reasons = {}
-    if case.defense.leaves_only_noise() and not any(
+    if case.defense.randomness.leaves_only_noise() and not any(
         check.step == PRIVATE_IMAGE for check in case.checks
     ):
         reasons["check"] = (
@@ -263,14 +263,14 @@ def _no_ranks(case: Setting) -> dict[str, str]:
 
 
 def _no_guarantee(case: Setting) -> str:
-    if case.defense.guarantee() is not None:
+    if case.defense.sensitivity.guarantee() is not None:
         return (
             "a clip and noise are declared, but not whom they protect and how often: that takes "
             "guarantee: {unit, reduction, rounds, sampling_rate, delta}"
         )
     if not case.defense.steps:
         return "no defense is declared"
-    if not case.defense.is_random():
+    if not case.defense.randomness.is_random():
         return (
             f"{case.defense} is not random, and only randomness makes a gradient differentially "
             "private"

@@ -57,7 +57,7 @@ def test_batched_distances_are_those_of_a_plain_loop(
     for t in range(2):
         for n in range(4):
             gradient = plain_gradient(model, images[t, n], int(labels[t, n]))
-            replica = defense.replicate([gradient], observed[t])
+            replica = defense.replica.replicate([gradient], observed[t])
             expected = loop_distance(replica, observed[t], distance)
             # The sign of a value that is zero up to rounding may fall either way.
             tolerance = 1e-2 if any(isinstance(s, (Sign, Quantize)) for s in steps) else 1e-4
@@ -150,6 +150,6 @@ def test_the_objective_is_the_distance_of_the_decoded_latent(sample: Callable[..
             image = prior.decode(latents[t, n][None], labels[t][None])[0]
             gradient = plain_gradient(model, image, int(labels[t]))
             expected = loop_distance(
-                defense.replicate([gradient], observed[t]), observed[t], "l2"
+                defense.replica.replicate([gradient], observed[t]), observed[t], "l2"
             ) + float(penalty(latents[t, n], RegularizerSpec(name="norm")))
             assert float(losses[t, n]) == pytest.approx(expected, rel=1e-4)

@@ -10,7 +10,8 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective
 from ggl_audit.attack.residuals import Residuals, compressed
 from ggl_audit.basics.gradient import flat, norm, stack
-from ggl_audit.defenses import REGISTRY, Clip, Context, Defense, Noise, Pipeline, Quantize, Sign
+from ggl_audit.defenses import Clip, Context, Defense, Noise, Pipeline, Quantize, Sign, shipped
+from ggl_audit.defenses.capabilities import HasSmoothReplica
 from ggl_audit.defenses.sparsify import Sparsify
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.priors.loading import load_prior
@@ -61,7 +62,7 @@ def test_products_are_those_of_residuals_of_a_plain_loop(
         rows = []
         for n in range(4):
             gradient = plain_gradient(model, images[t, n, 0], int(labels[t, n, 0]))
-            smooth = defense.smooth([gradient], seen)
+            smooth = defense.replica.smooth([gradient], seen)
             if distance == "l2":
                 rows.append((flat(seen) - flat(smooth)) / norm(seen))
             else:
@@ -69,7 +70,7 @@ def test_products_are_those_of_residuals_of_a_plain_loop(
         table = torch.stack(rows)
         table[1:] -= table[0].clone()
         torch.testing.assert_close(products[t], table @ table.T, rtol=2e-3, atol=2e-5)
-        if defense.is_smooth:
+        if defense.replica.is_smooth:
             torch.testing.assert_close(products[t, 0, 0], losses[t, 0], rtol=1e-3, atol=1e-6)
 
 
@@ -108,10 +109,10 @@ def test_a_smooth_replica_has_slopes_where_the_replica_has_none(
 
 
 def test_a_step_is_smooth_unless_it_says_otherwise() -> None:
-    plateaus = {name for name, step in REGISTRY.items() if step.smooth is not Defense.smooth}
+    plateaus = {name for name, step in shipped().items() if issubclass(step, HasSmoothReplica)}
     assert plateaus == {"sign", "quantize", "float_format"}
-    assert not Pipeline([Clip(bound=1), Sign()]).is_smooth
-    assert Pipeline([Clip(bound=1), Noise(std=0.1)]).is_smooth
+    assert not Pipeline([Clip(bound=1), Sign()]).replica.is_smooth
+    assert Pipeline([Clip(bound=1), Noise(std=0.1)]).replica.is_smooth
 
 
 @pytest.mark.parametrize("members", [1, 2])

@@ -18,7 +18,7 @@ from ggl_audit.attack.residuals import Residuals
 from ggl_audit.basics.gradient import Gradient, each, flat, norm, stack
 from ggl_audit.case.setting import prepare
 from ggl_audit.defenses import (
-    REGISTRY,
+    Aggregation,
     Ats,
     Clip,
     Context,
@@ -38,9 +38,13 @@ from ggl_audit.defenses import (
     Sign,
     Soteria,
     Sparsify,
+    Step,
     TernGrad,
     Threshold,
+    shipped,
 )
+from ggl_audit.defenses.capabilities import rounds_remembered
+from ggl_audit.defenses.value_wise import ValueWise
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.spec import RegularizerSpec, Spec
 
@@ -164,7 +168,7 @@ PIPELINES: list[list[Defense]] = [
     [Sign()],
 ]
 
-EVERY_DEFENSE: list[Defense] = [
+EVERY_DEFENSE: list[Step] = [
     Clip(bound=0.5),
     Clip(bound=0.5, scope="layer"),
     Encryption(key_holder="nobody"),
@@ -227,6 +231,10 @@ def context() -> Context:
     return Context(torch.Generator().manual_seed(0))
 
 
+def way_of(defense: Pipeline, distance: str) -> ValueWise | None:
+    return (defense.likelihood if distance == "likelihood" else defense.replica).value_wise()
+
+
 def trials(model: ClientModel, defense: Pipeline) -> tuple[Any, ...]:
     random = torch.Generator().manual_seed(1)
     images = torch.rand(TRIALS, CANDIDATES, *SHAPE, generator=random).to(model.mean)
@@ -255,11 +263,11 @@ def test_every_way_is_the_plain_loop(
         for n in range(CANDIDATES):
             gradient = plain(model, images[t, n], labels[t, n])
             if distance == "likelihood":
-                expected[t, n] = defense.mismatch([gradient], observed[t])
+                expected[t, n] = defense.likelihood.mismatch([gradient], observed[t])
             else:
-                replica = defense.replicate([gradient], observed[t])
+                replica = defense.replica.replicate([gradient], observed[t])
                 expected[t, n] = distance_of(replica, observed[t], distance)
-    known = make in LAYER_BY_LAYER and defense.value_wise(distance == "likelihood") is not None
+    known = make in LAYER_BY_LAYER and way_of(defense, distance) is not None
     # With each weight by its gradients in one block and in many, and with each as a ghost.
     monkeypatch.setattr(layer_wise_module, "LEAST_GHOST", 0)
     for block, ghost in ((2**19, 0), (64, 0), (2**19, 10**9)):
@@ -312,8 +320,8 @@ def test_residual_products_are_those_of_a_plain_loop(
     monkeypatch.setattr(layer_wise_module, "BLOCK", block)
     matching = Matching(model, defense, distance)
     found = matching.residual_products(images[:, :, None], labels[:, :, None], stack(observed))
-    known = make in LAYER_BY_LAYER and defense.value_wise(likelihood=False) is not None
-    if not known or not defense.is_smooth:
+    known = make in LAYER_BY_LAYER and defense.replica.value_wise() is not None
+    if not known or not defense.replica.is_smooth:
         assert found is None
         return
     assert found is not None
@@ -323,7 +331,7 @@ def test_residual_products_are_those_of_a_plain_loop(
     for t, seen in enumerate(observed):
         rows = []
         for image, label in zip(images[t], labels[t], strict=True):
-            replica = flat(defense.replicate([plain(model, image, label)], seen)).double()
+            replica = flat(defense.replica.replicate([plain(model, image, label)], seen)).double()
             target = flat(seen).double()
             if distance == "cosine":
                 rows.append((target / target.norm() - replica / replica.norm()) / 2**0.5)
@@ -373,37 +381,46 @@ def test_residuals_are_compared_by_layers_only_where_they_fit_together(
 
 @pytest.mark.parametrize("readable", [True, False])
 @pytest.mark.parametrize("step", EVERY_DEFENSE, ids=str)
-def test_a_replica_of_a_kind_is_that_of_the_whole_gradient(step: Defense, readable: bool) -> None:
-    kind = step.replica_kind(readable)
-    if kind == "whole":
+def test_a_replica_of_a_kind_is_that_of_the_whole_gradient(step: Step, readable: bool) -> None:
+    kind = step.replica_kind if isinstance(step, Defense) else "whole"
+    by_values = step.by_values(readable) if kind == "values" else None
+    by_factor = step.by_factor() if kind == "scaling" else None
+    if kind != "identity" and by_values is None and by_factor is None:
         return
     random = torch.Generator().manual_seed(0)
     shapes = {"one": (4, 3, 3), "other": (7,)}
     gradient = {name: torch.randn(*shape, generator=random) for name, shape in shapes.items()}
     other = {name: torch.randn(*shape, generator=random) for name, shape in shapes.items()}
-    plain_step = step.model_copy(update={"error_feedback": 0}) if step.earlier_rounds else step
+    plain_step = step.model_copy(update={"error_feedback": 0}) if rounds_remembered(step) else step
     observed = plain_step.apply(other, context())
     expected = step.replicate(gradient, observed if readable else None)
     found = gradient
-    if kind == "scaling":
-        found = each(lambda tensor: step.factor(norm(gradient)) * tensor, gradient)
-    if kind == "values":
-        readings = step.readings(observed)
+    if by_factor is not None:
+        found = each(lambda tensor: by_factor(norm(gradient)) * tensor, gradient)
+    if by_values is not None:
+        readings = by_values.readings(observed)
         found = each(torch.clone, gradient)
         for name, tensor in gradient.items():
             values, beside = tensor.flatten(), readings[name].expand_as(tensor).flatten()
             for index in range(len(values)):
                 place = slice(index, index + 1)
-                found[name].view(-1)[place] = step.on_values(values[place], beside[place])
-            assert not step.on_values(torch.zeros_like(values), beside).any()
+                found[name].view(-1)[place] = by_values.on_values(values[place], beside[place])
+            assert not by_values.on_values(torch.zeros_like(values), beside).any()
     torch.testing.assert_close(found, expected)
 
 
-def test_every_registered_defense_says_of_which_kind_it_is() -> None:
-    assert {type(step) for step in EVERY_DEFENSE} == set(REGISTRY.values())
-    assert {step.replica_kind(readable=True) for step in EVERY_DEFENSE} == {
-        *("identity", "values", "scaling", "whole")
-    }
+def test_every_shipped_defense_says_of_which_kind_it_is() -> None:
+    steps = {kind for kind in shipped().values() if issubclass(kind, Step)}
+    assert {type(step) for step in EVERY_DEFENSE} == steps
+    kinds = {step.replica_kind for step in EVERY_DEFENSE if isinstance(step, Defense)}
+    assert kinds == {"identity", "values", "scaling", "whole"}
+
+
+def test_a_mean_over_clients_leaves_what_they_send_alone() -> None:
+    joins = [step for step in EVERY_DEFENSE if isinstance(step, Aggregation) and step.is_mean]
+    sent = {"w": torch.ones(3)}
+    assert joins
+    assert all(step.finish(step.lift(sent)) is sent for step in joins)
 
 
 class Shifted(Sparsify):
@@ -429,14 +446,14 @@ class Shifted(Sparsify):
     ids=lambda steps: str(Pipeline(steps)),
 )
 def test_whole_gradients_are_taken_where_values_depend_on_each_other(steps: list[Defense]) -> None:
-    assert Pipeline(steps).value_wise(likelihood=False) is None
+    assert Pipeline(steps).replica.value_wise() is None
 
 
 def test_a_user_s_step_that_inherits_a_kind_is_replicated_whole() -> None:
     model, defense = client(lenet), Pipeline([Shifted(fraction=0.5)])
     images, labels, observed = trials(model, defense)
     found = Matching(model, defense, "l2").distances(images, labels, stack(observed))
-    replica = defense.replicate([plain(model, images[1, 2], labels[1, 2])], observed[1])
+    replica = defense.replica.replicate([plain(model, images[1, 2], labels[1, 2])], observed[1])
     assert float(found[1, 2]) == pytest.approx(distance_of(replica, observed[1], "l2"), rel=1e-4)
 
 
@@ -457,7 +474,7 @@ def test_in_double_precision_the_distances_are_exact() -> None:
     images, labels, observed = trials(model, defense)
     found = Matching(model, defense, "l2").distances(images, labels, stack(observed))
     assert found.dtype == torch.double
-    replica = defense.replicate([plain(model, images[0, 1], labels[0, 1])], observed[0])
+    replica = defense.replica.replicate([plain(model, images[0, 1], labels[0, 1])], observed[0])
     assert float(found[0, 1]) == pytest.approx(distance_of(replica, observed[0], "l2"), rel=1e-9)
 
 

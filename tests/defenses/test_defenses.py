@@ -16,6 +16,7 @@ from ggl_audit.defenses import (
     Defense,
     FloatFormat,
     Noise,
+    NoiseLaw,
     Pipeline,
     Qsgd,
     Quantize,
@@ -27,6 +28,7 @@ from ggl_audit.defenses import (
     build_pipeline,
     relative_l2,
 )
+from ggl_audit.defenses.capabilities import rounds_remembered
 from ggl_audit.defenses.float_format import FORMATS
 from ggl_audit.errors import SpecError
 from ggl_audit.spec import DefenseSpec
@@ -62,7 +64,9 @@ ALL = [
     *(FloatFormat(format=f) for f in FORMATS),
     *(FloatFormat(format=f, scale="tensor") for f in FORMATS),
 ]
-DETERMINISTIC = [d for d in ALL if not (d.stochastic or d.earlier_rounds or isinstance(d, Noise))]
+DETERMINISTIC = [
+    d for d in ALL if not (d.stochastic or rounds_remembered(d) or isinstance(d, Noise))
+]
 STOCHASTIC = [d for d in ALL if d.stochastic]
 
 
@@ -88,7 +92,7 @@ def random_gradient(seed: int, scale: float = 1.0) -> Gradient:
 def test_a_correct_capture_is_never_accused(defense: Defense) -> None:
     for seed in range(1000):
         gradient = random_gradient(seed, scale=10 ** (seed % 7 - 4))
-        sent = defense.apply(gradient, context(seed, defense.earlier_rounds))
+        sent = defense.apply(gradient, context(seed, rounds_remembered(defense)))
         accused, detail = defense.contradiction(sent, lambda *_: 0.0)
         assert not accused, (seed, detail)
 
@@ -97,7 +101,7 @@ def test_a_correct_capture_is_never_accused(defense: Defense) -> None:
 def test_the_input_is_left_alone_and_the_shape_kept(defense: Defense) -> None:
     gradient = random_gradient(3)
     before = {name: tensor.clone() for name, tensor in gradient.items()}
-    sent = defense.apply(gradient, context(earlier=defense.earlier_rounds))
+    sent = defense.apply(gradient, context(earlier=rounds_remembered(defense)))
     assert all(torch.equal(gradient[name], before[name]) for name in gradient)
     assert {n: t.shape for n, t in sent.items()} == {n: t.shape for n, t in gradient.items()}
 
@@ -116,7 +120,7 @@ def test_the_replica_brings_the_true_gradient_nearer(defense: Defense) -> None:
 
 @pytest.mark.parametrize("defense", ALL, ids=str)
 def test_a_batch_of_replicas_is_a_loop_of_replicas(defense: Defense) -> None:
-    observed = defense.apply(random_gradient(1), context(earlier=defense.earlier_rounds))
+    observed = defense.apply(random_gradient(1), context(earlier=rounds_remembered(defense)))
     candidates = [random_gradient(seed) for seed in range(2, 7)]
     stacked = {name: torch.stack([c[name] for c in candidates]) for name in observed}
     for seen in (observed, None):
@@ -233,18 +237,18 @@ def test_a_mask_is_read_off_the_capture_only_where_it_can_be_seen() -> None:
     gradient, other = random_gradient(0), random_gradient(1)
     visible = Pipeline([Sparsify(fraction=0.9), Clip(bound=0.5)])
     observed = visible.apply(gradient, context())
-    replica = visible.replicate([other], observed)
+    replica = visible.replica.replicate([other], observed)
     assert all(torch.equal(replica[n] != 0, (observed[n] != 0) & (other[n] != 0)) for n in other)
     hidden = Pipeline([Sparsify(fraction=0.9), Noise(std=0.1)])
     observed = hidden.apply(gradient, context())
     own = Sparsify(fraction=0.9).apply(other, context())
-    assert torch.equal(flat(hidden.replicate([other], observed)), flat(own))
+    assert torch.equal(flat(hidden.replica.replicate([other], observed)), flat(own))
 
 
 def test_what_later_steps_hide_is_said_and_not_judged() -> None:
     pipeline = Pipeline([Sparsify(fraction=0.9), Noise(std=0.1)])
     observed = Noise(std=0.1).apply(random_gradient(0), context())
-    checks = pipeline.verify(observed)
+    checks = pipeline.checks.verify(observed)
     assert [check.outcome for check in checks] == ["hidden", "agrees"]
     assert "noise" in checks[0].detail
 
@@ -253,9 +257,9 @@ def test_a_clip_under_noise_is_checked_as_far_as_the_noise_allows() -> None:
     pipeline = Pipeline([Clip(bound=1.0), Noise(std=1.0)])
     for seed in range(1000):
         sent = pipeline.apply(random_gradient(seed, scale=100), context(seed))
-        assert [check.outcome for check in pipeline.verify(sent)] == ["agrees", "agrees"]
+        assert [check.outcome for check in pipeline.checks.verify(sent)] == ["agrees", "agrees"]
     unclipped = Noise(std=1.0).apply(random_gradient(0, scale=100), context())
-    assert pipeline.verify(unclipped)[0].outcome == "contradicts"
+    assert pipeline.checks.verify(unclipped)[0].outcome == "contradicts"
 
 
 @pytest.mark.parametrize(
@@ -270,13 +274,13 @@ def test_a_clip_under_noise_is_checked_as_far_as_the_noise_allows() -> None:
     ],
 )
 def test_steps_after_noise_are_noticed(steps: list[Defense], last: bool) -> None:
-    assert Pipeline(steps).leaves_only_noise() == last
+    assert Pipeline(steps).randomness.leaves_only_noise() == last
 
 
 def test_noise_adds_in_squares() -> None:
-    assert Pipeline([Noise(std=3), Noise(std=4)]).total_noise() == Noise(std=5)
-    assert Pipeline([Noise(std=3), Sign(), Noise(std=4)]).total_noise() is None
-    assert Pipeline([Sign()]).total_noise() is None
+    assert Pipeline([Noise(std=3), Noise(std=4)]).randomness.total_noise() == NoiseLaw(5)
+    assert Pipeline([Noise(std=3), Sign(), Noise(std=4)]).randomness.total_noise() is None
+    assert Pipeline([Sign()]).randomness.total_noise() is None
 
 
 def test_the_step_of_the_sign_is_read_off_the_capture() -> None:
@@ -307,7 +311,7 @@ def test_ties_do_not_change_how_many_values_are_kept() -> None:
 def test_only_a_bounded_norm_with_noise_after_it_is_private(
     steps: list[Defense], expected: float | None
 ) -> None:
-    mechanism = Pipeline(steps).guarantee()
+    mechanism = Pipeline(steps).sensitivity.guarantee()
     assert (None if mechanism is None else mechanism.mu) == expected
 
 
@@ -345,13 +349,16 @@ def test_noise_left_out_of_one_layer_is_found_and_named() -> None:
 
 
 def test_all_the_noise_after_the_clip_counts_for_the_guarantee() -> None:
-    mechanism = Pipeline([Clip(bound=1), Noise(std=3), Noise(std=4)]).guarantee()
+    mechanism = Pipeline([Clip(bound=1), Noise(std=3), Noise(std=4)]).sensitivity.guarantee()
     assert mechanism is not None
     assert mechanism.mu == pytest.approx(0.2)
-    apart = Pipeline([Clip(bound=1), Noise(std=3), Sign(), Noise(std=4)]).guarantee()
+    apart = Pipeline([Clip(bound=1), Noise(std=3), Sign(), Noise(std=4)]).sensitivity.guarantee()
     assert apart is not None
     assert apart.mu == pytest.approx(1 / 3)
-    assert Pipeline([Clip(bound=1), Noise(std=3, distribution="laplace")]).guarantee() is None
+    assert (
+        Pipeline([Clip(bound=1), Noise(std=3, distribution="laplace")]).sensitivity.guarantee()
+        is None
+    )
 
 
 def test_a_scale_for_each_tensor_is_not_one_for_all() -> None:
@@ -368,7 +375,7 @@ def test_a_scale_for_each_tensor_is_not_one_for_all() -> None:
 
 @pytest.mark.parametrize("defense", ALL, ids=str)
 def test_a_gradient_of_zeros_is_sent_and_replicated_as_finite_numbers(defense: Defense) -> None:
-    if isinstance(defense, Noise) or defense.earlier_rounds:
+    if isinstance(defense, Noise) or rounds_remembered(defense):
         pytest.skip("sends something else than zeros")
     zeros = {name: torch.zeros_like(tensor) for name, tensor in random_gradient(0).items()}
     sent = defense.apply(zeros, context())
@@ -578,7 +585,7 @@ def test_the_replica_identifies_no_less(defense: Defense) -> None:
     shown = {"with": 0, "without": 0, "likelihood": 0, "hidden": 0}
     for trial in range(100):
         gradients, truth = candidates(trial), trial % 32
-        earlier = [candidates(1000 + trial)[i] for i in range(defense.earlier_rounds)]
+        earlier = [candidates(1000 + trial)[i] for i in range(rounds_remembered(defense))]
         randomness = torch.Generator().manual_seed(trial)
         sent = defense.apply(gradients[truth], Context(randomness, earlier=earlier))
         stacked = {name: torch.stack([g[name] for g in gradients]) for name in sent}

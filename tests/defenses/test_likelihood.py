@@ -49,13 +49,13 @@ def row(gradient: Gradient) -> np.ndarray:
 def test_probabilities_are_scipys(distribution: str) -> None:
     noise, reference = Noise(std=0.7, distribution=distribution), DISTRIBUTIONS[distribution](0.7)
     points = torch.linspace(-9, 9, 61, dtype=torch.float64)
-    np.testing.assert_allclose(noise.log_cdf(points), reference.logcdf(points), rtol=1e-5)
-    np.testing.assert_allclose(noise.log_densities(points), reference.logpdf(points), rtol=1e-9)
+    np.testing.assert_allclose(noise.law.log_cdf(points), reference.logcdf(points), rtol=1e-5)
+    np.testing.assert_allclose(noise.law.log_densities(points), reference.logpdf(points), rtol=1e-9)
     low, high = points[:-1], points[1:]
     near = low.abs() < 3
     exact = np.log(reference.cdf(high[near]) - reference.cdf(low[near]))
-    np.testing.assert_allclose(noise.log_probability(low, high)[near], exact, rtol=1e-6)
-    assert bool(torch.isfinite(noise.log_probability(low, high)).all())
+    np.testing.assert_allclose(noise.law.log_probability(low, high)[near], exact, rtol=1e-6)
+    assert bool(torch.isfinite(noise.law.log_probability(low, high)).all())
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
@@ -67,7 +67,7 @@ def test_noise_is_of_its_distribution_and_keeps_its_norm_bound(distribution: str
         share = float((drawn <= point).double().mean())
         assert share == pytest.approx(reference.cdf(point), abs=0.003)
     norms = drawn.norm(dim=1)
-    bound = noise.norm_bound_of(2000, 0.99)
+    bound = noise.law.norm_bound_of(2000, 0.99)
     assert float((norms > bound).double().mean()) <= 0.03
     assert bound < 1.3 * float(norms.median())
 
@@ -82,7 +82,7 @@ def test_likelihoods_are_those_of_a_plain_loop(distribution: str) -> None:
 
     sent = Sign().apply(noisy, context())
     expected = sum(reference.logcdf(a * s) for a, s in zip(g, row(sent), strict=True))
-    assert float(Sign().log_likelihood(before, noise, sent)) == pytest.approx(expected)
+    assert float(Sign().log_likelihood(before, noise.law, sent)) == pytest.approx(expected)
 
     sent = Quantize(bits=3).apply(noisy, context())
     levels = row(sent)
@@ -91,7 +91,7 @@ def test_likelihoods_are_those_of_a_plain_loop(distribution: str) -> None:
         math.log(reference.cdf(o + half - a) - reference.cdf(o - half - a))
         for a, o in zip(g, levels, strict=True)
     )
-    found = Quantize(bits=3).log_likelihood(before, noise, sent)
+    found = Quantize(bits=3).log_likelihood(before, noise.law, sent)
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
     for scope in ("global", "layer"):
@@ -110,7 +110,9 @@ def test_likelihoods_are_those_of_a_plain_loop(distribution: str) -> None:
                     )
                 else:
                     expected += reference.logpdf(seen - value)
-        assert float(step.log_likelihood(before, noise, sent)) == pytest.approx(expected, rel=1e-5)
+        assert float(step.log_likelihood(before, noise.law, sent)) == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
@@ -128,19 +130,21 @@ def test_likelihoods_of_masks_and_of_grids_are_those_of_a_plain_loop(distributio
         else reference.logpdf(o - a)
         for a, o in zip(row(before), row(sent), strict=True)
     )
-    assert float(step.log_likelihood(before, noise, sent)) == pytest.approx(expected, rel=1e-5)
+    assert float(step.log_likelihood(before, noise.law, sent)) == pytest.approx(expected, rel=1e-5)
 
     random = RandomK(fraction=0.5, scope="global")
     sent = random.apply(noisy, context())
     kept = row(sent) != 0
     expected = reference.logpdf(row(sent)[kept] - row(before)[kept]).sum()
-    assert float(random.log_likelihood(before, noise, sent)) == pytest.approx(expected, rel=1e-5)
+    assert float(random.log_likelihood(before, noise.law, sent)) == pytest.approx(
+        expected, rel=1e-5
+    )
 
     scaled = Sign(scale="layer_mean").apply(noisy, context())
     plain = Sign().apply(noisy, context())
-    assert float(Sign(scale="layer_mean").log_likelihood(before, noise, scaled)) == pytest.approx(
-        float(Sign().log_likelihood(before, noise, plain))
-    )
+    assert float(
+        Sign(scale="layer_mean").log_likelihood(before, noise.law, scaled)
+    ) == pytest.approx(float(Sign().log_likelihood(before, noise.law, plain)))
 
     layered = Quantize(bits=3, scope="layer")
     before["one"], noisy["one"] = torch.tensor([0.3]), torch.tensor([0.5])
@@ -153,7 +157,7 @@ def test_likelihoods_of_masks_and_of_grids_are_those_of_a_plain_loop(distributio
             math.log(reference.cdf(o + half - a) - reference.cdf(o - half - a))
             for a, o in zip(row({name: before[name]}), levels, strict=True)
         )
-    found = layered.log_likelihood(before, noise, sent)
+    found = layered.log_likelihood(before, noise.law, sent)
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
@@ -184,7 +188,7 @@ def test_the_likelihood_of_a_float_format_is_that_of_its_neighbours(
                 expected += reference.logpdf(o - a)  # to which the scale was fitted
                 continue
             expected += math.log(reference.cdf(high) - reference.cdf(low))
-    assert float(step.log_likelihood(before, noise, sent)) == pytest.approx(expected, rel=1e-4)
+    assert float(step.log_likelihood(before, noise.law, sent)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_clip_hides_the_scale_and_the_direction_is_integrated_over_it() -> None:
@@ -204,13 +208,13 @@ def test_the_clip_hides_the_scale_and_the_direction_is_integrated_over_it() -> N
         return math.log(quad(density, 1e-9, 30, limit=200)[0])
 
     exact = np.array([integral(row(candidate)) for candidate in candidates])
-    found = np.array([float(clip.log_likelihood(c, noise, observed)) for c in candidates])
+    found = np.array([float(clip.log_likelihood(c, noise.law, observed)) for c in candidates])
     np.testing.assert_allclose(found - found[0], exact - exact[0], atol=0.01)
 
     free = Clip(bound=1e6)
     whole = noise.apply(candidates[0], context())
     expected = [normal(scale=std).logpdf(row(whole) - row(c)).sum() for c in candidates]
-    found = np.array([float(free.log_likelihood(c, noise, whole)) for c in candidates])
+    found = np.array([float(free.log_likelihood(c, noise.law, whole)) for c in candidates])
     np.testing.assert_allclose(found - found[0], np.array(expected) - expected[0], rtol=1e-4)
 
 
@@ -222,7 +226,7 @@ def hits(
     for trial in range(trials):
         truth = trial % len(signals)
         sent = client.apply({"w": scale * signals[truth]}, randomness)
-        scores = [float(declared.mismatch([{"w": scale * s}], sent)) for s in signals]
+        scores = [float(declared.likelihood.mismatch([{"w": scale * s}], sent)) for s in signals]
         found += int(np.argmin(scores)) == truth
     return found
 
@@ -284,13 +288,13 @@ def test_the_likelihood_identifies_more_than_the_replicas_distance_or_no_less(
     torch.manual_seed(5)
     signals = 0.25 * torch.randn(16, 150)
     declared = Pipeline([Noise(std=1.0, distribution=distribution), step])
-    assert declared.has_likelihood()
+    assert declared.likelihood.is_known()
     randomness, gained, lost = context(7), 0, 0
     for trial in range(300):
         truth = trial % 16
         sent = declared.apply({"w": signals[truth]}, randomness)
-        scores = [float(declared.mismatch([{"w": s}], sent)) for s in signals]
-        replicas = [declared.replicate([{"w": s}], sent)["w"] for s in signals]
+        scores = [float(declared.likelihood.mismatch([{"w": s}], sent)) for s in signals]
+        replicas = [declared.replica.replicate([{"w": s}], sent)["w"] for s in signals]
         distances = [float((replica - sent["w"]).square().sum()) for replica in replicas]
         best, plain = np.argmin(scores) == truth, np.argmin(distances) == truth
         gained, lost = gained + int(best and not plain), lost + int(plain and not best)
@@ -324,4 +328,4 @@ def test_laplace_noise_is_matched_by_its_own_likelihood() -> None:
     ],
 )
 def test_where_no_likelihood_is_known_it_is_said(steps: list[Defense], known: bool) -> None:
-    assert Pipeline(steps).has_likelihood() == known
+    assert Pipeline(steps).likelihood.is_known() == known

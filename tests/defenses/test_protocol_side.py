@@ -139,15 +139,15 @@ def test_noise_of_each_client_is_less_on_their_mean(clients: int) -> None:
     defense = Pipeline(
         [Clip(bound=1.0), Noise(std=0.3), SecureAggregation(clients=clients), Noise(std=0.1)]
     )
-    total = defense.total_noise()
+    total = defense.randomness.total_noise()
     assert total is not None
     assert total.std == pytest.approx(math.hypot(0.3 / math.sqrt(clients), 0.1))
     empty = {"a": torch.zeros(200, 500)}
     contexts = [context(seed) for seed in range(clients)]
     sent = defense.release([empty] * clients, contexts)["a"]
     assert float(sent.std()) == pytest.approx(total.std, rel=0.02)
-    assert defense.has_likelihood()
-    assert defense.leaves_only_noise()
+    assert defense.likelihood.is_known()
+    assert defense.randomness.leaves_only_noise()
 
 
 def test_the_likelihood_counts_with_noise_of_each_client() -> None:
@@ -156,11 +156,11 @@ def test_the_likelihood_counts_with_noise_of_each_client() -> None:
     defense = Pipeline(steps)
     gradients = [random_gradient(seed) for seed in range(4)]
     observed = defense.release(gradients, [context(seed) for seed in range(4)])
-    known = defense.share(gradients[1:], observed)
+    known = defense.replica.share(gradients[1:], observed)
     scores, expected = [], []
     for seed in (0, 10, 11, 12):
         one = random_gradient(seed)
-        scores.append(float(defense.mismatch([one], observed, known)))
+        scores.append(float(defense.likelihood.mismatch([one], observed, known)))
         sent = [Clip(bound=1.0).apply(g, context()) for g in (one, *gradients[1:])]
         mean = torch.stack([flat(gradient) for gradient in sent]).mean(0)
         expected.append(float((mean - flat(observed)).square().sum()))
@@ -170,7 +170,7 @@ def test_the_likelihood_counts_with_noise_of_each_client() -> None:
 
 def test_laplace_noise_of_each_client_has_no_simple_likelihood_on_the_mean() -> None:
     steps = [Noise(std=0.3, distribution="laplace"), SecureAggregation(clients=4)]
-    assert not Pipeline(steps).has_likelihood()
+    assert not Pipeline(steps).likelihood.is_known()
 
 
 @pytest.mark.parametrize("steps", [[], [Noise(std=1e-3)]], ids=["", "noise"])
@@ -179,7 +179,7 @@ def test_the_check_of_the_norm_survives_aggregation(steps: list[Defense]) -> Non
     gradients = [random_gradient(0)] * 3
     contexts = [context(seed) for seed in range(3)]
     outcomes = [
-        defense.verify(sent)[0].outcome
+        defense.checks.verify(sent)[0].outcome
         for sent in (
             defense.release(gradients, contexts),
             Pipeline([*steps, SecureAggregation(clients=3)]).release(gradients, contexts),
@@ -191,7 +191,7 @@ def test_the_check_of_the_norm_survives_aggregation(steps: list[Defense]) -> Non
 def test_a_clip_beyond_what_a_mean_shows_is_said_to_be_hidden() -> None:
     defense = Pipeline([Sparsify(fraction=0.9), Sign(), SecureAggregation(clients=3)])
     sent = defense.release([random_gradient(s) for s in range(3)], [context()] * 3)
-    outcomes = {check.step.split("(")[0]: check.outcome for check in defense.verify(sent)}
+    outcomes = {check.step.split("(")[0]: check.outcome for check in defense.checks.verify(sent)}
     assert outcomes["sparsify"] == outcomes["sign"] == "hidden"
 
 
@@ -206,7 +206,7 @@ def test_dp_sgd_promises_its_noise_multiplier(
 ) -> None:
     loss = {"reduction": reduction}
     defense, _ = cohort([dp_sgd(multiplier)], batch_size, model__loss=loss)
-    mechanism = defense.guarantee("sample")
+    mechanism = defense.sensitivity.guarantee("sample")
     assert mechanism is not None
     assert mechanism.mu == pytest.approx(1 / multiplier)
     share = 0.5 / (batch_size if reduction == "mean" else 1)
@@ -219,7 +219,7 @@ def test_no_sample_adds_more_to_dp_sgd_than_is_promised(
     cohort: Callable[..., Cohort], reduction: str
 ) -> None:
     defense, model = cohort([dp_sgd(bound=0.2)], 4, model__loss={"reduction": reduction})
-    mechanism = defense.guarantee("sample")
+    mechanism = defense.sensitivity.guarantee("sample")
     assert mechanism is not None
     data = digits("private")
     matching = Matching(model, defense)
@@ -239,12 +239,12 @@ def test_dp_fedavg_promises_its_noise_multiplier_to_clients(
 ) -> None:
     keys = TRAINS if trains else {}
     defense, _ = cohort([dp_fedavg(clients, 2.5)], batch_size, **keys)
-    mechanism = defense.guarantee("client")
+    mechanism = defense.sensitivity.guarantee("client")
     assert mechanism is not None
     assert mechanism.mu == pytest.approx(1 / 2.5)
     assert mechanism.bound == pytest.approx(0.5 / clients)
-    assert (defense.guarantee("sample") is None) == (batch_size > 1)
-    better = defense.guarantee()
+    assert (defense.sensitivity.guarantee("sample") is None) == (batch_size > 1)
+    better = defense.sensitivity.guarantee()
     assert better is not None
     assert better.mu == pytest.approx(1 / 2.5)
 
@@ -254,17 +254,17 @@ def test_noise_of_each_client_adds_up_to_a_promise(
     cohort: Callable[..., Cohort], clients: int
 ) -> None:
     defense, _ = cohort([clip(1.0), noise(2.0), together(clients)], 3)
-    mechanism = defense.guarantee("client")
+    mechanism = defense.sensitivity.guarantee("client")
     assert mechanism is not None
     assert mechanism.mu == pytest.approx(1 / clients / (2.0 / math.sqrt(clients)))
 
 
 def test_dp_sgd_of_a_cohort_divides_by_all(cohort: Callable[..., Cohort]) -> None:
     defense, _ = cohort([clip(1.0, "sample"), together(5), noise(0.1)], 4)
-    mechanism = defense.guarantee("sample")
+    mechanism = defense.sensitivity.guarantee("sample")
     assert mechanism is not None
     assert mechanism.bound == pytest.approx(1 / 20)
-    assert defense.guarantee("client") is None
+    assert defense.sensitivity.guarantee("client") is None
 
 
 PROMISES: list[tuple[str, Steps, int, dict[str, Any], float | None, float | None]] = [
@@ -316,10 +316,10 @@ def test_a_promise_is_made_to_whom_it_is_kept(
 ) -> None:
     defense, _ = cohort(steps, batch_size, **keys)
     for unit, expected in (("sample", sample_bound), ("client", client_bound)):
-        found = defense.guarantee(unit)
+        found = defense.sensitivity.guarantee(unit)
         assert (None if found is None else found.bound) == expected, unit
     bounds = [bound for bound in (sample_bound, client_bound) if bound is not None]
-    better = defense.guarantee()
+    better = defense.sensitivity.guarantee()
     assert (None if better is None else better.bound) == min(bounds, default=None)
 
 
@@ -331,7 +331,7 @@ def test_a_clip_of_mixed_images_does_not_bound_a_sample(cohort: Callable[..., Co
     drawn = {"mixup.weight": torch.tensor([0.5, 0.5])}
     sent = matching.gradients(data.images[ones], data.labels[ones], drawn)
     moved = float((flat(take(sent, 0)) - flat(take(sent, 1))).norm())
-    mechanism = defense.guarantee("sample")
+    mechanism = defense.sensitivity.guarantee("sample")
     # Replacing moves by no more than removing one and adding another.
     assert mechanism is None or moved <= 2 * mechanism.bound
     assert mechanism is None or mechanism.bound >= 2 * 0.1 / 4
@@ -347,7 +347,7 @@ def test_a_clip_of_the_mean_lets_one_client_turn_it_around() -> None:
         flat(Pipeline(steps).release([first, other], [context()] * 2)) for other in (second, nobody)
     ]
     moved = float((released[0] - released[1]).norm())
-    mechanism = Pipeline([*steps, Noise(std=1.0)]).guarantee("client")
+    mechanism = Pipeline([*steps, Noise(std=1.0)]).sensitivity.guarantee("client")
     assert mechanism is None or moved <= mechanism.bound
 
 
@@ -373,7 +373,7 @@ def test_the_update_of_clipped_samples_does_not_contradict_the_clip(
     sent = DeclaredClient(Matching(model, defense), defense).send(
         data.images[:2][None], data.labels[:2][None], contexts(1)
     )
-    assert [check.outcome for check in defense.verify(take(sent, 0))] != ["contradicts"]
+    assert [check.outcome for check in defense.checks.verify(take(sent, 0))] != ["contradicts"]
 
 
 # Orders.
@@ -519,7 +519,7 @@ def test_sparsified_clients_under_sec_adam_are_matched_as_they_are_sent(
     images, labels = data.images[:clients][None], data.labels[:clients][None]
     observed = DeclaredClient(matching, defense).send(images, labels, contexts(len(labels)))
     assert float(matching.distances(images[None], labels[None], observed)) < 1e-2
-    assert "contradicts" not in [c.outcome for c in defense.verify(take(observed, 0))]
+    assert "contradicts" not in [c.outcome for c in defense.checks.verify(take(observed, 0))]
 
 
 def test_sparsified_earlier_rounds_do_not_contradict(model: ClientModel) -> None:
@@ -527,7 +527,7 @@ def test_sparsified_earlier_rounds_do_not_contradict(model: ClientModel) -> None
     defense = Pipeline([Sparsify(fraction=0.9), SecAdam(round=2)])
     gradients = [plain_gradient(model, data.images[i], int(data.labels[i])) for i in range(2)]
     sent = defense.release([gradients[1]], [context(earlier=(gradients[0],))])
-    assert "contradicts" not in [check.outcome for check in defense.verify(sent)]
+    assert "contradicts" not in [check.outcome for check in defense.checks.verify(sent)]
 
 
 def test_no_history_of_gradients_exceeds_the_bound_on_the_values() -> None:
@@ -572,7 +572,7 @@ def test_a_raw_gradient_in_place_of_fresh_moments_contradicts(
     data = digits("private")
     gradient = plain_gradient(model, data.images[0], int(data.labels[0]))
     raw = each(lambda tensor: scale * tensor, gradient)
-    assert Pipeline([SecAdam()]).verify(raw)[0].outcome == "contradicts"
+    assert Pipeline([SecAdam()]).checks.verify(raw)[0].outcome == "contradicts"
 
 
 @given(

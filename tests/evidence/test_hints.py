@@ -45,20 +45,20 @@ def test_a_quarter_of_the_noise_is_that_of_a_mean(sample: Declare, seed: int) ->
     defense, model = client(sample, 4, [{"name": "noise", "std": 1.0}])
     nothing = each(torch.zeros_like, model.parameters)
     quarter = Noise(std=0.25).apply(nothing, context(seed))
-    (check,) = defense.verify(quarter)
+    (check,) = defense.checks.verify(quarter)
     assert check.outcome == "contradicts"
     assert "that is 1/B with a batch of 4: std 0.25 would fit" in check.detail
     remainder = check_remainder(defense, nothing, quarter)
     assert "of the declared, that is 1/B with a batch of 4: a std of 0.2" in remainder.detail
     right = Noise(std=1.0).apply(nothing, context(seed))
-    assert [check.outcome for check in defense.verify(right)] == ["agrees"]
+    assert [check.outcome for check in defense.checks.verify(right)] == ["agrees"]
 
 
 def test_a_norm_at_a_multiple_of_the_bound_is_named(sample: Declare) -> None:
     defense, model = client(sample, 4, [{"name": "clip", "bound": 0.5}])
     gradient = each(torch.ones_like, model.parameters)
     sent = each(lambda tensor: 4 * tensor, Clip(bound=0.5).apply(gradient, context(0)))
-    (check,) = defense.verify(sent)
+    (check,) = defense.checks.verify(sent)
     assert "4 times the bound, that is B with a batch of 4" in check.detail
 
 

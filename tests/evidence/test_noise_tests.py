@@ -15,7 +15,7 @@ from scipy import stats
 from scipy.special import ndtr
 
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.defenses import FALSE_ACCUSATION, Noise
+from ggl_audit.defenses import FALSE_ACCUSATION, NoiseLaw
 from ggl_audit.evidence.noise_dependence import _pairs_along, between_releases
 from ggl_audit.evidence.noise_directions import _own, _principal
 from ggl_audit.evidence.noise_distribution import at_least
@@ -103,7 +103,7 @@ def made(change: torch.Tensor | None = None, releases: int = 16) -> tuple[Gradie
 def test_a_wrong_share_is_not_taken_for_wrong_noise() -> None:
     sent, shares = made(releases=32)
     clipped_less = {"w": sent["w"] + 9 * shares["w"]}
-    residuals = residuals_of(clipped_less, Noise(std=1), shares, paired=True)
+    residuals = residuals_of(clipped_less, NoiseLaw(std=1), shares, paired=True)
     assert residuals is not None
     (found,) = find_violations(residuals)
     assert found.fault == "share"
@@ -114,7 +114,7 @@ def test_another_gradient_is_not_taken_for_wrong_noise() -> None:
     """Not in the share's direction, as where the mode or the normalization is another."""
     sent, shares = made(releases=32)
     other = torch.randn(16, 20, 30, generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1)
-    residuals = residuals_of({"w": sent["w"] + other}, Noise(std=1), shares, paired=True)
+    residuals = residuals_of({"w": sent["w"] + other}, NoiseLaw(std=1), shares, paired=True)
     assert residuals is not None
     assert {one.fault for one in find_violations(residuals)} == {"share"}
 
@@ -125,26 +125,26 @@ def test_rounding_is_not_taken_for_noise(size: float) -> None:
     draw = torch.Generator().manual_seed(0)
     shares = {"w": size * torch.randn(8, 50, 60, generator=draw).round()}
     noise = torch.randn(8, 50, 60, generator=draw) * 0.5
-    residuals = residuals_of({"w": shares["w"] + noise}, Noise(std=0.5), shares)
+    residuals = residuals_of({"w": shares["w"] + noise}, NoiseLaw(std=0.5), shares)
     assert residuals is None or find_violations(residuals) == []
-    captured = residuals_of({"w": shares["w"][:1] + noise[:1]}, Noise(std=0.5))
+    captured = residuals_of({"w": shares["w"][:1] + noise[:1]}, NoiseLaw(std=0.5))
     assert captured is None or find_violations(captured) == []
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_a_file_in_half_precision_is_not_taken_for_a_grid(kind: torch.dtype) -> None:
     sent = torch.randn(1, 200, 300, generator=torch.Generator().manual_seed(0)).to(kind).float()
-    rounded = residuals_of({"w": sent}, Noise(std=1), grain=torch.finfo(kind).eps)
+    rounded = residuals_of({"w": sent}, NoiseLaw(std=1), grain=torch.finfo(kind).eps)
     assert rounded is not None
     assert find_violations(rounded) == []
-    exact = residuals_of({"w": sent}, Noise(std=1))
+    exact = residuals_of({"w": sent}, NoiseLaw(std=1))
     assert exact is not None
     assert find_violations(exact)[0].fault == "discrete"
 
 
 def test_tensors_of_which_rounding_hides_the_noise_are_left_out() -> None:
     sent = {"large": torch.full((2, 40), 1e5), "small": torch.randn(2, 40)}
-    residuals = residuals_of(sent, Noise(std=0.1), {n: t.clone() for n, t in sent.items()})
+    residuals = residuals_of(sent, NoiseLaw(std=0.1), {n: t.clone() for n, t in sent.items()})
     assert residuals is not None
     assert [*residuals.values] == ["small"]
     assert residuals.worst_rounding <= MOST_ROUNDING
@@ -214,7 +214,7 @@ def test_the_binomial_tail_is_scipys() -> None:
 
 def test_little_data_is_not_accused() -> None:
     """Not even where it is as wrong as can be, if that may be chance."""
-    one = residuals_of({"w": torch.tensor([[0.3]])}, Noise(std=1), {"w": torch.zeros(1, 1)})
+    one = residuals_of({"w": torch.tensor([[0.3]])}, NoiseLaw(std=1), {"w": torch.zeros(1, 1)})
     assert one is not None
     assert find_violations(one) == []
 
@@ -239,7 +239,7 @@ def test_the_level_is_shared_by_as_many_tests_as_there_are(
     for name in names[1:]:
         monkeypatch.setattr(f"ggl_audit.evidence.noise_tests.{name}", silent(name))
     sent, shares = made()
-    residuals = residuals_of(sent, Noise(std=1), shares, paired=True)
+    residuals = residuals_of(sent, NoiseLaw(std=1), shares, paired=True)
     assert residuals is not None
     assert find_violations(residuals, 0.3) == []
     assert {*levels} == {*names[1:]}
@@ -257,7 +257,7 @@ def test_values_without_noise_are_found_in_half_precision(kind: torch.dtype) -> 
     for without, faults in ((0.0, []), (0.05, ["missing"])):
         kept = noise * (torch.rand(noise.shape, generator=draw) >= without)
         sent = {"w": (shares + kept).to(kind).float()}
-        residuals = residuals_of(sent, Noise(std=1), {"w": shares}, grain=grain, paired=True)
+        residuals = residuals_of(sent, NoiseLaw(std=1), {"w": shares}, grain=grain, paired=True)
         assert residuals is not None
         assert [one.fault for one in find_violations(residuals)] == faults
 
@@ -275,14 +275,14 @@ def test_other_generators_of_single_precision_are_not_taken_for_a_grid(generator
         shares = size * torch.from_numpy(random.standard_normal((8, 100, 150), dtype=np.float32))
         twice = torch.cat([shares, shares])
         sent = {"w": twice + torch.from_numpy(noise)}
-        residuals = residuals_of(sent, Noise(std=1), {"w": twice}, paired=True)
+        residuals = residuals_of(sent, NoiseLaw(std=1), {"w": twice}, paired=True)
         assert residuals is not None
         assert find_violations(residuals) == []
 
 
 def test_sums_along_directions_are_those_of_a_plain_loop() -> None:
     sent, shares = made(releases=8)
-    residuals = residuals_of(sent, Noise(std=1), shares, paired=True)
+    residuals = residuals_of(sent, NoiseLaw(std=1), shares, paired=True)
     assert residuals is not None
     own, signs = _own(residuals)
     left = (sent["w"].double() - shares["w"].double()).flatten(1)
@@ -304,6 +304,6 @@ def test_a_pair_of_single_values_is_not_said_to_correlate() -> None:
     """However near they are."""
     values = torch.randn(2, 3, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     values[1, -1] = values[0, 0]
-    residuals = residuals_of({"w": values}, Noise(std=1), {"w": torch.zeros(2, 3)})
+    residuals = residuals_of({"w": values}, NoiseLaw(std=1), {"w": torch.zeros(2, 3)})
     assert residuals is not None
     assert [*between_releases(residuals, 0.5)] == []

@@ -231,8 +231,8 @@ def test_a_clip_over_every_array_is_replayed_as_such(
     defense += [{"name": "noise", "std": noise}] if noise else []
     setting = prepare(declare(after, {}, defense=defense))
     assert outcome(setting) == ("contradicts" if over == "parameters" else "agrees")
-    assert setting.defense.is_over_everything == (over != "parameters")
-    assert not setting.defense.in_the_clear or over == "parameters"
+    assert setting.defense.clear.is_over_everything == (over != "parameters")
+    assert not setting.defense.clear.names or over == "parameters"
 
 
 def test_what_mode_implies_and_the_file_lacks_is_asked_for(

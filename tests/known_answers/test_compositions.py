@@ -104,13 +104,13 @@ def test_no_right_capture_is_accused_and_no_ceiling_is_too_low(seed: int) -> Non
         hidden = False
         for index in range(TRIALS):
             one = take(sent, index)
-            checks = defense.verify(one)
-            if members == 1 and defense.leaves_only_noise():
+            checks = defense.checks.verify(one)
+            if members == 1 and defense.randomness.leaves_only_noise():
                 image = trials.canaries[index]
                 checks.append(check_truth(matching, defense, one, image, reference.images))
             assert all(check.outcome != "contradicts" for check in checks), (str(defense), checks)
             hidden = hidden or any(check.outcome == "hidden" for check in checks)
-        if hidden or not defense.has_likelihood():
+        if hidden or not defense.likelihood.is_known():
             continue
         compared += 1
         plain = Pipeline([SecureAggregation(clients=clients)] if clients > 1 else [])

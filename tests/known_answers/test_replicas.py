@@ -16,7 +16,7 @@ from ggl_audit.basics.gradient import take
 from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
 from ggl_audit.client.randomness import client_contexts
-from ggl_audit.defenses import RECIPES, REGISTRY, Pipeline, SecureAggregation, relative_l2
+from ggl_audit.defenses import Pipeline, SecureAggregation, relative_l2, shipped
 from ggl_audit.evidence.identification import draw_trials, match
 from ggl_audit.inputs.images import digits
 from ggl_audit.spec import Spec
@@ -105,7 +105,7 @@ def spec_of(case: Case) -> Spec:
 
 def test_the_table_has_every_defense() -> None:
     named = {step["name"] for case in CASES for step in case.steps}
-    assert named == {*REGISTRY, *RECIPES}
+    assert named == {*shipped()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.steps}{case.local or ''}")

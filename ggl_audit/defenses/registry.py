@@ -1,0 +1,73 @@
+"""Which defenses there are: those of this folder, and those that other packages add."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ggl_audit.basics.plugins import added_by_packages
+from ggl_audit.defenses.base import Declared, Step
+from ggl_audit.errors import AuditError
+
+
+@functools.cache
+def shipped() -> dict[str, type[Declared]]:
+    """The steps and recipes in the files of this folder, by name."""
+    package = __name__.rpartition(".")[0]
+    modules = [
+        importlib.import_module(f"{package}.{file.name}")
+        for file in pkgutil.iter_modules([str(Path(__file__).parent)])
+    ]
+    return _by_name(
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type)
+        and issubclass(kind, Declared)
+        and kind.__module__ == module.__name__
+        and "name" in vars(kind)
+    )
+
+
+def known() -> dict[str, type[Declared]]:
+    """The same, and what the installed packages add.
+
+    Raises:
+        AuditError: a package adds something else, cannot be imported, or gives a name that there is
+            already.
+    """
+    added = added_by_packages("defenses")
+    for point, kind in added.items():
+        fits = isinstance(kind, type) and issubclass(kind, Declared) and hasattr(kind, "name")
+        if not fits:
+            raise AuditError(
+                f"what a package adds as {point!r} to defenses is none: expected a class with a "
+                "name, of ggl_audit.defenses.Defense or another kind of step",
+                "Mend or uninstall it.",
+            )
+    return _by_name([*shipped().values(), *added.values()])
+
+
+def is_own(step: Step) -> bool:
+    """Whether it is a user's own, or another package's, and not of this folder."""
+    return type(step) not in shipped().values()
+
+
+def _by_name(kinds: Iterable[type[Declared]]) -> dict[str, type[Declared]]:
+    found: dict[str, type[Declared]] = {}
+    for kind in kinds:
+        other = found.setdefault(kind.name, kind)
+        if other is not kind:
+            raise AuditError(
+                f"two defenses are called {kind.name!r}: {_whole_name(other)} and "
+                f"{_whole_name(kind)}",
+                "Uninstall the package that adds one of them, or rename that one.",
+            )
+    return found
+
+
+def _whole_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

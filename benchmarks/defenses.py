@@ -26,13 +26,13 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from ggl_audit.attack.matching import Matching
 from ggl_audit.audit import run_audit
 from ggl_audit.basics.gradient import Gradient, take
 from ggl_audit.case.capturing import capture_gradient
-from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
 from ggl_audit.cli.progress import AuditProgress
+from ggl_audit.client.clients import DeclaredClient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import build_pipeline, shipped
 from ggl_audit.errors import AuditError
@@ -329,7 +329,7 @@ def _sent(spec: Spec, private: Sequence[Path], labels: Sequence[int]) -> Gradien
     public = read_image_set(
         spec.evidence.reference, spec.folder, ("evidence", "reference"), "reference", model.shape
     )
-    client = DeclaredClient(Matching(model, defense), defense, public)
+    client = DeclaredClient(ClientGradients(model, defense), defense, public)
     images = torch.stack([read_image(path, model.shape) for path in private])
     context = client_context(spec.seed, "captured client", cpu)
     return take(client.send(images[None], torch.tensor([labels]), [context]), 0)

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, flat, stack, take
-from ggl_audit.case.clients import DeclaredClient, OwnClient
 from ggl_audit.case.setting import prepare
+from ggl_audit.client.clients import DeclaredClient, OwnClient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline
 from ggl_audit.errors import SpecError
 from ggl_audit.experiments.alternatives import other_layouts, other_models
@@ -84,7 +85,7 @@ def test_the_clients_code_cannot_change_the_model(model: ClientModel) -> None:
 def test_a_declared_client_does_what_is_declared(model: ClientModel) -> None:
     data = digits("private")
     clip = Pipeline([Clip(bound=0.5)])
-    sent = DeclaredClient(Matching(model, clip), clip).send(
+    sent = DeclaredClient(ClientGradients(model, clip), clip).send(
         data.images[:3, None], data.labels[:3, None], contexts(3)
     )
     plain = stack(

@@ -13,6 +13,7 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, flat, norm, take
 from ggl_audit.case.loading import load_client
 from ggl_audit.client.contribution import ORDER, Contribution
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.inputs.images import digits
 from ggl_audit.inputs.model import ClientModel
@@ -180,7 +181,7 @@ def test_an_update_is_that_of_pytorchs_optimizer(
     defense, model = client(batch_size, capture__kind="update", capture__local=declared)
     images, labels = batch(3 * batch_size)
     sets = images.unflatten(0, (3, batch_size)), labels.unflatten(0, (3, batch_size))
-    together = Matching(model, defense).gradients(*sets)
+    together = ClientGradients(model, defense).gradients(*sets)
     alone = Contribution(model, defense)
     options = {name: value for name, value in local.items() if name != "epochs"}
     for i in range(3):
@@ -215,22 +216,22 @@ def test_a_shuffled_order_is_the_one_that_was_drawn(client: Callable[..., Client
     matching = Matching(model, defense)
     images, labels = batch(8)
     images, labels = images.unflatten(0, (2, 4)), labels.unflatten(0, (2, 4))
-    drawn = matching.draw(context(5), 2)
+    drawn = matching.clients.draw(context(5), 2)
     assert drawn[ORDER].shape == (2, 3, 4)
     assert torch.equal(drawn[ORDER].sort(-1).values, torch.arange(4).expand(2, 3, 4))
     assert len({tuple(order.tolist()) for order in drawn[ORDER].flatten(0, 1)}) > 1
-    found = matching.gradients(images, labels, drawn)
+    found = matching.clients.gradients(images, labels, drawn)
     for i in range(2):
         expected = sgd(model, images[i], labels[i], list(drawn[ORDER][i]), 2, lr=0.5, momentum=0.5)
         assert_same(take(found, i), expected)
-    fixed = take(matching.gradients(images, labels), 0)
+    fixed = take(matching.clients.gradients(images, labels), 0)
     assert float(norm({n: fixed[n] - found[n][0] for n in fixed})) > 1e-3 * float(norm(fixed))
 
 
 def test_each_client_draws_its_own_order(client: Callable[..., Client]) -> None:
     local = {"lr": 0.5, "batch_size": 1, "order": "shuffled"}
     defense, model = client(8, capture__kind="update", capture__local=local)
-    drawn = Matching(model, defense).draw(context(), 6)[ORDER]
+    drawn = ClientGradients(model, defense).draw(context(), 6)[ORDER]
     assert len({tuple(order.flatten().tolist()) for order in drawn}) == 6
 
 
@@ -276,9 +277,9 @@ def test_many_sets_at_once_are_each_as_alone_whatever_the_chunk(
     images, labels = batch(10)
     sets = images.unflatten(0, (5, 2)), labels.unflatten(0, (5, 2))
     matching = Matching(model, defense)
-    whole = matching.gradients(*sets)
-    matching._chunk = 2
-    parts = matching.gradients(*sets)
+    whole = matching.clients.gradients(*sets)
+    matching.clients.chunk = 2
+    parts = matching.clients.gradients(*sets)
     alone = Contribution(model, defense)
     for i in range(5):
         assert_same(take(whole, i), alone(sets[0][i], sets[1][i], {}))

@@ -15,12 +15,12 @@ from torch.func import grad
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, StepLR
 
 from ggl_audit.attack.labels import why_not_inferred
-from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, each, norm, take
 from ggl_audit.case.doubts import capture_doubts
 from ggl_audit.case.loading import load_client
 from ggl_audit.case.setting import Setting, prepare
 from ggl_audit.client.contribution import Contribution
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.client.local_training import described, rate_of_one_step
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import SpecError
@@ -138,7 +138,9 @@ def test_an_update_is_that_of_pytorchs_optimizer_with_its_defaults(
     assert len(rates) == 6
     images, labels = batch()
     assert_same(Contribution(model, defense)(images, labels, {}), expected)
-    two = Matching(model, defense).gradients(images.expand(2, -1, -1, -1, -1), labels.repeat(2, 1))
+    two = ClientGradients(model, defense).gradients(
+        images.expand(2, -1, -1, -1, -1), labels.repeat(2, 1)
+    )
     assert_same(take(two, 1), expected)
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch.func import vjp
 
-from ggl_audit.attack.matching import MEMORY, Matching
+from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient
+from ggl_audit.client.gradients import MEMORY
 from ggl_audit.client.local_training import rate_of_one_step
 from ggl_audit.defenses import Pipeline
 from ggl_audit.inputs.model import ClientModel

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch.func import grad_and_value, vmap
 
-from ggl_audit.attack.matching import COPIES_OF_A_GRADIENT, MEMORY, Distance, cosine
+from ggl_audit.attack.matching import Distance, cosine
 from ggl_audit.basics.gradient import Gradient, each
 from ggl_audit.client.contribution import Contribution
+from ggl_audit.client.gradients import COPIES_OF_A_GRADIENT, MEMORY, ClientGradients
 from ggl_audit.defenses import Drawn, Pipeline, relative_l2
 from ggl_audit.inputs.model import ClientModel
 
@@ -48,7 +49,7 @@ class Derivatives:
         self._contribution = Contribution(model, defense)
         self._measure = cosine if distance == "cosine" else relative_l2
         self._sloped = vmap(grad_and_value(self._distance))
-        self._together = max(1, memory // (COPIES * 4 * model.size))
+        self._together = max(1, ClientGradients(model, defense, memory).room(COPIES))
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient

@@ -11,17 +11,14 @@ up layer by layer (:mod:`ggl_audit.attack.layer_wise`); elsewhere whole gradient
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch.func import vmap
 
 from ggl_audit.attack.layer_wise import LayerWise, layer_wise
-from ggl_audit.basics.environment import is_out_of_memory
 from ggl_audit.basics.gradient import (
     Gradient,
-    concatenate,
     each,
     norm,
     repeated,
@@ -29,22 +26,11 @@ from ggl_audit.basics.gradient import (
     take,
     unstack,
 )
-from ggl_audit.client.contribution import Contribution
-from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
-from ggl_audit.errors import SpecError
-from ggl_audit.inputs.losses import CrossEntropy
+from ggl_audit.client.gradients import MEMORY, ClientGradients, in_less_memory
+from ggl_audit.defenses import Drawn, Pipeline, relative_l2
 from ggl_audit.inputs.model import ClientModel
 
 Distance = Literal["likelihood", "l2", "cosine"]
-
-MEMORY = 256 * 2**20
-"""Bytes held at a time; what takes more is taken in chunks."""
-
-COPIES_OF_A_GRADIENT = 4
-"""The gradient, its replica, the difference and its square, while a chunk is worked on."""
-
-ROUNDING = 1e-6
-"""Of a sum of gradients on any hardware, squared and relative."""
 
 DENSE, FEW_INPUTS = 3, 7
 """Dimensions of a stack of weights of dense layers; the most inputs that keep their mean."""
@@ -54,24 +40,6 @@ def cosine(replica: Gradient, observed: Gradient) -> torch.Tensor:
     """One minus the cosine between the two, a scalar in [0, 2]."""
     inner = torch.stack([(replica[name] * observed[name]).sum() for name in observed]).sum()
     return 1 - inner / (norm(replica) * norm(observed)).clamp(min=1e-30)
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _in_less_memory(method: Method) -> Method:
-    """Tries a method of :class:`Matching` again with half the chunks where memory runs out."""
-
-    @functools.wraps(method)
-    def tried(self: Matching, *args: Any, **kwargs: Any) -> Any:
-        while True:
-            try:
-                return method(self, *args, **kwargs)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or not self.halve_chunks():
-                    raise
-
-    return tried  # type: ignore[return-value]
 
 
 class Matching:
@@ -99,9 +67,7 @@ class Matching:
         self.model = model
         self.defense = defense
         self.distance = distance
-        self.memory = memory
-        self._contribution = Contribution(model, defense)
-        self._shares = vmap(self._contribution)
+        self.clients = ClientGradients(model, defense, memory)
         measure = relative_l2 if distance == "l2" else cosine
 
         def compare(gradients: Gradient, observed: Gradient, known: Gradient) -> torch.Tensor:
@@ -112,8 +78,6 @@ class Matching:
 
         # The inner map runs over the candidates of one observation, the outer over observations.
         self._distances = vmap(vmap(compare, in_dims=(0, None, None)))
-        bytes_each = COPIES_OF_A_GRADIENT * 4 * model.size
-        self._chunk = max(1, memory // bytes_each)
 
     @functools.cached_property
     def _layer_wise(self) -> LayerWise | None:
@@ -123,7 +87,18 @@ class Matching:
         best = self.distance == "likelihood"
         side = self.defense.likelihood if best else self.defense.replica
         cosine = self.distance == "cosine"
-        return layer_wise(self.model, side.value_wise(), cosine, self.gradients, self.memory)
+        return layer_wise(
+            self.model, side.value_wise(), cosine, self.clients.gradients, self.clients.memory
+        )
+
+    def halve_chunks(self) -> bool:
+        """Takes half as many candidates at a time; False where that is one already."""
+        way = self.__dict__.get("_layer_wise")
+        fewer = self.clients.halve_chunks()
+        if way is None or way.chunk == 1:
+            return fewer
+        way.chunk = max(1, way.chunk // 2)
+        return True
 
     def seen_of(self, observed: Gradient) -> Gradient | None:
         """What of a release this model computes, which in another mode keeps other statistics.
@@ -137,82 +112,7 @@ class Matching:
             return None
         return {name: tensor for name, tensor in observed.items() if name in names}
 
-    def halve_chunks(self) -> bool:
-        """Takes half as many candidates at a time; False where that is one already."""
-        way = self.__dict__.get("_layer_wise")
-        most = max(self._chunk, 1 if way is None else way.chunk)
-        self._chunk = max(1, self._chunk // 2)
-        if way is not None:
-            way.chunk = max(1, way.chunk // 2)
-        return most > 1
-
-    @functools.cached_property
-    def adds_up(self) -> bool:
-        """Whether a client's gradient is the sum of what its images add, tried on random ones.
-
-        It is not where images are trained on one after the other, share the statistics of a batch,
-        are mixed with each other or weighed against each other.
-        """
-        count = self.model.batch_size
-        if count == 1:
-            return True
-        if isinstance(self.model.criterion, CrossEntropy) and not self.model.criterion.adds_up:
-            return False
-        random = torch.Generator().manual_seed(0)
-        images = torch.rand(count, *self.model.shape, generator=random).to(self.model.mean)
-        labels = torch.linspace(0, self.model.classes - 1, count, device=self.model.device)
-        labels = labels.round().long()  # as different as they can be
-        whole = take(self.gradients(images[None], labels[None]), 0)
-        try:
-            own = self.gradients(images, labels)
-        except (Exception, SystemExit):
-            return False  # the user's own code, or batch norm, does not take one image alone
-        total = each(lambda tensor: self._share * tensor.sum(0), own)
-        return float(relative_l2(total, whole)) < ROUNDING
-
-    def draw(self, context: Context, clients: int) -> Drawn:
-        """What each of several clients draws before it begins, with a leading dimension."""
-        drawn = [
-            self._contribution.draw(context, self.model.batch_size) for _ in range(max(clients, 1))
-        ]
-        return {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
-
-    @_in_less_memory
-    def gradients(
-        self, images: torch.Tensor, labels: torch.Tensor, drawn: Drawn | None = None
-    ) -> Gradient:
-        """What each of n clients computes, before the defense of the whole.
-
-        Args:
-            images: (n, B, channels, height, width) in [0, 1], or without B for one image each.
-            labels: (n, B) or (n,).
-            drawn: with a leading dimension n; guessed blindly unless given.
-
-        Returns:
-            Tensors with a leading dimension n, in the model's order.
-        """
-        if labels.ndim == 1:
-            images, labels = images[:, None], labels[:, None]
-        if drawn is None:
-            blind = self.defense.replica.blind_guess()
-            drawn = {
-                name: tensor.expand(len(labels), *tensor.shape) for name, tensor in blind.items()
-            }
-        parts: list[Gradient] = []
-        for start in range(0, len(labels), self._chunk):
-            part = slice(start, start + self._chunk)
-            mine = {name: tensor[part] for name, tensor in drawn.items()}
-            with torch.no_grad():
-                parts.append(self._shares(images[part], labels[part], mine))
-        return parts[0] if len(parts) == 1 else concatenate(parts)
-
-    def each_gradient(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Gradient]:
-        """What :meth:`gradients` computes, client by client, no more of them held than fit."""
-        for start in range(0, len(labels), self._chunk):
-            part = slice(start, start + self._chunk)
-            yield from unstack(self.gradients(images[part], labels[part]))
-
-    @_in_less_memory
+    @in_less_memory
     def distances(
         self,
         images: torch.Tensor,
@@ -239,7 +139,7 @@ class Matching:
             return way.distances(images[:, :, 0], labels[:, :, 0], observed)
         return self._by_gradients(images, labels, observed, others)
 
-    @_in_less_memory
+    @in_less_memory
     def residual_products(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -267,7 +167,7 @@ class Matching:
     ) -> torch.Tensor:
         """See :meth:`distances`; of sets (t, n, k, ...)."""
         trials, candidates, members = labels.shape
-        most = max(1, self._chunk // max(1, members // self.model.batch_size))
+        most = max(1, self.clients.chunk // max(1, members // self.model.batch_size))
         if candidates > most:
             parts = [
                 self._by_gradients(
@@ -291,7 +191,7 @@ class Matching:
             distances.append(torch.stack(tried).amin(0))
         return torch.cat(distances)
 
-    @_in_less_memory
+    @in_less_memory
     def distances_in_turn(
         self,
         candidates: torch.Tensor,
@@ -314,7 +214,7 @@ class Matching:
             (t, k, n).
         """
         trials, members, count = candidates.shape[:3]
-        together = max(1, self._chunk // (members * count))
+        together = max(1, self.clients.chunk // (members * count))
         distances = []
         for start in range(0, trials, together):
             part = slice(start, start + together)
@@ -390,27 +290,6 @@ class Matching:
             best = away.argmin(0).tolist()
             return stack([take(found[guess], index) for index, guess in enumerate(best)])
 
-    def try_out(self) -> None:
-        """Evaluates two candidates, to find out whether the model can be mapped over.
-
-        Raises:
-            SpecError: it cannot.
-        """
-        images = torch.rand(2, self.model.batch_size, *self.model.shape, device=self.model.device)
-        labels = torch.zeros(2, self.model.batch_size, dtype=torch.long, device=self.model.device)
-        try:
-            self.gradients(images, labels)
-        except (Exception, SystemExit) as error:
-            # The forward pass is the user's own code.
-            raised = error.__cause__ or error if isinstance(error, SpecError) else error
-            reason = (str(raised).strip() or type(raised).__name__).splitlines()[0]
-            raise SpecError(
-                ("model", "factory"),
-                f"the model cannot be evaluated for many candidates at a time ({reason})",
-                "torch.func.vmap needs a forward pass without data-dependent branches, random "
-                "draws, or buffers that it changes.",
-            ) from None
-
     def of_clients(self, images: torch.Tensor, labels: torch.Tensor, guess: Drawn) -> Gradient:
         """Of (t, n, k) images with what is guessed of each of t draws: tensors (t, n, k / B)."""
         batch_size = self.model.batch_size
@@ -419,15 +298,10 @@ class Matching:
         each = shape[1] * shape[2]
         drawn = {name: tensor.repeat_interleave(each, dim=0) for name, tensor in guess.items()}
         size = members // shape[2]
-        gradients = self.gradients(
+        gradients = self.clients.gradients(
             images.reshape(-1, size, *images.shape[3:]), labels.reshape(-1, size), drawn
         )
         return {name: tensor.unflatten(0, shape) for name, tensor in gradients.items()}
-
-    @property
-    def _share(self) -> float:
-        """What an image's own gradient is multiplied by in that of its client."""
-        return 1 if self.model.loss_sum else 1 / self.model.batch_size
 
     def _in_turn(
         self,
@@ -439,11 +313,11 @@ class Matching:
     ) -> torch.Tensor:
         """See :meth:`distances_in_turn`, by one guess of what each of t clients drew."""
         trials, members, count = candidates.shape[:3]
-        batch_size, share = self.model.batch_size, self._share
+        batch_size, share = self.model.batch_size, self.clients.share
         # From here on the leading dimension is t x k, as each image has candidates of its own.
         seen, drawn = repeated(observed, members), repeated(guess, members)
         candidates, labels = candidates.flatten(0, 1), labels.flatten()
-        own = self.gradients(others.flatten(0, 1), labels, drawn)
+        own = self.clients.gradients(others.flatten(0, 1), labels, drawn)
         own = each(lambda tensor: share * tensor, own)
         clients = each(lambda tensor: tensor.unflatten(0, (-1, batch_size)).sum(1), own)
         whole = repeated(clients, batch_size)
@@ -466,7 +340,7 @@ class Matching:
                 each(lambda tensor: tensor[part], tensors) for tensors in (drawn, seen, rest, known)
             )
             width = images.shape[1]
-            gradients = self.gradients(
+            gradients = self.clients.gradients(
                 images.flatten(0, 1),
                 labels[part].repeat_interleave(width),
                 repeated(mine, width),
@@ -482,10 +356,10 @@ class Matching:
             return distances
 
         rows = []
-        together = max(1, self._chunk // count)
+        together = max(1, self.clients.chunk // count)
         for start in range(0, len(labels), together):
             part = slice(start, start + together)
-            columns = candidates[part].split(self._chunk, dim=1)
+            columns = candidates[part].split(self.clients.chunk, dim=1)
             rows.append(torch.cat([compared(part, images) for images in columns], dim=1))
         return torch.cat(rows).reshape(trials, members, count)
 

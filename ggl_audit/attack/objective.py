@@ -69,7 +69,7 @@ class LatentObjective:
         """The matching with its derivatives."""
         matching = self.matching
         return Derivatives(
-            matching.model, matching.defense, matching.distance, memory=matching.memory
+            matching.model, matching.defense, matching.distance, memory=matching.clients.memory
         )
 
     @functools.cached_property
@@ -93,7 +93,7 @@ class LatentObjective:
 
     def parts(self, together: bool) -> int:
         """How many latents are searched for each by itself: k, or one that holds all of them."""
-        return self.members if self.matching.adds_up and not together else 1
+        return self.members if self.matching.clients.adds_up and not together else 1
 
     def evaluate(self, latents: torch.Tensor, wants: Wants) -> Evaluation:
         """What becomes of n latents for each of t observed gradients.

@@ -57,7 +57,7 @@ class Residuals:
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
     ) -> tuple[torch.Tensor, torch.Tensor]:
         model = self._matching.model
-        memory = self._matching.memory
+        memory = self._matching.clients.memory
         room = max(FEWEST_VALUES, memory // (4 * labels.shape[1]))
         together = max(1, memory // (32 * model.size * max(1, labels.shape[2] // model.batch_size)))
         losses, products = [], []

@@ -51,6 +51,6 @@ class Analytic(Attack):
         labels = torch.tensor(case.labels, device=case.model.device)
         rounding = case.captured.rounding
         observed = stack([case.observed])
-        picture = attempt.images[:1, 0]
-        found = is_exact(case.model, case.defense, picture, labels, observed, rounding, case.memory)
+        picture, memory = attempt.images[:1, 0], case.clients.memory
+        found = is_exact(case.model, case.defense, picture, labels, observed, rounding, memory)
         return bool(found[0])

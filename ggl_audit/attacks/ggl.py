@@ -84,7 +84,7 @@ def search_latents(
 def searched_by(case: Setting) -> AttackSpec:
     """The declared search, but by what stands in for an optimizer that has too few evaluations."""
     declared, members = case.spec.attack, case.members
-    apart = members > 1 and case.matching().adds_up
+    apart = members > 1 and case.clients.adds_up
     size, evaluations = case.prior.size * members, declared.evaluations // declared.restarts
     other = find_family(declared.optimizer).stand_in(size, evaluations, apart)
     return declared.model_copy(update={"optimizer": other}) if other else declared

@@ -11,6 +11,7 @@ from ggl_audit.attack.labels import scale_of_one
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, unstack
 from ggl_audit.case.loading import load_client, observe_statistics
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import Check, Pipeline
 from ggl_audit.errors import AuditError
@@ -140,7 +141,9 @@ def look_for_covering_noise(
     if model.statistics is None or not defense.clear.is_over_everything or spec.client is not None:
         return []
     sets, labels = reference.sets(NORMS_COMPARED, model.batch_size)
-    gradients = unstack(Matching(model, defense, memory=spec.memory_bytes).gradients(sets, labels))
+    gradients = unstack(
+        ClientGradients(model, defense, memory=spec.memory_bytes).gradients(sets, labels)
+    )
     context = client_context(spec.seed, "statistics", model.device)
     usual = [g for one in gradients for g in (one, defense.without_noise(one, context))]
     check = check_covered(defense, model.statistics.names, observed, usual)

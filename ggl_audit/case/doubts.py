@@ -12,7 +12,8 @@ import torch
 from ggl_audit.attack.labels import scale_of_one, unequal_weights, usual_head
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, norm, stack, take
-from ggl_audit.case.clients import Client, DeclaredClient, OwnClient
+from ggl_audit.client.clients import Client, DeclaredClient, OwnClient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.client.randomness import client_context, client_contexts
 from ggl_audit.defenses import Pipeline, is_own, relative_l2
 from ggl_audit.evidence.consistency import check_remainder, check_truth
@@ -107,10 +108,10 @@ def beside_doubts(
 def _declared_counts(model: ClientModel, defense: Pipeline, names: tuple[str, ...]) -> Gradient:
     """What local training as declared changes counts of batches by, before less after."""
     counting = replace(model, statistics=Statistics(model.normalizations, names))
-    matching = Matching(counting, Pipeline(defense.steps, counting))
+    clients = ClientGradients(counting, Pipeline(defense.steps, counting))
     images = torch.rand(1, model.batch_size, *model.shape, device=model.device)
     labels = torch.zeros(1, model.batch_size, dtype=torch.long, device=model.device)
-    return take(matching.gradients(images, labels), 0)
+    return take(clients.gradients(images, labels), 0)
 
 
 def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: ImageSet) -> list[str]:
@@ -121,7 +122,7 @@ def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Imag
     """
     if not isinstance(client, OwnClient):
         return []
-    model = client.matching.model
+    model = client.clients.model
     context = client_context(spec.seed, "client trial", model.device)
     few = max(1, client.batch_size)
     beside = client.fitted(reference.images[:few], reference.labels[:few], context).beside
@@ -142,9 +143,10 @@ def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Imag
         one = take(sent, index)
         checks = defense.checks.verify(one)
         if defense.randomness.leaves_only_noise():
-            told = None if client.matching.model.targets is None else labels[index, None]
+            told = None if client.clients.model.targets is None else labels[index, None]
             others = reference.images[1:]
-            checks.append(check_truth(client.matching, defense, one, image, others, told))
+            matching = Matching(model, defense, memory=spec.memory_bytes)
+            checks.append(check_truth(matching, defense, one, image, others, told))
         wrong = [check for check in checks if check.outcome == "contradicts"]
         if wrong:
             return [f"the client's own code contradicts {wrong[0].step}: {wrong[0].detail}"]
@@ -158,10 +160,11 @@ def _batch_doubts(
         return [f"whether the client's own code does {defense} to a batch cannot be checked"]
     images, labels = reference.sets(CLIENT_TRIALS, client.batch_size)
     contexts = client_contexts(
-        seed, "client trials", client.matching.model.device, range(CLIENT_TRIALS)
+        seed, "client trials", client.clients.model.device, range(CLIENT_TRIALS)
     )
     sent = client.send(images, labels, contexts)
-    replicas = client.matching.replicas(images, labels, sent)
+    matching = Matching(client.clients.model, defense, memory=client.clients.memory)
+    replicas = matching.replicas(images, labels, sent)
     for index in range(CLIENT_TRIALS):
         check = check_remainder(defense, take(replicas, index), take(sent, index))
         if check.outcome == "contradicts":
@@ -230,7 +233,7 @@ def replica_doubts(
     members = model.batch_size * defense.aggregation.clients
     images, labels = reference.sets(CLIENT_TRIALS if members <= MANY else 1, members)
     contexts = client_contexts(spec.seed, "replica trial", model.device, range(len(labels)))
-    sent = DeclaredClient(matching, without, reference).send(images, labels, contexts)
+    sent = DeclaredClient(matching.clients, without, reference).send(images, labels, contexts)
     replicas = matching.replicas(images, labels, sent)
     for index in range(len(labels)):
         observed = take(sent, index)

@@ -26,10 +26,11 @@ from ggl_audit.case.checks import (
     look_for_covering_noise,
     observe,
 )
-from ggl_audit.case.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.case.doubts import capture_doubts, client_doubts, label_doubts, replica_doubts
 from ggl_audit.case.labels import infer, labels_of
 from ggl_audit.case.loading import load_client, observe_statistics
+from ggl_audit.client.clients import Client, DeclaredClient, OwnClient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.client.randomness import client_contexts
 from ggl_audit.defenses import (
     Check,
@@ -130,10 +131,10 @@ class Setting:
         """How many images a release is made of, those of all clients together."""
         return self.spec.capture.batch_size * self.defense.aggregation.clients
 
-    @property
-    def memory(self) -> int:
-        """Bytes that candidates' gradients may take at a time."""
-        return self.spec.memory_bytes
+    @functools.cached_property
+    def clients(self) -> ClientGradients:
+        """What clients compute, within the memory; whoever holds gradients asks it for room."""
+        return ClientGradients(self.model, self.defense, self.spec.memory_bytes)
 
     def captured_labels(self, count: int) -> torch.Tensor:
         """The captured labels for so many searches, (count, k)."""
@@ -144,13 +145,14 @@ class Setting:
     ) -> Matching:
         """Compares candidates within the memory, under the declared defense or another one."""
         own = self.defense if defense is None else defense
-        return Matching(self.model, own, distance, self.memory)
+        return Matching(self.model, own, distance, self.spec.memory_bytes)
 
     def derivatives(
         self, distance: Distance, shown: torch.Tensor | None = None, weight: float = 0.0
     ) -> Derivatives:
         """Derivatives of the matching distance, within the memory."""
-        return Derivatives(self.model, self.defense, distance, shown, weight, self.memory)
+        memory = self.spec.memory_bytes
+        return Derivatives(self.model, self.defense, distance, shown, weight, memory)
 
     @functools.cached_property
     def why_no_derivatives(self) -> str:
@@ -180,7 +182,7 @@ class Setting:
     def usual(self) -> Gradient:
         """What a client computes from reference images, undefended; a leading dimension n."""
         images, labels = self.reference.sets(NORMS_COMPARED, self.model.batch_size)
-        return self.matching().gradients(images, labels)
+        return self.clients.gradients(images, labels)
 
     @functools.cached_property
     def usual_norm(self) -> float:
@@ -317,7 +319,7 @@ def _prepare(spec: Spec) -> Setting:
     if captured.unsent:
         defense, model = load_client(spec, device, unsent=captured.unsent)
     model, defense = _with_statistics(model, defense, captured)
-    Matching(model, defense, memory=spec.memory_bytes).try_out()
+    ClientGradients(model, defense, memory=spec.memory_bytes).try_out()
     gradient, checks = observe(spec, model, defense, captured)
     members = capture.batch_size * defense.aggregation.clients
     if spec.evidence.distance == "representation" and model.head is None:
@@ -579,9 +581,9 @@ def _lpips(
 
 
 def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageSet) -> Client:
-    matching = Matching(model, defense, memory=spec.memory_bytes)
+    clients = ClientGradients(model, defense, spec.memory_bytes)
     if spec.client is None:
-        return DeclaredClient(matching, defense, reference)
+        return DeclaredClient(clients, defense, reference)
     if defense.aggregation.clients > 1 or spec.capture.kind == "update":
         raise SpecError(
             ("client",), "a cohort or an update is not made by one step of the client's own code"
@@ -595,7 +597,7 @@ def _client(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageS
     several = spec.capture.batch_size > 1
     client = OwnClient(
         step=functools.partial(step, **spec.client.kwargs),
-        matching=matching,
+        clients=clients,
         defense=defense,
         companions=reference,
         batch_size=spec.capture.batch_size if several else spec.client.batch_size,

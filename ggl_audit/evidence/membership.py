@@ -16,14 +16,13 @@ LARGEST_POOL = 256
 RELATIVE_FLOOR = 1e-10
 
 
-def public_images(parameters: int, memory: int) -> int:
+def public_images(room: int) -> int:
     """How many public images the population is estimated from.
 
     Args:
-        parameters: of the model.
-        memory: bytes that their gradients may take.
+        room: how many of their gradients may be held.
     """
-    return max(16, min(LARGEST_POOL, memory // (4 * parameters)))
+    return max(16, min(LARGEST_POOL, room))
 
 
 class UnknownMembers:

@@ -18,14 +18,13 @@ WARM_UP = 10
 SETS_COMPARED = 64
 
 
-def pool_size(parameters: int, memory: int) -> int:
+def pool_size(room: int) -> int:
     """How many possible candidates are tried, a quarter of which are held twice.
 
     Args:
-        parameters: of the model.
-        memory: bytes that these may take.
+        room: how many gradients may be held, each twice.
     """
-    return max(2 * CANDIDATES, min(LARGEST_POOL, 4 * memory // (2 * 4 * parameters)))
+    return max(2 * CANDIDATES, min(LARGEST_POOL, 4 * room))
 
 
 def largest(norms: torch.Tensor) -> torch.Tensor:

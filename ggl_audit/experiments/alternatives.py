@@ -33,7 +33,7 @@ def other_models(setting: Setting) -> Iterator[tuple[str, Setting]]:
             if own is not None:
                 model, defense = observe_statistics(model, defense, own.names, own.unit)
             matching = Matching(model, defense, memory=changed.memory_bytes)
-            matching.try_out()
+            matching.clients.try_out()
             observed = matching.seen_of(setting.observed)
             if observed is not None:
                 yield cause, replace(setting, model=model, defense=defense, observed=observed)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attacks.attack import Advance
-from ggl_audit.case.clients import Client, DeclaredClient
 from ggl_audit.case.setting import Setting
+from ggl_audit.client.clients import Client, DeclaredClient
 from ggl_audit.defenses import Pipeline, SecureAggregation
 from ggl_audit.evidence.identification import match
 from ggl_audit.evidence.standing import ceiling_is_settled
@@ -92,7 +92,7 @@ class UndefendedMatching(Experiment[Matched]):
 
     def run(self, trials: range, advance: Advance) -> Iterator[Matched]:
         """Matches candidates without the declared steps."""
-        client = DeclaredClient(self.case.matching(self._without), self._without)
+        client = DeclaredClient(self.case.matching(self._without).clients, self._without)
         return match_canaries(self.case, client, self._without, self.name, trials, advance)
 
 
@@ -143,10 +143,10 @@ def match_canaries(
 
 
 def _plan(case: Setting, trials: int, *, at_most: bool = False) -> Plan:
-    held = COPIES_OF_A_CANARY * 4 * case.model.size * case.defense.aggregation.clients
+    room = case.clients.room(COPIES_OF_A_CANARY * case.defense.aggregation.clients)
     return Plan(
         trials=trials,
         matched=trials * (case.spec.evidence.candidates + 1),
         at_most=at_most,
-        together=max(1, min(CANARIES_TOGETHER, case.memory // held)),
+        together=max(1, min(CANARIES_TOGETHER, room)),
     )

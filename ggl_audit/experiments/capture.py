@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ggl_audit.attack.matching import Matching
 from ggl_audit.attacks.attack import Advance, Attempt, Curve
 from ggl_audit.attacks.ggl import GenerativeGradientLeakage
 from ggl_audit.basics.gradient import Gradient, norm, shares, stack
@@ -172,7 +171,7 @@ def _matching_ranks(case: Setting, observed: Gradient) -> list[int | None]:
     # The attacker tries a candidate as its client's first image.
     return [
         None
-        if one is None or not matching.adds_up
+        if one is None or not case.clients.adds_up
         else match(matching, one, observed, case.lots("captured ties", [place]))[0]
         for place, one in enumerate(case.captured_trials())
     ]
@@ -196,7 +195,7 @@ def _pictures(case: Setting, images: torch.Tensor) -> list[Picture]:
 def _nearest(case: Setting, attempts: Mapping[str, Attempt]) -> str:
     """The attack with the best first picture, by a distance that is the same for all."""
     names = list(attempts)
-    matching = Matching(case.model, case.defense, case.spec.attack.distance, case.memory)
+    matching = case.matching(distance=case.spec.attack.distance)
     images = torch.stack([attempts[name].images[0] for name in names])
     labels = case.captured_labels(len(names))[None]
     losses = matching.distances(images[None], labels, stack([case.observed]))[0]

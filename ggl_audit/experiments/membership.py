@@ -64,7 +64,7 @@ class Membership(Experiment[Identified]):
         canaries = case.trials.candidates[:MEMBERSHIP_TRIALS, 0].cpu().numpy()
         others = random.permutation(np.setdiff1d(every, canaries))
         pool = others if len(others) >= len(every) // 2 else random.permutation(every)
-        return pool[: min(public_images(case.model.size, case.memory), len(every) // 2)]
+        return pool[: min(public_images(case.clients.room()), len(every) // 2)]
 
     @functools.cached_property
     def _unknown(self) -> UnknownMembers:
@@ -80,7 +80,7 @@ class Membership(Experiment[Identified]):
     def _contributed(self, chosen: torch.Tensor) -> Iterator[Gradient]:
         reference = self.case.reference
         images, labels = reference.images[chosen], reference.labels[chosen]
-        gradients = self.case.matching().each_gradient(images, labels)
+        gradients = self.case.clients.each_gradient(images, labels)
         return map(self.case.defense.replica.share_of_one, gradients)
 
     def run(self, trials: range, advance: Advance) -> Iterator[Identified]:

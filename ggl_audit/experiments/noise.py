@@ -10,8 +10,8 @@ import torch
 
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.basics.gradient import Gradient, concatenate
-from ggl_audit.case.clients import OwnClient
 from ggl_audit.case.setting import Setting
+from ggl_audit.client.clients import OwnClient
 from ggl_audit.evidence.noise_residuals import MOST_KEPT, grain_of, kept_values, residuals_of
 from ggl_audit.evidence.noise_tests import NoiseTest, find_violations
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS

@@ -11,7 +11,7 @@ import torch
 
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.basics.gradient import flat, norm, rows, take
-from ggl_audit.case.clients import OwnClient
+from ggl_audit.client.clients import OwnClient
 from ggl_audit.evidence.promise import (
     CANDIDATES,
     cancelling,
@@ -80,21 +80,21 @@ class Promise(Experiment[Scored]):
     def _worst_case(self) -> _WorstCase:
         case, model, random = self.case, self.case.model, self.case.random("promise")
         assert isinstance(case.client, OwnClient)
-        pool, device = pool_size(model.size, case.memory), case.model.device
+        pool, device = pool_size(case.clients.room(copies=2)), case.model.device
         drawn = torch.as_tensor(random.integers(len(case.reference), size=pool), device=device)
         images = case.reference.images[drawn]
         labels = torch.as_tensor(random.integers(model.classes, size=pool), device=device)
-        matching = case.matching()
-        norms = torch.stack([norm(one) for one in matching.each_gradient(images, labels)])
+        clients = case.clients
+        norms = torch.stack([norm(one) for one in clients.each_gradient(images, labels)])
         few = smallest(norms)
-        raw = rows(matching.each_gradient(images[few], labels[few]), len(few))
+        raw = rows(clients.each_gradient(images[few], labels[few]), len(few))
         others = few[cancelling(raw, case.client.batch_size - 1, random)]
         del raw
         companions = ImageSet(images[others], labels[others], "companions that cancel")
         client = replace(case.client, companions=companions, always_the_same=True)
         likely = largest(norms)
         (context,) = case.contexts("promise contributions", [0])
-        gradients = matching.each_gradient(images[likely], labels[likely])
+        gradients = clients.each_gradient(images[likely], labels[likely])
         sent = (case.defense.without_noise(one, context) for one in gradients)
         contributions = rows(sent, len(likely))
         best = farthest(contributions, CANDIDATES)

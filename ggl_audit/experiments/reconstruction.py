@@ -10,8 +10,8 @@ import torch
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.attacks.ggl import GenerativeGradientLeakage, search_latents
 from ggl_audit.basics.gradient import concatenate, norm, shares, stack, unstack
-from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.setting import Setting
+from ggl_audit.client.clients import DeclaredClient
 from ggl_audit.defenses import Pipeline
 from ggl_audit.evidence.controls import null_gradient
 from ggl_audit.evidence.fidelity import mean_psnr, nearest
@@ -182,7 +182,7 @@ class UndefendedReconstruction(Experiment[Redrawn]):
         """Searches the latents of undefended gradients."""
         case, without = self.case, self._without
         canaries = case.trials.part(slice(trials.start, trials.stop))
-        client = DeclaredClient(case.matching(without), without)
+        client = DeclaredClient(case.matching(without).clients, without)
         sent = client.send(*canaries.members, case.contexts("undefended clients", trials))
         labels = case.labels_seen(sent, canaries.members[1])
         randoms = [case.random("undefended search", trial) for trial in trials]

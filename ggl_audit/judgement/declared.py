@@ -255,7 +255,7 @@ def _no_ranks(case: Setting) -> dict[str, str]:
             "the prior was trained on a private image itself, but not on the other candidates, "
             "so its rank by the reconstruction would be no evidence"
         )
-    if not case.matching().adds_up:
+    if not case.clients.adds_up:
         reasons["matching_rank"] = (
             "what the images of a client give does not add up, so that their order may matter"
         )

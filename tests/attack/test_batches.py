@@ -19,8 +19,9 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.search import search
 from ggl_audit.basics.gradient import Gradient, each, flat, stack, take
-from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
+from ggl_audit.client.clients import DeclaredClient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Clip, Context, Defense, Pipeline, Sign, Sparsify
 from ggl_audit.evidence.assignment import assign
 from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr
@@ -122,10 +123,10 @@ def test_distances_of_sets_are_those_of_a_plain_loop(
     )
 
     matching = Matching(model, defense)
-    client = DeclaredClient(matching, defense)
+    client = DeclaredClient(matching.clients, defense)
     observed = client.send(data.images[true], data.labels[true], contexts(len(true)))
     if chunk is not None:
-        matching._chunk = chunk
+        matching.clients.chunk = chunk
     if known:
         rest = data.images[true[:, 2:]], data.labels[true[:, 2:]]
         own = others[:, :, :2]
@@ -159,10 +160,10 @@ def test_distances_in_turn_are_those_of_the_whole_sets(
     true, given = torch.randint(len(data), (2, 2, members), generator=random)
     tried = torch.randint(len(data), (2, members, 3), generator=random)
     labels = data.labels[true]
-    observed = DeclaredClient(matching, defense).send(
+    observed = DeclaredClient(matching.clients, defense).send(
         data.images[true], labels, contexts(len(labels))
     )
-    assert matching.adds_up
+    assert matching.clients.adds_up
     whole = given[:, None, None].expand(-1, members, 3, -1).clone()
     for place in range(members):
         whole[:, place, :, place] = tried[:, place]
@@ -172,7 +173,7 @@ def test_distances_in_turn_are_those_of_the_whole_sets(
         observed,
     )
     if chunk is not None:
-        matching._chunk = chunk
+        matching.clients.chunk = chunk
     found = matching.distances_in_turn(data.images[tried], labels, data.images[given], observed)
     assert found.shape == (2, members, 3)
     # The sign of a value that is zero up to rounding may fall either way.
@@ -221,13 +222,15 @@ def test_which_gradients_add_up(
 ) -> None:
     keys = {"defense": [], **keys}
     defense, model = cohort(4, **keys)
-    assert Matching(model, defense).adds_up is adds_up
+    assert ClientGradients(model, defense).adds_up is adds_up
 
 
 def test_the_losses_in_turn_are_those_of_the_whole_sets(cohort: Callable[..., Cohort]) -> None:
     defense, model = cohort(3, [])
     data, random = digits("private"), torch.Generator().manual_seed(0)
-    observed = Matching(model, defense).gradients(data.images[None, :3], data.labels[None, :3])
+    observed = ClientGradients(model, defense).gradients(
+        data.images[None, :3], data.labels[None, :3]
+    )
     prior = load_trained(bundled_folder() / "digits")
     objective = LatentObjective(
         Matching(model, defense, "l2"),
@@ -258,11 +261,11 @@ def test_a_search_for_each_image_finds_more_than_one_for_all(
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     chosen = chosen[: 3 * batch_size].view(3, batch_size)
     labels = data.labels[chosen]
-    observed = Matching(model, defense).gradients(data.images[chosen], labels)
+    observed = ClientGradients(model, defense).gradients(data.images[chosen], labels)
     psnr = {}
     for apart in (True, False):
         matching = Matching(model, defense, "l2")
-        matching.adds_up = apart
+        matching.clients.adds_up = apart
         objective = LatentObjective(matching, prior, observed, labels, RegularizerSpec())
         parts = objective.parts(together=False)
         start = start_optimizer(AttackSpec(optimizer="cma"), prior.size * batch_size // parts)
@@ -306,7 +309,9 @@ def test_matching_with_companions_always_finds_the_canary_without_noise(
     members = clients * batch_size
     trials = draw_trials(digits("reference"), 8, 16, random, companions=members - 1)
     matching = Matching(model, defense)
-    observed = DeclaredClient(matching, defense).send(*trials.members, contexts(len(trials)))
+    observed = DeclaredClient(matching.clients, defense).send(
+        *trials.members, contexts(len(trials))
+    )
     assert match(matching, trials, observed, random.random(len(trials))) == [1] * 8
 
 
@@ -318,7 +323,7 @@ def test_matching_gives_chance_for_releases_of_others(cohort: Callable[..., Coho
     matching = Matching(model, defense)
     images, labels = trials.members
     others = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
-    observed = DeclaredClient(matching, defense).send(others, labels, contexts(len(labels)))
+    observed = DeclaredClient(matching.clients, defense).send(others, labels, contexts(len(labels)))
     hits = match(matching, trials, observed, random.random(len(trials))).count(1)
     assert binom.ppf(1e-4, 200, 1 / 8) <= hits <= binom.ppf(1 - 1e-4, 200, 1 / 8)
 
@@ -345,7 +350,7 @@ def test_the_labels_of_an_undefended_batch_are_inferred_exactly(
     defense, model = cohort(batch_size, [])
     data = digits("private")
     chosen = batches_with_duplicates(batch_size)
-    observed = Matching(model, defense).gradients(data.images[chosen], data.labels[chosen])
+    observed = ClientGradients(model, defense).gradients(data.images[chosen], data.labels[chosen])
     usual = usual_head(model, digits("reference"))
     scale = scale_of_one(model, defense, batch_size)
     found = infer_several(observed, model, usual, batch_size, scale)
@@ -388,7 +393,7 @@ def test_the_labels_of_few_and_of_many_classes_are_inferred_exactly(
     data, public = finer(digits("private"), classes), finer(digits("reference"), classes)
     random = torch.Generator().manual_seed(batch_size)
     chosen = torch.randint(len(data), (20, batch_size), generator=random)
-    sent = DeclaredClient(Matching(model, defense), defense).send(
+    sent = DeclaredClient(ClientGradients(model, defense), defense).send(
         data.images[chosen], data.labels[chosen], contexts(len(chosen))
     )
     scale = scale_of_one(model, defense, batch_size)
@@ -404,7 +409,7 @@ def test_the_labels_of_a_sparsified_batch_are_read_off_what_is_left(
     defense, model = cohort(batch_size, CLIENT_SIDE["sparsify"][0])
     data = digits("private")
     chosen = batches_with_duplicates(batch_size)
-    sent = DeclaredClient(Matching(model, defense), defense).send(
+    sent = DeclaredClient(ClientGradients(model, defense), defense).send(
         data.images[chosen], data.labels[chosen], contexts(len(chosen))
     )
     scale = scale_of_one(model, defense, batch_size)
@@ -423,7 +428,7 @@ def test_the_scale_of_one_image_is_that_of_its_error_in_the_bias(
     defense, model = cohort(2, tail, model__loss=loss)
     data = digits("private")
     images, labels = data.images[: 2 * clients], data.labels[: 2 * clients]
-    client = DeclaredClient(Matching(model, defense), defense)
+    client = DeclaredClient(ClientGradients(model, defense), defense)
     sent = client.send(images[None], labels[None], contexts(1))
     with torch.no_grad():
         logits = model.module((images - model.mean) / model.std)
@@ -478,7 +483,7 @@ def test_the_inferred_labels_do_not_see_the_scale(
     defense, model = cohort(6, [])
     data = digits("private")
     chosen = batches_with_duplicates(6)
-    observed = Matching(model, defense).gradients(data.images[chosen], data.labels[chosen])
+    observed = ClientGradients(model, defense).gradients(data.images[chosen], data.labels[chosen])
     observed = each(lambda tensor: scale * tensor, observed)
     assert model.head is not None
     if not bias:
@@ -494,7 +499,7 @@ def test_the_labels_of_a_cohort_are_those_of_one_large_batch(
     data = digits("private")
     chosen = batches_with_duplicates(6)
     matching = Matching(model, defense)
-    observed = DeclaredClient(matching, defense).send(
+    observed = DeclaredClient(matching.clients, defense).send(
         data.images[chosen], data.labels[chosen], contexts(len(chosen))
     )
     usual = usual_head(model, digits("reference"))

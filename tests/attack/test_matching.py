@@ -52,7 +52,7 @@ def test_batched_distances_are_those_of_a_plain_loop(
     observed = [defense.apply(plain_gradient(model, t, 3), context()) for t in truths]
     matching = Matching(model, defense, distance)
     if chunk is not None:
-        matching._chunk = chunk
+        matching.clients.chunk = chunk
     batched = matching.distances(images, labels, stack(observed))
     for t in range(2):
         for n in range(4):
@@ -95,7 +95,7 @@ def test_chunks_bound_what_is_held_at_a_time(
 ) -> None:
     matching = Matching(model, Pipeline([Quantize(bits=4)]), memory=16 * 4 * model.size * 5)
     largest = 0
-    whole = matching.gradients
+    whole = matching.clients.gradients
 
     def watched(images: torch.Tensor, labels: torch.Tensor, drawn: Drawn) -> Gradient:
         nonlocal largest

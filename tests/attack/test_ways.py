@@ -570,7 +570,7 @@ def test_chunks_are_halved_where_gradients_take_too_much_memory(
     model = client(Shared)
     expected = Matching(model, Pipeline()).distances(*many(model, 6))
     matching = Matching(model, Pipeline())
-    whole = matching._shares
+    whole = matching.clients._shares
 
     def greedy(images: torch.Tensor, labels: torch.Tensor, drawn: Any) -> Gradient:
         if len(images) > 2:
@@ -579,7 +579,7 @@ def test_chunks_are_halved_where_gradients_take_too_much_memory(
 
     monkeypatch.setattr(matching, "_shares", greedy)
     torch.testing.assert_close(matching.distances(*many(model, 6)), expected)
-    assert matching._chunk <= 2
+    assert matching.clients.chunk <= 2
 
 
 def test_what_fits_in_no_chunk_is_told() -> None:
@@ -589,7 +589,7 @@ def test_what_fits_in_no_chunk_is_told() -> None:
     def full(*_: Any) -> Gradient:
         raise torch.OutOfMemoryError
 
-    matching._shares = full
+    matching.clients._shares = full
     with pytest.raises(torch.OutOfMemoryError):
         matching.distances(*many(model, 2))
 
@@ -602,7 +602,7 @@ def test_less_memory_gives_smaller_chunks_and_the_same(make: Callable[[], nn.Mod
         matching = Matching(model, Pipeline(), memory=memory)
         found.append(matching.distances(*many(model, 7)))
         way = matching._layer_wise
-        chunks.append(matching._chunk if way is None else way.chunk)
+        chunks.append(matching.clients.chunk if way is None else way.chunk)
     assert chunks[0] > chunks[1] >= chunks[2] == 1
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])

@@ -16,10 +16,11 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.audit import run_audit
 from ggl_audit.basics.gradient import Gradient, each, flat, norm, stack, take
 from ggl_audit.case.capturing import capture_gradient
-from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
 from ggl_audit.case.setting import prepare
 from ggl_audit.cli import app
+from ggl_audit.client.clients import DeclaredClient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import (
     Clip,
     Context,
@@ -126,7 +127,7 @@ def test_the_mean_of_batches_of_clients_is_that_of_all_images(
 ) -> None:
     defense, model = cohort([together(3)], batch_size=2)
     data = digits("private")
-    sent = DeclaredClient(Matching(model, defense), defense).send(
+    sent = DeclaredClient(ClientGradients(model, defense), defense).send(
         data.images[:6][None], data.labels[:6][None], contexts(1)
     )
     alone = [plain_gradient(model, data.images[i], int(data.labels[i])) for i in range(6)]
@@ -224,7 +225,7 @@ def test_no_sample_adds_more_to_dp_sgd_than_is_promised(
     data = digits("private")
     matching = Matching(model, defense)
     with_one, without = (
-        flat(take(matching.gradients(data.images[one][None], data.labels[one][None]), 0))
+        flat(take(matching.clients.gradients(data.images[one][None], data.labels[one][None]), 0))
         for one in (torch.tensor([0, 1, 2, 3]), torch.tensor([50, 1, 2, 3]))
     )
     moved = float((with_one - without).norm())
@@ -329,7 +330,7 @@ def test_a_clip_of_mixed_images_does_not_bound_a_sample(cohort: Callable[..., Co
     matching = Matching(model, defense)
     ones = torch.tensor([[0, 1, 2, 3], [0, 53, 2, 3]])
     drawn = {"mixup.weight": torch.tensor([0.5, 0.5])}
-    sent = matching.gradients(data.images[ones], data.labels[ones], drawn)
+    sent = matching.clients.gradients(data.images[ones], data.labels[ones], drawn)
     moved = float((flat(take(sent, 0)) - flat(take(sent, 1))).norm())
     mechanism = defense.sensitivity.guarantee("sample")
     # Replacing moves by no more than removing one and adding another.
@@ -370,7 +371,7 @@ def test_the_update_of_clipped_samples_does_not_contradict_the_clip(
     local = {"lr": 1.0, "epochs": 5}
     defense, model = cohort([clip(0.1, "sample")], 2, capture__kind="update", capture__local=local)
     data = digits("private")
-    sent = DeclaredClient(Matching(model, defense), defense).send(
+    sent = DeclaredClient(ClientGradients(model, defense), defense).send(
         data.images[:2][None], data.labels[:2][None], contexts(1)
     )
     assert [check.outcome for check in defense.checks.verify(take(sent, 0))] != ["contradicts"]
@@ -497,7 +498,7 @@ def test_several_clients_are_matched_as_they_are_sent(model: ClientModel) -> Non
     data = digits("private")
     defense = Pipeline([SecAdam(clients=3)])
     matching = Matching(model, defense)
-    observed = DeclaredClient(matching, defense).send(
+    observed = DeclaredClient(matching.clients, defense).send(
         data.images[:3][None], data.labels[:3][None], contexts(1)
     )
     found = matching.distances(data.images[:3][None, None], data.labels[:3][None, None], observed)
@@ -517,7 +518,7 @@ def test_sparsified_clients_under_sec_adam_are_matched_as_they_are_sent(
     defense = Pipeline([Sparsify(fraction=0.9), SecAdam(clients=clients)])
     matching = Matching(model, defense)
     images, labels = data.images[:clients][None], data.labels[:clients][None]
-    observed = DeclaredClient(matching, defense).send(images, labels, contexts(len(labels)))
+    observed = DeclaredClient(matching.clients, defense).send(images, labels, contexts(len(labels)))
     assert float(matching.distances(images[None], labels[None], observed)) < 1e-2
     assert "contradicts" not in [c.outcome for c in defense.checks.verify(take(observed, 0))]
 

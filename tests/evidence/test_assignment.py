@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ggl_audit.attack.labels import scale_of_one
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, take
-from ggl_audit.case.clients import DeclaredClient
+from ggl_audit.client.clients import DeclaredClient
 from ggl_audit.defenses import Context, build_pipeline
 from ggl_audit.evidence.assignment import assign, assign_labels
 from ggl_audit.evidence.consistency import check_truth
@@ -78,7 +78,7 @@ def batch(
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:size]
     images, labels = data.images[chosen], data.labels[chosen]
     context = Context(torch.Generator().manual_seed(seed))
-    sent = DeclaredClient(matching, defense).send(images[None], labels[None], [context])
+    sent = DeclaredClient(matching.clients, defense).send(images[None], labels[None], [context])
     return matching, images, labels, take(sent, 0)
 
 

@@ -14,10 +14,11 @@ from torch import nn
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, each, stack, take
-from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.doubts import label_doubts
 from ggl_audit.case.loading import load_client
 from ggl_audit.case.setting import prepare
+from ggl_audit.client.clients import DeclaredClient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline
 from ggl_audit.evidence.appearance import appearance, gives_probabilities
 from ggl_audit.evidence.consistency import check_remainder, check_truth
@@ -66,7 +67,7 @@ def test_an_image_whose_gradient_is_another_multiple_is_told_so(sample: Declare)
     defense, model = client(sample, 1, [])
     data = digits("private")
     matching = Matching(model, defense)
-    gradient = take(matching.gradients(data.images[:1], data.labels[:1]), 0)
+    gradient = take(matching.clients.gradients(data.images[:1], data.labels[:1]), 0)
     scaled = each(lambda tensor: 2.0**16 * tensor, gradient)
     check = check_truth(matching, defense, scaled, data.images[0], digits("reference").images)
     assert check.outcome == "contradicts"
@@ -150,7 +151,7 @@ def test_another_order_of_positive_inputs_does_not_agree(sample: Declare) -> Non
     defense, model = client(sample, 1, [])
     matching, data = Matching(model, defense), digits("private")
     images, labels = data.images[:6], data.labels[:6]
-    right = matching.gradients(images, labels)
+    right = matching.clients.gradients(images, labels)
     dense = next(n for n, t in right.items() if t.ndim == 3 and t.shape[2] > 100)
     order = torch.randperm(right[dense].shape[2], generator=torch.Generator().manual_seed(0))
     wrong = {**right, dense: right[dense][:, :, order]}
@@ -169,7 +170,7 @@ CAPTURES = 60
 def test_labels_of_right_batches_are_rarely_in_doubt(sample: Declare, size: int) -> None:
     defense, model = client(sample, size, [])
     data = digits("reference")
-    sender = DeclaredClient(Matching(model, defense), defense, data)
+    sender = DeclaredClient(ClientGradients(model, defense), defense, data)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(size))
     chosen = chosen[: CAPTURES * size].view(CAPTURES, size)
     sent = sender.send(data.images[chosen], data.labels[chosen], contexts(len(chosen)))
@@ -181,11 +182,11 @@ def test_labels_of_unequal_images_are_in_doubt(sample: Declare) -> None:
     defense, model = client(sample, 4, [])
     data = digits("reference")
     matching = Matching(model, defense)
-    sender = DeclaredClient(matching, defense, data)
+    sender = DeclaredClient(matching.clients, defense, data)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(9))[:40].view(10, 4)
     # As a mean of two ranks' means gives it, of one image and of three.
     first = _alone(model, data.images[chosen[:, 0]], data.labels[chosen[:, 0]])
-    whole = matching.gradients(data.images[chosen], data.labels[chosen])
+    whole = matching.clients.gradients(data.images[chosen], data.labels[chosen])
     uneven = {n: (first[n] + (4 * whole[n] - first[n]) / 3) / 2 for n in whole}
     assert _doubted(sample("undefended"), model, sender, defense, uneven, 10) >= 9
 

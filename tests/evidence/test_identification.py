@@ -9,7 +9,8 @@ from scipy.stats import binomtest
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import flat, norm
-from ggl_audit.case.clients import DeclaredClient
+from ggl_audit.client.clients import DeclaredClient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Context, Noise, Pipeline, Sign
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.evidence.controls import null_gradient
@@ -96,7 +97,7 @@ def test_matching_finds_all_without_noise_and_guesses_in_strong_noise(
     defense = Pipeline([Noise(std=std)])
     trials = draw_trials(digits("reference"), 150, 32, random())
     matching = Matching(model, defense)
-    client = DeclaredClient(matching, defense)
+    client = DeclaredClient(matching.clients, defense)
     observed = client.send(*trials.members, contexts(len(trials)))
     hits = match(matching, trials, observed, random().random(len(trials))).count(1)
     if std < 1:
@@ -119,7 +120,7 @@ def test_the_captured_image_stands_among_its_class() -> None:
 def test_a_gradient_that_is_not_finite_is_an_error_and_no_tie(model: ClientModel) -> None:
     broken = dataclasses.replace(model, mean=torch.full_like(model.mean, torch.nan))
     trials = draw_trials(digits("reference"), 3, 32, random())
-    client = DeclaredClient(Matching(broken, Pipeline()), Pipeline())
+    client = DeclaredClient(ClientGradients(broken, Pipeline()), Pipeline())
     with pytest.raises(AuditError, match="NaN or infinite"):
         client.send(*trials.members, contexts(len(trials)))
 
@@ -131,7 +132,7 @@ def test_the_null_gradient_has_the_norm_and_nothing_else(
     context = Context(torch.Generator().manual_seed(1))
     image = digits("private").images[:1]
     defense = Pipeline(steps)
-    gradients = Matching(model, defense).gradients(image, torch.tensor([0]))
+    gradients = ClientGradients(model, defense).gradients(image, torch.tensor([0]))
     observed = defense.apply({n: g[0] for n, g in gradients.items()}, context)
     null = null_gradient(observed, defense, context, 1.0)
     assert float(norm(null)) == pytest.approx(float(norm(observed)), rel=1e-4)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ggl_audit.attack.labels import usual_head
-from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, each, norm, take
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Pipeline, build_pipeline
 from ggl_audit.evidence.appearance import appearance
 from ggl_audit.evidence.last_layer import check_last_layer, look_at_last_layer
@@ -65,7 +65,7 @@ def test_a_right_capture_is_never_accused(
     request: pytest.FixtureRequest, public: ImageSet, which: str, dtype: torch.dtype
 ) -> None:
     model: ClientModel = request.getfixturevalue(which)
-    gradients = Matching(model, NONE).gradients(public.images, public.labels)
+    gradients = ClientGradients(model, NONE).gradients(public.images, public.labels)
     told = 0
     for index in range(len(public)):
         gradient = each(lambda t: t.to(dtype).float(), take(gradients, index))
@@ -165,7 +165,7 @@ def test_nothing_is_said_behind_a_defense_that_does_more_than_scale(
 
 
 def sentence(model: ClientModel, observed: Gradient, public: ImageSet) -> str:
-    usual = Matching(model, NONE).gradients(public.images[:8], public.labels[:8])
+    usual = ClientGradients(model, NONE).gradients(public.images[:8], public.labels[:8])
     seen = look_at_last_layer(model, observed, EPS)
     return " ".join(appearance(observed, usual, model, seen, usual_head(model, public)))
 

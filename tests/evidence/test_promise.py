@@ -75,9 +75,9 @@ def test_an_offset_is_learned_and_does_not_drown_the_differences() -> None:
 def test_the_pool_fits_its_memory() -> None:
     for memory in (2**24, 2**28, 2**32):
         for parameters in (10_000, 1_000_000, 3_000_000):
-            pool = pool_size(parameters, memory)
+            pool = pool_size(memory // (2 * 4 * parameters))
             held = len(largest(torch.rand(pool)))
             assert pool in (2 * CANDIDATES, 640) or 0.9 < 8 * parameters * held / memory <= 1
             assert len(smallest(torch.rand(pool))) <= held
-    assert pool_size(1000, 2**28) == 640
-    assert pool_size(10**9, 2**28) == 2 * CANDIDATES
+    assert pool_size(2**15) == 640
+    assert pool_size(0) == 2 * CANDIDATES

@@ -15,6 +15,7 @@ from torch import nn
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, each, take
 from ggl_audit.case.setting import prepare
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Clip, Noise, Pipeline
 from ggl_audit.errors import SpecError
 from ggl_audit.evidence.consistency import check_truth
@@ -58,7 +59,7 @@ def trained(model: ClientModel, **local: Any) -> ClientModel:
 
 
 def sent(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> list[Gradient]:
-    gradients = Matching(model, NONE).gradients(images, labels)
+    gradients = ClientGradients(model, NONE).gradients(images, labels)
     return [take(gradients, index) for index in range(len(labels))]
 
 

@@ -20,6 +20,7 @@ from ggl_audit.basics.gradient import Gradient, norm
 from ggl_audit.case.capturing import capture_gradient
 from ggl_audit.case.loading import load_client
 from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import AuditError, InputError, SpecError
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
@@ -585,7 +586,7 @@ def test_a_sub_model_is_tried_with_the_declared_loss(
         _task(task, declare)
     steps = [("defense", [{"name": "federated_dropout", "kept": 0.5}])]
     defense, model = load_client(read_spec(tmp_path / "audit.yaml", steps), CPU)
-    Matching(model, defense).try_out()
+    ClientGradients(model, defense).try_out()
 
 
 def test_class_weights_make_images_depend_on_each_other(declare: Declare) -> None:

@@ -269,7 +269,7 @@ def test_layer_by_layer_where_that_is_exact(
     images, labels = torch.rand(4, 1, 16, 16), torch.tensor([1, 2, 3, 4])
     matching = Matching(model, Pipeline(), "l2")
     assert (matching._layer_wise is not None) is known
-    observed = stack([{n: t[0] for n, t in matching.gradients(images, labels).items()}])
+    observed = stack([{n: t[0] for n, t in matching.clients.gradients(images, labels).items()}])
     distances = matching.distances(images[None], labels[None], observed)[0]
     whole = matching._by_gradients(images[None, :, None], labels[None, :, None], observed)[0]
     torch.testing.assert_close(distances, whole, rtol=1e-3, atol=1e-5)

@@ -17,6 +17,7 @@ from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import stack
 from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.evidence.covered_statistics import OVER_EVERYTHING
 from ggl_audit.inputs.images import digits, write_image
@@ -148,7 +149,7 @@ def test_candidates_give_the_statistics_of_a_plain_loop(
     statistics = setting.model.statistics
     assert statistics is not None
     images, labels = private()
-    computed = Matching(setting.model, setting.defense).gradients(images[None], labels[None])
+    computed = ClientGradients(setting.model, setting.defense).gradients(images[None], labels[None])
     for name in statistics.names:
         changed = before.state_dict()[name] - after[name]
         torch.testing.assert_close(

@@ -15,8 +15,8 @@ import torch
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import take
-from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
+from ggl_audit.client.clients import DeclaredClient
 from ggl_audit.client.randomness import client_contexts
 from ggl_audit.defenses import Pipeline, SecureAggregation
 from ggl_audit.evidence.consistency import check_truth
@@ -98,7 +98,7 @@ def test_no_right_capture_is_accused_and_no_ceiling_is_too_low(seed: int) -> Non
         members = model.batch_size * clients
         trials = draw_trials(reference, TRIALS, CANDIDATES, random, members - 1)
         matching = Matching(model, defense)
-        sent = DeclaredClient(matching, defense, reference).send(
+        sent = DeclaredClient(matching.clients, defense, reference).send(
             *trials.members, client_contexts(seed, "clients", device, range(len(trials)))
         )
         hidden = False

@@ -13,8 +13,8 @@ import torch
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import take
-from ggl_audit.case.clients import DeclaredClient
 from ggl_audit.case.loading import load_client
+from ggl_audit.client.clients import DeclaredClient
 from ggl_audit.client.randomness import client_contexts
 from ggl_audit.defenses import Pipeline, SecureAggregation, relative_l2, shipped
 from ggl_audit.evidence.identification import draw_trials, match
@@ -116,7 +116,7 @@ def test_the_replica_is_nearer_and_identifies_no_worse(case: Case) -> None:
     members = case.batch_size * defense.aggregation.clients
     trials = draw_trials(reference, TRIALS, CANDIDATES, np.random.default_rng(1), members - 1)
     matching = Matching(model, defense)
-    sent = DeclaredClient(matching, defense, reference).send(
+    sent = DeclaredClient(matching.clients, defense, reference).send(
         *trials.members, client_contexts(0, "clients", device, range(len(trials)))
     )
     lots = np.random.default_rng(2).random(len(trials))

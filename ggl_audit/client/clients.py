@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, concatenate, each, stack, take, unstack
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.inputs.capture import Capture, fit_capture
@@ -47,13 +47,13 @@ class DeclaredClient:
     """Clients that do what was declared, as this tool does it.
 
     Attributes:
-        matching: of the clients' model.
+        clients: compute their gradients.
         defense: what they apply.
         history: the images that a client's earlier rounds are made up of, where the defense carries
             something over from them.
     """
 
-    matching: Matching
+    clients: ClientGradients
     defense: Pipeline
     history: ImageSet | None = None
 
@@ -61,12 +61,12 @@ class DeclaredClient:
         self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]
     ) -> Gradient:
         """The declared defense on what each client computes."""
-        batch_size = self.matching.model.batch_size
-        images = images.reshape(-1, batch_size, *self.matching.model.shape)
+        batch_size = self.clients.model.batch_size
+        images = images.reshape(-1, batch_size, *self.clients.model.shape)
         labels = labels.reshape(-1, batch_size)
         cohort = len(labels) // len(contexts)
-        drawn = concatenate([self.matching.draw(context, cohort) for context in contexts])
-        computed = unstack(self.matching.gradients(images, labels, drawn))
+        drawn = concatenate([self.clients.draw(context, cohort) for context in contexts])
+        computed = unstack(self.clients.gradients(images, labels, drawn))
         of_each = [context for context in contexts for _ in range(cohort)]
         of_each = [
             replace(context, images=own, drawn=take(drawn, i), earlier=self._earlier(context))
@@ -91,12 +91,12 @@ class DeclaredClient:
         if rounds == 0:
             return []
         assert self.history is not None
-        shape, generator = (rounds, self.matching.model.batch_size), context.generator
+        shape, generator = (rounds, self.clients.model.batch_size), context.generator
         drawn = torch.randint(
             len(self.history), shape, generator=generator, device=generator.device
         )
         return unstack(
-            self.matching.gradients(self.history.images[drawn], self.history.labels[drawn])
+            self.clients.gradients(self.history.images[drawn], self.history.labels[drawn])
         )
 
 
@@ -110,7 +110,7 @@ class OwnClient:
 
     Attributes:
         step: the client's code.
-        matching: of the client's model.
+        clients: compute gradients of its model.
         defense: as declared.
         companions: the images that companions are drawn from.
         batch_size: images in a step.
@@ -120,7 +120,7 @@ class OwnClient:
     """
 
     step: Step
-    matching: Matching
+    clients: ClientGradients
     defense: Pipeline
     companions: ImageSet
     batch_size: int
@@ -147,7 +147,7 @@ class OwnClient:
         images, labels = torch.cat([images, others]), torch.cat([labels, other_labels])
         gradient = self._step(images, labels, context)
         factor = self.batch_size if self.averaged else 1
-        gradients = self.matching.gradients(others, other_labels)
+        gradients = self.clients.gradients(others, other_labels)
         shares = stack(
             [
                 self.defense.without_noise(take(gradients, i), context)
@@ -158,7 +158,7 @@ class OwnClient:
         return {name: factor * tensor - known[name] for name, tensor in gradient.items()}
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Gradient:
-        statistics = self.matching.model.statistics
+        statistics = self.clients.model.statistics
         fitted = self.fitted(images, labels, context)
         if statistics is None:
             return fitted.gradient
@@ -171,7 +171,7 @@ class OwnClient:
 
     def fitted(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Capture:
         """What the client's own code sends for one set of images, fitted to the model."""
-        model, generator = self.matching.model, context.generator
+        model, generator = self.clients.model, context.generator
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         with torch.random.fork_rng():
             torch.default_generator.manual_seed(seed)

@@ -34,8 +34,8 @@ def own(model: ClientModel, batch_size: int, averaged: bool, scale: float = 1.0)
         sent = step(module, images, labels, bound=0.5, std=1e-4 / batch_size)
         return {name: scale * tensor for name, tensor in sent.items()}
 
-    matching = Matching(model, DEFENSE)
-    return OwnClient(client, matching, DEFENSE, digits("reference"), batch_size, averaged)
+    clients = ClientGradients(model, DEFENSE)
+    return OwnClient(client, clients, DEFENSE, digits("reference"), batch_size, averaged)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -8,6 +8,7 @@ import torch
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attack.objective import LatentObjective, penalty
 from ggl_audit.basics.gradient import Gradient, flat, stack
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Clip, Context, Defense, Drawn, Pipeline, Quantize, Sign, Sparsify
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.model import ClientModel
@@ -102,7 +103,7 @@ def test_chunks_bound_what_is_held_at_a_time(
         largest = max(largest, len(images))
         return whole(images, labels, drawn)
 
-    monkeypatch.setattr(matching, "gradients", watched)
+    monkeypatch.setattr(matching.clients, "gradients", watched)
     observed = plain_gradient(model, torch.rand(1, 16, 16), 3)
     images, labels = torch.rand(3, 50, 1, 16, 16), torch.zeros(3, 50, dtype=torch.long)
     assert matching.distances(images, labels, stack([observed] * 3)).shape == (3, 50)
@@ -116,7 +117,7 @@ def test_a_model_that_cannot_be_batched_is_refused(
     path.write_text(USER_MODELS)
     spec = sample("undefended", model__factory=f"{path}:Branching", model__weights=None)
     with pytest.raises(SpecError, match="cannot be evaluated for many candidates"):
-        Matching(load_model(spec, torch.device("cpu")), Pipeline()).try_out()
+        ClientGradients(load_model(spec, torch.device("cpu")), Pipeline()).try_out()
 
 
 def test_the_regularizers_are_the_papers() -> None:

@@ -17,6 +17,7 @@ from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.residuals import Residuals
 from ggl_audit.basics.gradient import Gradient, each, flat, norm, stack
 from ggl_audit.case.setting import prepare
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import (
     Aggregation,
     Ats,
@@ -300,7 +301,7 @@ def test_a_search_of_single_images_holds_no_gradients(
         observed,
     )
     assert matching._layer_wise is not None  # which is tried with whole gradients
-    monkeypatch.delattr(Matching, "gradients")
+    monkeypatch.delattr(ClientGradients, "gradients")
     torch.testing.assert_close(objective.evaluate(latents, wants).losses, whole)
 
 
@@ -577,7 +578,7 @@ def test_chunks_are_halved_where_gradients_take_too_much_memory(
             raise error
         return whole(images, labels, drawn)
 
-    monkeypatch.setattr(matching, "_shares", greedy)
+    monkeypatch.setattr(matching.clients, "_shares", greedy)
     torch.testing.assert_close(matching.distances(*many(model, 6)), expected)
     assert matching.clients.chunk <= 2
 

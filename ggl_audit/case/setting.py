@@ -32,12 +32,7 @@ from ggl_audit.case.loading import load_client, observe_statistics
 from ggl_audit.client.clients import Client, DeclaredClient, OwnClient
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.client.randomness import client_contexts
-from ggl_audit.defenses import (
-    Check,
-    Clip,
-    Context,
-    Pipeline,
-)
+from ggl_audit.defenses import Check, Context, Pipeline, shipped
 from ggl_audit.defenses.sec_adam import last_gradient
 from ggl_audit.errors import InputError, NothingToMeasureError, SpecError
 from ggl_audit.evidence.appearance import appearance, gives_probabilities
@@ -59,7 +54,7 @@ from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME
 from ggl_audit.priors.loading import load_prior, prior_folder, sample_images
 from ggl_audit.priors.prior import Prior
-from ggl_audit.spec import LpipsSpec, Spec
+from ggl_audit.spec import DefenseSpec, LpipsSpec, Spec
 
 SAMPLED_CLASSES = 10
 SAME_CHANGES = 2
@@ -297,10 +292,15 @@ def _contradictions(setting: Setting) -> set[str]:
 
 
 def _with_clips_over_everything(spec: Spec) -> Spec | None:
-    """The spec with each clip over everything that does not say; None where all say."""
+    """The spec with each step over everything that may be and does not say; None where all say."""
+    kinds = shipped()
+
+    def takes_over(step: DefenseSpec) -> bool:
+        return step.name in kinds and "over" in kinds[step.name].model_fields
+
     steps = [
         step.model_copy(update={"over": "everything"})
-        if step.name == Clip.name and getattr(step, "over", None) is None
+        if takes_over(step) and getattr(step, "over", None) is None
         else step
         for step in spec.defense
     ]

@@ -16,8 +16,9 @@ from ggl_audit.case.setting import prepare
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, write_image
+from ggl_audit.inputs.png_uri import png_uri
 from ggl_audit.report.html import render_html
-from ggl_audit.report.model import Report, png_uri
+from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 

@@ -539,7 +539,7 @@ def test_a_broken_prior_does_not_hide_a_leak(
         "attack.method": "auto",
         "attack.evaluations": 26,
         "attack.steps": 200,
-        "evidence.reconstruction_trials": 10,
+        "evidence.reconstruction_trials": 20,
     }
     report = run(dataclasses.replace(scenario, budget=budget), 0, sample, weights, tmp_path)
     assert report.verdict.grade in TAKEN

@@ -62,7 +62,7 @@ def test_the_report_survives_json(report: Report, tmp_path: Path) -> None:
     assert set(data) == {
         "schema_version", "tool", "verdict", "captured", "others", "evidence", "findings",
         "assumptions", "experiments",
-        "cost", "inputs", "environment", "spec",
+        "cost", "inputs", "environment", "spec", "declaration",
     }  # fmt: skip
     assert set(data["evidence"]["ceiling"]) >= {
         "successes", "trials", "rate", "lower", "upper", "chance",

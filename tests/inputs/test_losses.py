@@ -204,7 +204,7 @@ def test_losses_of_class_indices_are_those_of_pytorch(
     assert model.classes == classes
     images = torch.rand(2, count, 1, 16, 16)
     labels = torch.arange(2 * count).view(2, count) % classes
-    found = Matching(model, Pipeline()).gradients(images, labels)
+    found = ClientGradients(model, Pipeline()).gradients(images, labels)
     for index in range(2):
         own = {name: tensor[index] for name, tensor in found.items()}
         _same(own, plain_gradient(model, loss, images[index], labels[index]))
@@ -272,7 +272,7 @@ def test_targets_reach_the_loss(task: str, declare: Declare) -> None:
     reference = index_rows(rows)
     images = torch.rand(3, 2, 1, 16, 16)
     chosen = torch.tensor([[3, 5], [7, 1], [40, 41]])
-    found = Matching(model, Pipeline()).gradients(images, reference.labels[chosen])
+    found = ClientGradients(model, Pipeline()).gradients(images, reference.labels[chosen])
     for index in range(3):
         own = {name: tensor[index] for name, tensor in found.items()}
         _same(own, plain_gradient(model, PLAIN[task], images[index], rows[chosen[index]]))
@@ -403,7 +403,7 @@ def test_the_sign_of_the_error_tells_the_ones(bias: bool, declare: Declare) -> N
     assert model.head is not None
     assert model.targets is not None
     images, labels = torch.rand(8, 1, 16, 16), torch.arange(8)
-    found = infer_ones(Matching(model, Pipeline()).gradients(images, labels), model.head)
+    found = infer_ones(ClientGradients(model, Pipeline()).gradients(images, labels), model.head)
     assert torch.equal(found, model.targets.rows[labels].bool())
     assert why_not_inferred(model, 1) == ""
     assert "several images" in why_not_inferred(model, 2)
@@ -414,7 +414,7 @@ def test_class_weights_leave_a_single_label_to_be_inferred(loss: Any, declare: D
     model = load_model(declare("classifier", loss), CPU)
     assert model.head is not None
     labels = torch.arange(10)
-    gradients = Matching(model, Pipeline()).gradients(torch.rand(10, 1, 16, 16), labels)
+    gradients = ClientGradients(model, Pipeline()).gradients(torch.rand(10, 1, 16, 16), labels)
     assert torch.equal(infer_labels(gradients, model.head), labels)
     assert why_not_inferred(model, 1) == ""
     assert "several images" in why_not_inferred(model, 2)
@@ -426,7 +426,9 @@ def test_label_smoothing_hides_the_label_of_a_confident_image(declare: Declare) 
     assert model.head.bias is not None
     with torch.no_grad():  # sure of class 3, whatever the image
         model.parameters[model.head.bias][3] += 20
-    gradients = Matching(model, Pipeline()).gradients(torch.rand(1, 1, 16, 16), torch.tensor([3]))
+    gradients = ClientGradients(model, Pipeline()).gradients(
+        torch.rand(1, 1, 16, 16), torch.tensor([3])
+    )
     assert infer_labels(gradients, model.head).tolist() != [3]
     assert "does not tell the label" in why_not_inferred(model, 1)
 
@@ -593,7 +595,7 @@ def test_class_weights_make_images_depend_on_each_other(declare: Declare) -> Non
     weighted = {"name": "cross_entropy", "weight": [1.0] * 5 + [20.0] * 5}
     for loss, adds_up in (("cross_entropy", True), (weighted, False)):
         spec = declare("classifier", loss, kwargs={"outputs": 10}, batch_size=2, labels=[5, 3])
-        assert Matching(load_model(spec, CPU), Pipeline()).adds_up == adds_up
+        assert ClientGradients(load_model(spec, CPU), Pipeline()).adds_up == adds_up
 
 
 def test_the_tensors_of_ones_own_loss_follow_the_model(declare: Declare, tmp_path: Path) -> None:
@@ -607,7 +609,7 @@ def test_the_tensors_of_ones_own_loss_follow_the_model(declare: Declare, tmp_pat
     for dtype in (torch.float32, torch.float64):
         model = load_model(spec, CPU, dtype)
         images = torch.rand(1, 1, 16, 16, dtype=dtype)
-        found = Matching(model, Pipeline()).gradients(images, torch.tensor([3]))
+        found = ClientGradients(model, Pipeline()).gradients(images, torch.tensor([3]))
         assert all(tensor.dtype == dtype for tensor in found.values())
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import grad, jvp
 
-from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.factories import build_module
@@ -279,7 +279,7 @@ def _gradients_agree(model: ClientModel, original: nn.Module, shape: tuple[int, 
     """Compares with a plain backward pass of the original, one batch after another."""
     count = model.batch_size
     images, labels = torch.rand(2, count, *shape), torch.randint(10, (2, count))
-    found = Matching(model, Pipeline()).gradients(images, labels)
+    found = ClientGradients(model, Pipeline()).gradients(images, labels)
     for index in range(2):
         original.zero_grad()
         F.cross_entropy(original(model.normalize(images[index])), labels[index]).backward()
@@ -324,7 +324,7 @@ def test_torchvision_models_are_mapped_over_candidates(
         capture__batch_size=2,
     )
     model = load_model(spec, CPU)
-    Matching(model, Pipeline()).try_out()
+    ClientGradients(model, Pipeline()).try_out()
     _gradients_agree(model, copy.deepcopy(model.module), (3, 32, 32))
 
 
@@ -461,7 +461,7 @@ def test_models_that_take_no_single_image(
     assert (model.fewest, model.mixes) == (2, False)
     _gradients_agree(model, copy.deepcopy(model.module), model.shape)
     images, labels = torch.rand(3, *model.shape).double(), torch.tensor([4, 7, 1])
-    found = Matching(model, Pipeline()).gradients(images, labels)
+    found = ClientGradients(model, Pipeline()).gradients(images, labels)
     features = [model.representation(image[None]) for image in images]
     for index, image in enumerate(images):
         # A mean over two copies is what one image would give.

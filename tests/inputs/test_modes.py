@@ -15,6 +15,7 @@ from torch import nn
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Pipeline, build_pipeline
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.evidence.consistency import check_truth
@@ -174,7 +175,7 @@ def test_every_mixture_of_modes_is_that_of_a_plain_loop(
         net.get_submodule(name).eval()
     model = load_model(spec, CPU)
     images, labels = torch.rand(2, batch_size, 1, 16, 16), torch.randint(10, (2, batch_size))
-    found = Matching(model, Pipeline()).gradients(images, labels)
+    found = ClientGradients(model, Pipeline()).gradients(images, labels)
     for index in range(2):
         expected = plain(net, model, images[index], labels[index].tolist())
         assert away({n: t[index] for n, t in found.items()}, expected) < 1e-10
@@ -183,7 +184,9 @@ def test_every_mixture_of_modes_is_that_of_a_plain_loop(
 def test_modes_differ_where_they_should(user: Callable[..., Spec]) -> None:
     images, labels = torch.rand(1, 1, 1, 16, 16), torch.tensor([[3]])
     found = [
-        Matching(load_model(user("Net", **declared), CPU), Pipeline()).gradients(images, labels)
+        ClientGradients(load_model(user("Net", **declared), CPU), Pipeline()).gradients(
+            images, labels
+        )
         for declared in (
             {},
             {"model__eval_modules": ["backbone"]},

@@ -16,6 +16,7 @@ from ggl_audit.attack.labels import infer_labels
 from ggl_audit.attack.layers import parts_of
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import stack
+from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.model_loading import load_model
@@ -141,7 +142,7 @@ def agrees_with_a_plain_loop(
     net = copy.deepcopy(model.module)
     batch_size = model.batch_size
     images, labels = torch.rand(2, batch_size, 1, 16, 16), torch.randint(10, (2, batch_size))
-    found = Matching(model, Pipeline()).gradients(images, labels)
+    found = ClientGradients(model, Pipeline()).gradients(images, labels)
     for index in range(2):
         net.zero_grad()
         seen = net.body(model.normalize(images[index]))  # type: ignore[operator]
@@ -255,7 +256,7 @@ def test_the_head_is_that_of_the_output(user: Callable[..., Spec], returns: str)
     assert features is not None
     weight, bias = model.parameters["fc.weight"], model.parameters["fc.bias"]
     torch.testing.assert_close(features @ weight.T + bias, model.logits(model.parameters, images))
-    gradients = Matching(model, Pipeline()).gradients(images, torch.tensor([4, 7, 1]))
+    gradients = ClientGradients(model, Pipeline()).gradients(images, torch.tensor([4, 7, 1]))
     assert infer_labels(gradients, model.head).tolist() == [4, 7, 1]
 
 
@@ -292,8 +293,8 @@ def test_a_single_image_that_is_squeezed_away(user: Callable[..., Spec], returns
     model = load_model(spec, CPU)
     assert model.fewest == 2
     images, labels = torch.rand(3, 1, 16, 16), torch.tensor([1, 2, 3])
-    own = Matching(model, Pipeline()).gradients(images, labels)
-    whole = Matching(model, Pipeline()).gradients(images[None], labels[None])
+    own = ClientGradients(model, Pipeline()).gradients(images, labels)
+    whole = ClientGradients(model, Pipeline()).gradients(images[None], labels[None])
     for name, tensor in own.items():
         torch.testing.assert_close(tensor.mean(0), whole[name][0], rtol=1e-4, atol=1e-6)
 

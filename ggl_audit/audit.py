@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ggl_audit.attacks.suite import choose_attacks
 from ggl_audit.basics.clock import Clock
 from ggl_audit.basics.environment import peak_memory_bytes
 from ggl_audit.basics.plugins import added_by_packages
-from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.case.setting import Setting, own_code, prepare
 from ggl_audit.errors import InputError
 from ggl_audit.experiments.candidate_matching import CandidateMatching, UndefendedMatching
 from ggl_audit.experiments.capture import CaptureAttack
@@ -21,7 +19,13 @@ from ggl_audit.experiments.conduct import Progress, conduct
 from ggl_audit.experiments.experiment import Experiment, Result
 from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.experiments.ledger import Ledger
-from ggl_audit.experiments.ledger_file import header_of, open_ledger, outcome_of, read_declared
+from ggl_audit.experiments.ledger_file import (
+    Header,
+    header_of,
+    open_ledger,
+    read_declared,
+    read_outcomes,
+)
 from ggl_audit.experiments.membership import Membership
 from ggl_audit.experiments.noise import Noise
 from ggl_audit.experiments.promise import Promise
@@ -31,7 +35,7 @@ from ggl_audit.experiments.workers import Workers
 from ggl_audit.judgement.declared import Declared, declare
 from ggl_audit.judgement.unmeasured import unfinished
 from ggl_audit.report.assembly import assemble
-from ggl_audit.report.declaration import declared_in
+from ggl_audit.report.declaration import check_inputs, declared_in
 from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec
 
@@ -111,16 +115,9 @@ def run_again(
         AuditError: the declaration is of another version, or a file is missing or another one.
     """
     spec = declared_in(report, folders)
-    here = dict(prepare(spec).files)
-    for file in report.inputs:
-        if file.path not in here:
-            raise InputError(file.path, "is an input of the report, and was not read here")
-        if here[file.path] != file.sha256:
-            raise InputError(
-                file.path,
-                f"is another file than the report's, which has the SHA-256 {file.sha256}",
-                "Name the folder of the report's own files by --folder.",
-            )
+    for path in own_code(spec):
+        progress.say(f"runs {path}, as the report declares")
+    check_inputs(report, dict(prepare(spec).files))
     return run_audit(spec, progress, ledger=ledger, workers=workers)
 
 
@@ -130,17 +127,17 @@ def judge_ledger(path: Path) -> Report:
     Raises:
         InputError: it is no ledger, or one of another version.
     """
-    declared_json, lines = read_declared(path)
+    header, declaration, lines = read_declared(path)
     try:
-        declared = Declared.model_validate_json(declared_json)
-    except ValidationError:
+        declared = Declared.model_validate_json(declaration)
+        if _header_of(declared) != header:
+            raise ValueError("of another audit")
+    except ValueError:
         raise InputError(
             path, "line 2 is no declaration", "The ledger is of another version of this program."
         ) from None
     results = {kind.name: kind.result for kind in known_experiments()}
-    outcomes = [
-        outcome_of(path, number, line, results) for number, line in enumerate(lines, start=3)
-    ]
+    outcomes = read_outcomes(path, lines, results, declared.plans)
     ledger = Ledger(outcomes)
     seconds = sum(outcome.seconds for outcome in outcomes)
     return assemble(declared, ledger, seconds, cut_short=unfinished(declared, ledger))
@@ -176,6 +173,11 @@ def _started(
     return stack.enter_context(Workers(load_experiments, spec, workers, *told, clock))
 
 
+def _header_of(declared: Declared) -> Header:
+    digests = {file.path: file.sha256 for file in declared.inputs}
+    return header_of(declared.version, declared.environment, declared.spec, digests)
+
+
 def _opened(
     stack: ExitStack,
     path: Path | None,
@@ -185,7 +187,6 @@ def _opened(
     """The ledger, in memory unless it has a file, and what there is to say of that."""
     if path is None:
         return Ledger(), []
-    digests = {file.path: file.sha256 for file in declared.inputs}
-    header = header_of(declared.version, declared.environment, declared.spec, digests)
+    header = _header_of(declared)
     results = {one.name: one.result for one in experiments}
-    return stack.enter_context(open_ledger(path, header, declared, results))
+    return stack.enter_context(open_ledger(path, header, declared, results, declared.plans))

@@ -188,6 +188,7 @@ def test_a_torn_last_line_is_dropped_and_said(sample: Callable[..., Spec], tmp_p
     ("keys", "words"),
     [
         ({"seed": 1}, "seed is 0 there, 1 here"),
+        ({"gate__fail_on": "F"}, 'gate.fail_on is "C" there, "F" here'),
         ({"attack__steps": 3}, "attack.steps is 2 there, 3 here"),
         ({"defense": [{"name": "clip", "bound": 100.0}]}, "defense is"),
         ({"time_limit": 1000}, "a time limit: False there, True here"),
@@ -202,13 +203,12 @@ def test_a_ledger_of_another_audit_is_refused(
         run_audit(sample("undefended", **{**FEW, **keys}), Counter(), ledger=ledger)
 
 
-def test_the_gate_may_change_while_an_audit_goes_on(
-    sample: Callable[..., Spec], tmp_path: Path
-) -> None:
+def test_the_length_of_a_time_limit_may_change(sample: Callable[..., Spec], tmp_path: Path) -> None:
     ledger = tmp_path / "audit.jsonl"
-    run_audit(sample("undefended", **FEW), Counter(500), ledger=ledger)
-    report = run_audit(sample("undefended", gate__fail_on="F", **FEW), Counter(), ledger=ledger)
-    assert report.verdict.exit_code in (0, 1)
+    run_audit(sample("undefended", time_limit=500, **FEW), Counter(1500), ledger=ledger)
+    counter = Counter()
+    run_audit(sample("undefended", time_limit=600, **FEW), counter, ledger=ledger)
+    assert "goes on from there" in counter.said[0]
 
 
 def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -340,3 +340,110 @@ def test_groups_are_by_number() -> None:
     groups = Plan(trials=23, together=10).groups()
     assert list(itertools.chain(*groups)) == list(range(23))
     assert [len(group) for group in groups] == [10, 10, 3]
+
+
+class SlowClock(Clock):
+    """Its time is up at once, when so many candidates are through."""
+
+    def __init__(self, counter: Counter, candidates: int) -> None:
+        super().__init__(1e6)
+        self.counter, self.candidates = counter, candidates
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.counter.done < self.candidates else 1e9
+
+
+@pytest.mark.parametrize("candidates", [900, 1990, 2010, 2100, 2300])
+def test_no_pass_rests_on_what_the_time_left_nothing_of(
+    sample: Callable[..., Spec], candidates: int
+) -> None:
+    """The ceiling is low; its control, the noise, the promise, the capture or canaries lack."""
+    keys = {**FEW, "evidence__matching_trials": 100, **OWN_CODE, "evidence__truth": None}
+    spec = sample("dp", **{**keys, "client": {**OWN_CODE["client"], "batch_size": 1}})
+    assert run_audit(spec, Counter()).verdict.grade in ("A", "B")
+    counter = Counter()
+    report = run_audit(
+        spec.model_copy(update={"time_limit": 1e6}), counter, SlowClock(counter, candidates)
+    )
+    assert report.verdict.grade not in ("A", "B")
+    assert report.verdict.exit_code == 3
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_a_ledger_that_breaks_off_is_no_pass(
+    sample: Callable[..., Spec], tmp_path: Path, kept: int
+) -> None:
+    """Also where trials may end early, but did not have to."""
+    ledger = tmp_path / "audit.jsonl"
+    keys = {**FEW, "evidence__stop_early": True, "evidence__control_trials": 0}
+    whole = run_audit(sample("dp", **keys), Counter(), ledger=ledger)
+    assert judge_ledger(ledger).verdict == whole.verdict
+    lines = ledger.read_text().splitlines(keepends=True)
+    canaries = [line for line in lines if '"experiment":"reconstruction"' in line]
+    cut = [line for line in lines if line not in canaries[kept:]]
+    ledger.write_text("".join(cut))
+    verdict = judge_ledger(ledger).verdict
+    assert verdict.grade not in ("A", "B")
+    assert verdict.exit_code == 3
+
+
+def test_only_planned_trials_count_and_each_once(
+    sample: Callable[..., Spec], tmp_path: Path
+) -> None:
+    spec, ledger = sample("undefended", **FEW), tmp_path / "audit.jsonl"
+    run_audit(spec, Counter(), ledger=ledger)
+    good = ledger.read_text()
+    row = json.loads(good.splitlines()[2])
+    for change in (
+        {"trial": 0}, {"trial": -1}, {"trial": 1000}, {"experiment": "membership", "trial": 0},
+    ):  # fmt: skip
+        ledger.write_text(good + json.dumps({**row, **change}) + "\n")
+        with pytest.raises(InputError, match="is of trial|is no outcome"):
+            judge_ledger(ledger)
+        with pytest.raises(InputError, match="is of trial|is no outcome"):
+            run_audit(spec, Counter(), ledger=ledger)
+    rows = good.splitlines()
+    for change in ({"evaluations": -1}, {"seconds": float("inf")}):
+        ledger.write_text("\n".join([*rows[:2], json.dumps({**row, **change}), *rows[3:]]) + "\n")
+        with pytest.raises(InputError, match="line 3 is no outcome"):
+            judge_ledger(ledger)
+
+
+def test_code_that_the_users_code_imports_is_an_input(
+    sample: Callable[..., Spec], tmp_path: Path
+) -> None:
+    """A finished ledger does not hide that it was changed."""
+    known = Path(__file__).parent / "known_answers" / "clients.py"
+    (tmp_path / "inner.py").write_text(known.read_text())
+    (tmp_path / "own.py").write_text("from inner import step\n")
+    kwargs = {"bound": 1.0, "std": 1.0}
+    keys = {**FEW, "evidence__reconstruction_trials": 0, "evidence__truth": None}
+    spec = sample("dp", client={"step": f"{tmp_path / 'own.py'}:step", "kwargs": kwargs}, **keys)
+    ledger = tmp_path / "audit.jsonl"
+    report = run_audit(spec, Counter(1500), ledger=ledger)
+    assert str(tmp_path / "inner.py") in [file.path for file in report.inputs]
+    (tmp_path / "inner.py").write_text(known.read_text() + "\n# changed\n")
+    with pytest.raises(InputError, match="the content of .*inner.py"):
+        run_audit(spec, Counter(), ledger=ledger)
+
+
+def test_a_foreign_file_is_left_alone(sample: Callable[..., Spec], tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"ledger":"my own precious data"}\n')
+    with pytest.raises(InputError, match="is no ledger"):
+        run_audit(sample("undefended", **FEW), Counter(), ledger=path)
+    assert path.read_text() == '{"ledger":"my own precious data"}\n'
+    with pytest.raises(InputError, match="is no ledger"):
+        run_audit(sample("undefended", **FEW), Counter(), ledger=Path("/dev/null"))
+
+
+def test_a_link_to_a_ledger_has_the_same_lock(sample: Callable[..., Spec], tmp_path: Path) -> None:
+    ledger, link = tmp_path / "audit.jsonl", tmp_path / "link.jsonl"
+    run_audit(sample("undefended", **FEW), Counter(1500), ledger=ledger)
+    link.symlink_to(ledger)
+    with (
+        FileLock(f"{ledger.resolve()}.lock"),
+        pytest.raises(InputError, match="another audit is writing"),
+    ):
+        run_audit(sample("undefended", **FEW), Counter(), ledger=link)

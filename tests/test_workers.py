@@ -124,3 +124,38 @@ def test_an_interrupt_is_graded_for_what_is_there(sample: Callable[..., Spec]) -
     assert report.verdict.exit_code == 3
     assert "cut short" in report.verdict.reason
     assert report.evidence.ceiling is not None
+
+
+def test_a_hung_group_loses_nothing_of_the_others(
+    sample: Callable[..., Spec], tmp_path: Path
+) -> None:
+    """Trials that cannot end early are kept as they are done, whatever those before them do."""
+    code = """
+import multiprocessing, os, pathlib, time
+
+from known import step as kept
+
+HERE = pathlib.Path(__file__).parent
+
+
+def step(model, images, labels, **keys):
+    if multiprocessing.parent_process() is not None and (HERE / "begun").exists():
+        try:
+            os.close(os.open(HERE / "hung", os.O_CREAT | os.O_EXCL))
+            time.sleep(1000)
+        except FileExistsError:
+            pass
+    return kept(model, images, labels, **keys)
+"""
+    known = Path(__file__).parent / "known_answers" / "clients.py"
+    (tmp_path / "known.py").write_text(known.read_text())
+    (tmp_path / "hanging.py").write_text(code)
+    client = {"step": f"{tmp_path / 'hanging.py'}:step", "kwargs": {"bound": 1.0, "std": 1.0}}
+    keys = {**FEW, "evidence__matching_trials": 75, "evidence__truth": None}
+    spec = sample(
+        "dp", client=client, time_limit=25, **{**keys, "evidence__reconstruction_trials": 0}
+    )
+    report = run_audit(spec, Begun(tmp_path), workers=2)
+    (matching,) = (one for one in report.experiments if one.name == "matching")
+    assert matching.trials == 50
+    assert report.verdict.grade not in ("A", "B")

@@ -50,6 +50,7 @@ from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.hub_cache import find_backbone
 from ggl_audit.inputs.images import ImageSet, fingerprints, read_image, read_image_set
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.inputs.neighbours import imports_of
 from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME
 from ggl_audit.priors.loading import load_prior, prior_folder, sample_images
@@ -384,7 +385,7 @@ def _prepare(spec: Spec) -> Setting:
         truth_labels=truth_labels,
         prior_saw_truth=bool(marks & seen),
         lpips=lpips,
-        files=[*_files(spec, reference), *backbone],
+        files=backbone,
     )
     others = [_other(setting, number) for number in range(len(capture.others))]
     for other in others:
@@ -402,7 +403,7 @@ def _prepare(spec: Spec) -> Setting:
     roundings = [captured.rounding, *(other.captured.rounding for other in others)]
     if others and capture.stage == "defended":
         checks += check_shared_noise(defense, everything, model, capture, max(roundings))
-    return replace(setting, others=others)
+    return replace(setting, others=others, files=[*_files(spec, reference), *backbone])
 
 
 def _with_statistics(
@@ -659,10 +660,7 @@ def _files(spec: Spec, reference: ImageSet) -> list[tuple[str, str]]:
         spec.prior.embedding,
         *spec.evidence.truth,
         spec.evidence.lpips.weights if spec.evidence.lpips else None,
-        *map(_factory_file, (spec.model.factory, spec.model.loss.factory)),
-        *map(_factory_file, (spec.prior.factory, spec.prior.latent_mapping)),
-        _factory_file(spec.client.step) if spec.client else None,
-        *(_factory_file(step.factory) for step in spec.defense),
+        *own_code(spec),
     ]
     hashed = [(str(path), sha256([spec.resolve(path)])) for path in named if path is not None]
     folder = prior_folder(spec.prior, spec.folder)
@@ -675,6 +673,21 @@ def _files(spec: Spec, reference: ImageSet) -> list[tuple[str, str]]:
     return hashed if source is None else [*hashed, (str(source), sha256(reference.files))]
 
 
-def _factory_file(factory: str | None) -> Path | None:
-    source = (factory or "").rpartition(":")[0]
-    return Path(source) if source.endswith(".py") else None
+def own_code(spec: Spec) -> list[Path]:
+    """The user's own files that an audit runs: those that the spec names, and what they import."""
+    factories = [
+        spec.model.factory,
+        spec.model.loss.factory,
+        spec.prior.factory,
+        spec.prior.latent_mapping,
+        spec.client.step if spec.client else None,
+        *(step.factory for step in spec.defense),
+    ]
+    sources = [(factory or "").rpartition(":")[0] for factory in factories]
+    named = [Path(source) for source in sources if source.endswith(".py")]
+    beside = [
+        path.parent / one.relative_to(spec.resolve(path).absolute().parent)
+        for path in named
+        for one in imports_of(spec.resolve(path).absolute())
+    ]
+    return list(dict.fromkeys([*named, *beside]))

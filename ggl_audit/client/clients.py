@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from ggl_audit.basics.gradient import Gradient, concatenate, each, stack, take, unstack
@@ -173,7 +176,7 @@ class OwnClient:
         """What the client's own code sends for one set of images, fitted to the model."""
         model, generator = self.clients.model, context.generator
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _other_randomness(seed):
             torch.default_generator.manual_seed(seed)
             if model.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
@@ -197,6 +200,20 @@ class OwnClient:
                 "Declare capture.unsent where some parameters are never sent.",
             )
         return fitted
+
+
+@contextmanager
+def _other_randomness(seed: int) -> Iterator[None]:
+    """Seeds what a client's code may draw from besides PyTorch, and leaves it as it was."""
+    # Their generators are global ones, so that is what has to be seeded.
+    ours, theirs = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(theirs)  # noqa: NPY002
 
 
 def _fault(problem: str, hint: str = "") -> SpecError:

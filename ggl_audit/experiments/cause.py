@@ -42,7 +42,7 @@ class _Alternatives(Experiment[Explained]):
         """A trial for each capture; what it takes is only known if it is made."""
         if self.case.spec.evidence.reconstruction_trials == 0:
             return NotMeasured(reason="evidence.reconstruction_trials is 0")
-        return Plan(trials=1 + len(self.case.others), at_most=True)
+        return Plan(trials=1 + len(self.case.others), optional=True)
 
     @abstractmethod
     def alternatives(self, case: Setting) -> Iterator[tuple[str, Setting]]:

@@ -57,13 +57,11 @@ def conduct(
         The stage in which the audit was cut short, by an interrupt or before the time had let
         anything of it be measured; None where it was not.
     """
-    conducted = _Conducted({one.name: one for one in experiments}, ledger, progress, clock)
+    made = {name: plan for name, plan in plans.items() if isinstance(plan, Plan)}
+    by_name = {one.name: one for one in experiments}
+    conducted = _Conducted(by_name, made, ledger, progress, clock)
     groups = [
-        Group(one.name, trials)
-        for one in experiments
-        for plan in (plans[one.name],)
-        if isinstance(plan, Plan)
-        for trials in plan.groups()
+        Group(name, trials) for name in by_name if name in made for trials in made[name].groups()
     ]
     left = [group for group in groups if not ledger.holds(group)]
     try:
@@ -81,18 +79,20 @@ def conduct(
 class _Conducted:
     """What is running, and what of it can be added to the ledger.
 
-    Outcomes of an experiment are added in the order of its trials, so that where trials end early
-    the ledger is the same whoever ran them.
+    Where trials may end early they are added in their order, so that the ledger is the same whoever
+    ran them; elsewhere as they are done.
     """
 
     def __init__(
         self,
         experiments: Mapping[str, Experiment[Result]],
+        plans: Mapping[str, Plan],
         ledger: Ledger,
         progress: Progress,
         clock: Clock,
     ) -> None:
         self._experiments = experiments
+        self._plans = plans
         self._ledger = ledger
         self._progress = progress
         self._clock = clock
@@ -142,6 +142,10 @@ class _Conducted:
 
     def add(self, group: Group, outcomes: Outcomes) -> None:
         """Takes what came out of a group."""
+        if not self._plans[group.experiment].at_most:
+            self._begun.remove(group)
+            self._ledger.add(outcomes)
+            return
         self._done[group] = outcomes
         for waiting in [one for one in self._begun if one.experiment == group.experiment]:
             if waiting not in self._done:

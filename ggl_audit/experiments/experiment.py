@@ -45,7 +45,8 @@ class Plan(BaseModel):
             together.
         searched: those of latents, as a search asks for them.
         descended: those with derivatives, in the same unit.
-        at_most: whether there may be fewer trials, as what comes out of others decides it.
+        at_most: whether trials may end early, when those left can change nothing.
+        optional: whether what comes out of other experiments decides if there is any trial at all.
         together: the trials of a group, which share their batches. Groups are by number alone:
             trials 0 to ``together`` - 1 are the first, whoever runs them and when.
     """
@@ -57,6 +58,7 @@ class Plan(BaseModel):
     searched: int = 0
     descended: int = 0
     at_most: bool = False
+    optional: bool = False
     together: int = 1
 
     @property
@@ -96,7 +98,7 @@ class Experiment(ABC, Generic[ResultOf]):
         as_long_as: the experiment whose trials take at least as long, where there are none of its
             own yet to tell whether another group would end in time; empty for none.
         waits: whether it is only begun when all experiments before it are done.
-        explains: whether it only explains what others have measured, so that a verdict that the
+        explains: whether it only explains what others have measured, so that a pass which the
             time leaves without it is as good.
 
     Args:

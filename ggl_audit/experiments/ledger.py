@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from ggl_audit.experiments.experiment import Experiment, Group, Result
 
@@ -28,8 +28,8 @@ class Outcome(BaseModel):
 
     experiment: str
     trial: int
-    evaluations: int
-    seconds: float
+    evaluations: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     result: SerializeAsAny[Result]
 
 

@@ -13,13 +13,13 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ggl_audit.errors import CannotGoOnError, InputError
-from ggl_audit.experiments.experiment import Result
+from ggl_audit.experiments.experiment import NotMeasured, Plan, Result
 from ggl_audit.experiments.ledger import Ledger, Outcome
 
-NO_OUTCOME = ("gate", "time_limit")
-"""Keys of the spec that may change while an audit goes on."""
+MAY_CHANGE = ("time_limit",)
+"""Keys of the spec that may have another value when an audit goes on."""
 
-BEGINNING, HEADER_LINES = b'{"ledger":', 2
+BEGINNING, HEADER_LINES = b'{"ledger":1,"version":"', 2
 """Of each ledger: what it begins with, and the lines before the first outcome."""
 
 LONGEST_SHOWN = 60
@@ -34,7 +34,7 @@ class Header(BaseModel):
         version: of this program.
         torch: of PyTorch.
         device: as it calls itself.
-        spec: as it was read, without what no outcome depends on.
+        spec: as it was read, without what may change.
         is_limited: whether there is a time limit, for which trials are taken in smaller groups.
         inputs: the SHA-256 of each file that was read, by its name.
     """
@@ -80,7 +80,7 @@ def header_of(
         version=version,
         torch=environment["torch"],
         device=environment["device"],
-        spec={key: value for key, value in spec.items() if key not in NO_OUTCOME},
+        spec={key: value for key, value in spec.items() if key not in MAY_CHANGE},
         is_limited=spec["time_limit"] is not None,
         inputs=inputs,
     )
@@ -88,7 +88,11 @@ def header_of(
 
 @contextmanager
 def open_ledger(
-    path: Path, header: Header, declared: BaseModel, results: Mapping[str, type[Result]]
+    path: Path,
+    header: Header,
+    declared: BaseModel,
+    results: Mapping[str, type[Result]],
+    plans: Mapping[str, Plan | NotMeasured],
 ) -> Iterator[tuple[Ledger, list[str]]]:
     """Opens a ledger for one process, and goes on where it ends; a new one is begun.
 
@@ -97,6 +101,7 @@ def open_ledger(
         header: what its outcomes have to be of.
         declared: what was known before the first trial, which is kept in a new one.
         results: what comes out of a trial, by the experiment's name.
+        plans: of the experiments, by name.
 
     Yields:
         The ledger, whose outcomes are in the file before they count; and what there is to say of
@@ -108,7 +113,9 @@ def open_ledger(
     """
     if not path.parent.is_dir():
         raise InputError(path, f"there is no folder {path.parent}", "Make it first.")
-    lock = FileLock(f"{path}.lock", timeout=0)
+    if path.exists() and not path.is_file():
+        raise InputError(path, "is no ledger of an audit", "Name a file.")
+    lock = FileLock(f"{path.resolve()}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -124,7 +131,8 @@ def open_ledger(
         if torn:
             said.append(f"{path}: the last line was torn and is dropped")
         if lines:
-            outcomes = _read(path, lines, header, results)
+            _refuse_others(path, lines, header)
+            outcomes = read_outcomes(path, lines[HEADER_LINES:], results, plans)
             said.append(f"{path} holds {len(outcomes)} trials; the audit goes on from there")
         with _opened(path) as file:
             writer = _Writer(path, file)
@@ -137,37 +145,61 @@ def open_ledger(
 
 def is_ledger(path: Path) -> bool:
     """Whether a file begins like a ledger."""
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            return file.read(len(BEGINNING)) == BEGINNING
+    except OSError:
         return False
-    with path.open("rb") as file:
-        return file.read(len(BEGINNING)) == BEGINNING
 
 
-def read_declared(path: Path) -> tuple[str, list[str]]:
+def read_declared(path: Path) -> tuple[Header, str, list[str]]:
     """Reads a ledger of any audit, without going on with it.
 
     Returns:
-        What was declared, in JSON, and the lines of the outcomes.
+        Its header, what was declared, in JSON, and the lines of the outcomes.
 
     Raises:
         InputError: it is no ledger.
     """
     if not path.is_file():
         raise InputError(path, "not a file" if path.exists() else "no such file")
-    content = path.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].decode("utf-8", "replace").splitlines()
-    _header(path, lines)
-    if len(lines) == 1:
+    content = _content(path)
+    lines = _lines(content)
+    header = _header(path, lines)
+    if len(lines) < HEADER_LINES:
         raise InputError(path, "holds no trials yet")
-    return lines[1], lines[2:]
+    return header, lines[1], lines[2:]
 
 
-def outcome_of(path: Path, number: int, line: str, results: Mapping[str, type[Result]]) -> Outcome:
-    """One line of a ledger.
+def read_outcomes(
+    path: Path,
+    lines: Sequence[str],
+    results: Mapping[str, type[Result]],
+    plans: Mapping[str, Plan | NotMeasured],
+) -> list[Outcome]:
+    """The outcomes in the lines of a ledger after its header.
 
     Raises:
-        InputError: it is no outcome of a known experiment.
+        InputError: a line is no outcome of a planned trial, or the second one of it.
     """
+    outcomes, seen = [], set[tuple[str, int]]()
+    for number, line in enumerate(lines, start=HEADER_LINES + 1):
+        outcome = _outcome_of(path, number, line, results)
+        plan, place = plans[outcome.experiment], (outcome.experiment, outcome.trial)
+        planned = isinstance(plan, Plan) and 0 <= outcome.trial < plan.trials
+        if not planned or place in seen:
+            raise InputError(
+                path,
+                f"line {number} is of trial {outcome.trial} of {outcome.experiment}, which is not "
+                "planned or is there twice",
+                "The file was changed; begin another one.",
+            )
+        seen.add(place)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _outcome_of(path: Path, number: int, line: str, results: Mapping[str, type[Result]]) -> Outcome:
     try:
         data = json.loads(line)
         result = results[data["experiment"]].model_validate(data.pop("result"))
@@ -219,19 +251,32 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _whole_lines(path: Path) -> tuple[list[str], bool]:
     """The whole lines of a ledger, and whether the last one was torn; that is cut off the file."""
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})") from None
+    content = _content(path) if path.exists() else b""
     end = content.rfind(b"\n") + 1
-    lines = content[:end].decode("utf-8", "replace").splitlines()
-    if content.startswith(BEGINNING) and len(lines) < HEADER_LINES:
+    lines = _lines(content[:end])
+    begins = content.startswith(BEGINNING) or BEGINNING.startswith(content)
+    if begins and len(lines) < HEADER_LINES:
         lines, end = [], 0
     elif content:
         _header(path, lines)
     if end < len(content):
-        os.truncate(path, end)
+        try:
+            os.truncate(path, end)
+        except OSError as error:
+            raise InputError(path, f"cannot be opened ({error.strerror})") from None
     return lines, end < len(content)
+
+
+def _lines(content: bytes) -> list[str]:
+    """The whole lines; what JSON holds may have other ends of lines in it."""
+    return content.decode("utf-8", "replace").split("\n")[:-1]
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(path, f"cannot be opened ({error.strerror})") from None
 
 
 def _header(path: Path, lines: Sequence[str]) -> Header:
@@ -243,9 +288,7 @@ def _header(path: Path, lines: Sequence[str]) -> Header:
         ) from None
 
 
-def _read(
-    path: Path, lines: Sequence[str], header: Header, results: Mapping[str, type[Result]]
-) -> list[Outcome]:
+def _refuse_others(path: Path, lines: Sequence[str], header: Header) -> None:
     different = list(header.differences(_header(path, lines)))
     if different:
         raise InputError(
@@ -254,8 +297,6 @@ def _read(
             + (f", and {len(different) - 1} more" if len(different) > 1 else ""),
             "Go on with what it was begun with, or name another file.",
         )
-    numbered = enumerate(lines[2:], start=3)
-    return [outcome_of(path, number, line, results) for number, line in numbered]
 
 
 def _differences(ours: Any, theirs: Any, key: str = "") -> Iterator[str]:

@@ -159,6 +159,7 @@ class UndefendedReconstruction(Experiment[Redrawn]):
     stage = "the undefended control"
     result = Redrawn
     as_long_as = Reconstruction.name
+    explains = True
 
     def plan(self) -> Plan | NotMeasured:
         """The first canaries of the floor; none where there is no defense to leave out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class Workers:
         ours, theirs = context.Pipe()
         declared = self._spec.model_dump_json(exclude_unset=True), self._spec.folder
         process = context.Process(target=_work, args=(theirs, self._make, *declared), daemon=True)
-        with _one_thread():
+        with _for_workers():
             process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -142,13 +143,17 @@ class Workers:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Has the processes that are started meanwhile use one thread each."""
+def _for_workers() -> Iterator[None]:
+    """Has the processes that are started meanwhile use one thread each, and leave Ctrl-C to us."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     try:
         yield
     finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
@@ -163,14 +168,19 @@ def _work(connection: Connection, make: MakeExperiments, spec: str, folder: Path
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     clock = Clock()
+    fault: AuditError | None = None
+    experiments: Mapping[str, Experiment[Result]] = {}
     try:
         experiments = make(Spec.model_validate_json(spec).placed(folder, lambda _: ""))
+    except AuditError as error:
+        fault = error
+    with suppress(EOFError, OSError):  # nobody is left to work for
         while True:
             group = connection.recv()
-            experiment = experiments[group.experiment]
-            connection.send(run_group(experiment, group, lambda _: None, clock))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-    except AuditError as error:
-        connection.recv()
-        connection.send(error)
+            if fault is None:
+                try:
+                    experiment = experiments[group.experiment]
+                    found = run_group(experiment, group, lambda _: None, clock)
+                except AuditError as error:
+                    fault = error
+            connection.send(fault or found)

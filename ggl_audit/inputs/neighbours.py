@@ -8,6 +8,7 @@ one name in two folders are not mixed up.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
@@ -138,6 +139,41 @@ class Neighbours:
         installed = file is not None and any(part in INSTALLED for part in Path(file).parts)
         there = any(candidate.is_file() for candidate in own)
         return there and not library and not installed and not self._is_own(module)
+
+
+def imports_of(file: Path) -> list[Path]:
+    """The files of a folder that one of them imports, and those that these import, sorted.
+
+    Read off the import statements, so that it does not depend on what was imported before. Imports
+    that are put together while the code runs are not seen.
+    """
+    folder, found, left = file.parent, set[Path](), [file]
+    while left:
+        for name in _imported_names(left.pop()):
+            parts = name.split(".")
+            for count in range(1, len(parts) + 1):
+                place = folder.joinpath(*parts[:count])
+                for candidate in (place.with_suffix(".py"), place / "__init__.py"):
+                    if candidate.is_file() and candidate not in found | {file}:
+                        found.add(candidate)
+                        left.append(candidate)
+    return sorted(found)
+
+
+def _imported_names(file: Path) -> Iterator[str]:
+    """The modules that a file imports, by their full names; of a package's own, from its folder."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = file.parent.name if node.level else ""
+            stem = ".".join(part for part in (package, node.module or "") if part)
+            yield stem
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
 
 
 def _stamp(file: Path) -> tuple[int, int]:

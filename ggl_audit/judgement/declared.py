@@ -107,6 +107,7 @@ class Declared(BaseModel):
         attacks: those that are made, and those that are not.
         plans: of the experiments, by name.
         stages: what each does, in words.
+        explaining: those that a pass does not rest on.
         assumptions: what is assumed and not measured.
         not_measured: the reason for what is lacking in any case.
     """
@@ -134,6 +135,7 @@ class Declared(BaseModel):
     attacks: list[DeclaredAttack]
     plans: dict[str, Plan | NotMeasured]
     stages: dict[str, str]
+    explaining: list[str]
     assumptions: Assumptions
     not_measured: dict[str, str]
 
@@ -188,6 +190,7 @@ def declare(case: Setting, suite: Suite, experiments: Sequence[Experiment[Result
         attacks=[*made, *not_made],
         plans={one.name: one.plan() for one in experiments},
         stages={one.name: one.stage for one in experiments},
+        explaining=[one.name for one in experiments if one.explains],
         assumptions=assumptions(case, suite),
         not_measured={name: reason for name, reason in reasons.items() if reason},
     )

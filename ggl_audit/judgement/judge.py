@@ -11,7 +11,7 @@ from ggl_audit.judgement.declared import Declared
 from ggl_audit.judgement.findings import Finding, find, promise_is_broken
 from ggl_audit.judgement.grade import Verdict, decide, doubts_about_ceiling
 from ggl_audit.judgement.measured import Measured, measure
-from ggl_audit.judgement.unmeasured import why_unmeasured
+from ggl_audit.judgement.unmeasured import lacking, why_unmeasured
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ def judge(declared: Declared, ledger: Ledger, cut_short: str | None = None) -> J
         about_the_client=declared.doubts,
         noise=measured.noise,
     )
+    doubts += [
+        f"nothing was measured of {stage}, which a pass takes"
+        for stage in lacking(declared, ledger)
+    ]
     verdict = decide(
         floor,
         measured.ceiling,

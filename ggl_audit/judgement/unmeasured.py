@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ggl_audit.experiments import candidate_matching, reconstruction
 from ggl_audit.experiments.candidate_matching import CandidateMatching, UndefendedMatching
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 from ggl_audit.experiments.ledger import Ledger
@@ -58,9 +59,30 @@ def why_unmeasured(
     return {**declared.not_measured, **reasons}
 
 
+def lacking(declared: Declared, ledger: Ledger) -> list[str]:
+    """The stages of which a pass takes something, and of which there is nothing."""
+    return [
+        declared.stages[name]
+        for name, plan in declared.plans.items()
+        if isinstance(plan, Plan) and name not in declared.explaining and not ledger.of(name)
+    ]
+
+
 def unfinished(declared: Declared, ledger: Ledger) -> str | None:
     """The stage that a ledger breaks off in, or None where all that was planned is there."""
+    hits = [one.hit for one in ledger.results(CandidateMatching)]
+    done, evidence = ledger.results(Reconstruction), declared.evidence
+    settled = {
+        CandidateMatching.name: candidate_matching.is_settled(
+            hits, declared.plans[CandidateMatching.name], evidence
+        ),
+        Reconstruction.name: reconstruction.are_settled(
+            done, declared.plans[Reconstruction.name], evidence
+        ),
+    }
     for name, plan in declared.plans.items():
-        if isinstance(plan, Plan) and not plan.at_most and len(ledger.of(name)) < plan.trials:
+        if isinstance(plan, NotMeasured) or plan.optional or settled.get(name, False):
+            continue
+        if len(ledger.of(name)) < plan.trials:
             return declared.stages[name]
     return None

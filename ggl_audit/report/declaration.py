@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from ggl_audit.basics.files import sha256
 from ggl_audit.basics.validation import first_problem
-from ggl_audit.errors import AuditError, dotted
+from ggl_audit.case.setting import own_code
+from ggl_audit.errors import AuditError, InputError, dotted
 from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec
 
@@ -35,8 +37,41 @@ def declared_in(report: Report, folders: Sequence[Path]) -> Spec:
     assert captured is not None
     for folder in folders:
         if (folder / captured).is_file():
-            return spec.placed(folder, lambda _: "")
+            placed = spec.placed(folder, lambda _: "")
+            # Before any of it is run.
+            digests = {str(path): sha256([placed.resolve(path)]) for path in own_code(placed)}
+            _refuse_others(report, digests)
+            return placed
     raise AuditError(
         f"{captured} is in none of the folders {', '.join(map(str, folders))}",
         "Name the folder of the report's files by --folder.",
     )
+
+
+def check_inputs(report: Report, here: Mapping[str, str]) -> None:
+    """Compares the files that were read here with those of a report.
+
+    Args:
+        report: of an audit.
+        here: the SHA-256 of each file that was read, by its name.
+
+    Raises:
+        InputError: one is missing, or another one.
+    """
+    for file in report.inputs:
+        if file.path not in here:
+            raise InputError(file.path, "is an input of the report, and was not read here")
+    _refuse_others(report, here)
+
+
+def _refuse_others(report: Report, here: Mapping[str, str]) -> None:
+    digests = {file.path: file.sha256 for file in report.inputs}
+    for path, digest in here.items():
+        if path not in digests:
+            raise InputError(path, "would be read here, and is no input of the report")
+        if digests[path] != digest:
+            raise InputError(
+                path,
+                f"is another file than the report's, which has the SHA-256 {digests[path]}",
+                "Name the folder of the report's own files by --folder.",
+            )

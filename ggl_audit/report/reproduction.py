@@ -45,8 +45,10 @@ def compare_runs(first: Report, again: Report) -> Reproduction:
     """
     found = Reproduction([], [], [], _surroundings(first, again))
     _sort_verdict(found, first, again)
-    for one, other in zip(rate_rows(first), rate_rows(again), strict=False):
-        _sort_rate(found, one, other)
+    rows = [{row.name: row for row in rate_rows(report)} for report in (first, again)]
+    for name in [*rows[0], *(name for name in rows[1] if name not in rows[0])]:
+        missing = RateRow(name, "", None, "not measured")
+        _sort_rate(found, rows[0].get(name, missing), rows[1].get(name, missing))
     pictures = (report.captured.by_attack for report in (first, again))
     if len({str(one) for one in pictures}) == 1:
         found.same.append("the reconstructions are the same, pixel by pixel")
@@ -67,6 +69,9 @@ def _sort_verdict(found: Reproduction, first: Report, again: Report) -> None:
         found.same.append(f"the grade: {grades[0]}")
     else:
         found.different.append(f"the grade: {grades[0]} there, {grades[1]} here")
+    codes = first.verdict.exit_code, again.verdict.exit_code
+    if codes[0] != codes[1]:
+        found.different.append(f"the exit code: {codes[0]} there, {codes[1]} here")
 
 
 def _sort_rate(found: Reproduction, one: RateRow, other: RateRow) -> None:

@@ -399,9 +399,9 @@ def test_only_planned_trials_count_and_each_once(
         {"trial": 0}, {"trial": -1}, {"trial": 1000}, {"experiment": "membership", "trial": 0},
     ):  # fmt: skip
         ledger.write_text(good + json.dumps({**row, **change}) + "\n")
-        with pytest.raises(InputError, match="is of trial|is no outcome"):
+        with pytest.raises(InputError, match=r"is of trial|is no outcome"):
             judge_ledger(ledger)
-        with pytest.raises(InputError, match="is of trial|is no outcome"):
+        with pytest.raises(InputError, match=r"is of trial|is no outcome"):
             run_audit(spec, Counter(), ledger=ledger)
     rows = good.splitlines()
     for change in ({"evaluations": -1}, {"seconds": float("inf")}):
@@ -424,7 +424,7 @@ def test_code_that_the_users_code_imports_is_an_input(
     report = run_audit(spec, Counter(1500), ledger=ledger)
     assert str(tmp_path / "inner.py") in [file.path for file in report.inputs]
     (tmp_path / "inner.py").write_text(known.read_text() + "\n# changed\n")
-    with pytest.raises(InputError, match="the content of .*inner.py"):
+    with pytest.raises(InputError, match=r"the content of .*inner\.py"):
         run_audit(spec, Counter(), ledger=ledger)
 
 

@@ -152,10 +152,10 @@ def step(model, images, labels, **keys):
     (tmp_path / "hanging.py").write_text(code)
     client = {"step": f"{tmp_path / 'hanging.py'}:step", "kwargs": {"bound": 1.0, "std": 1.0}}
     keys = {**FEW, "evidence__matching_trials": 75, "evidence__truth": None}
-    spec = sample(
-        "dp", client=client, time_limit=25, **{**keys, "evidence__reconstruction_trials": 0}
-    )
-    report = run_audit(spec, Begun(tmp_path), workers=2)
+    spec = sample("dp", client=client, **{**keys, "evidence__reconstruction_trials": 0})
+    progress = Begun(tmp_path)
+    progress.interrupt_at = 2 * 25 * 33 + 1
+    report = run_audit(spec, progress, workers=2)
     (matching,) = (one for one in report.experiments if one.name == "matching")
     assert matching.trials == 50
     assert report.verdict.grade not in ("A", "B")

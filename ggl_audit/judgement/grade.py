@@ -97,6 +97,7 @@ def doubts_about_ceiling(
     promise_is_broken: bool,
     about_the_client: Sequence[str] = (),
     noise: NoiseTest | None = None,
+    lacking: Sequence[str] = (),
 ) -> list[str]:
     """The reasons for which a low ceiling must not be taken for a good defense.
 
@@ -112,8 +113,10 @@ def doubts_about_ceiling(
         promise_is_broken: a declared guarantee is contradicted.
         about_the_client: what is wrong with the client's own code as a stand-in for the capture's.
         noise: what its noise is like; None if that was not tested.
+        lacking: what was planned and left out, as there was no time; in words.
     """
     doubts = []
+    doubts += [f"nothing was measured of {stage}, which a pass takes" for stage in lacking]
     if noise is not None and noise.violations:
         found = noise.violations[0].detail
         doubts.append(f"what the client's own code sends is not as declared: {found}")

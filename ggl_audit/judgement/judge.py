@@ -67,11 +67,8 @@ def judge(declared: Declared, ledger: Ledger, cut_short: str | None = None) -> J
         promise_is_broken=broken,
         about_the_client=declared.doubts,
         noise=measured.noise,
+        lacking=lacking(declared, ledger),
     )
-    doubts += [
-        f"nothing was measured of {stage}, which a pass takes"
-        for stage in lacking(declared, ledger)
-    ]
     verdict = decide(
         floor,
         measured.ceiling,

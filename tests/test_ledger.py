@@ -52,7 +52,15 @@ AUDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsified": ("sparsified", {}),
     "noise": ("noise", {"attack__optimizer": "cma"}),
     "the client's own code": ("dp", {**OWN_CODE, "evidence__truth": None}),
-    "a batch": ("undefended", {"capture__batch_size": 3, "evidence__truth": None}),
+    "a batch": (
+        "undefended",
+        {
+            "capture__batch_size": 3,
+            "evidence__truth": None,
+            "evidence__matching_trials": 30,
+            "evidence__reconstruction_trials": 2,
+        },
+    ),
     "another optimizer": ("undefended", {"attack__optimizer": "nevergrad:DE"}),
 }
 
@@ -151,7 +159,7 @@ def test_judgement_evaluates_nothing(
     assert content(judge_ledger(ledger)) == content(report)
 
 
-@pytest.mark.parametrize("interrupt_at", [1, 900, 2200, 4000, 5200])
+@pytest.mark.parametrize("interrupt_at", [1, 900, 4000])
 def test_an_interrupted_audit_goes_on(
     sample: Callable[..., Spec], tmp_path: Path, interrupt_at: int
 ) -> None:
@@ -354,7 +362,7 @@ class SlowClock(Clock):
         return 0.0 if self.counter.done < self.candidates else 1e9
 
 
-@pytest.mark.parametrize("candidates", [900, 1990, 2010, 2100, 2300])
+@pytest.mark.parametrize("candidates", [900, 2010, 2300])
 def test_no_pass_rests_on_what_the_time_left_nothing_of(
     sample: Callable[..., Spec], candidates: int
 ) -> None:

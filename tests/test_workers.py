@@ -34,7 +34,7 @@ def step(model, images, labels, deaths, **keys):
 """
 
 
-@pytest.mark.parametrize("name", ["sparsified", "a batch"])
+@pytest.mark.parametrize("name", ["sparsified", "noise"])
 def test_two_workers_give_the_bits_of_one_process(
     sample: Callable[..., Spec], tmp_path: Path, name: str
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ggl_audit.attacks.suite import choose_attacks
 from ggl_audit.basics.clock import Clock
 from ggl_audit.basics.environment import peak_memory_bytes
-from ggl_audit.basics.plugins import added_by_packages
+from ggl_audit.basics.plugins import with_packages
 from ggl_audit.case.setting import Setting, own_code, prepare
 from ggl_audit.errors import InputError
 from ggl_audit.experiments.candidate_matching import CandidateMatching, UndefendedMatching
@@ -151,7 +151,7 @@ def plan_experiments(case: Setting) -> list[Experiment[Result]]:
 
 def known_experiments() -> list[type[Experiment[Result]]]:
     """All experiments, those of packages last."""
-    return [*EXPERIMENTS, *added_by_packages("experiments").values()]
+    return [*with_packages("experiments", {one.name: one for one in EXPERIMENTS}).values()]
 
 
 def by_name(experiments: Sequence[Experiment[Result]]) -> dict[str, Experiment[Result]]:

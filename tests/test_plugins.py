@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ggl_audit.attacks import known_attacks
 from ggl_audit.basics.plugins import added_by_packages
 from ggl_audit.errors import AuditError
 
@@ -30,3 +31,9 @@ def test_two_packages_with_one_name_are_refused(package: Install) -> None:
     package("attacks", "toy = second_toy:TOY", "TOY = 2")
     with pytest.raises(AuditError, match="and so does another package"):
         added_by_packages("attacks")
+
+
+def test_nothing_of_ours_is_replaced(package: Install) -> None:
+    package("attacks", "ggl = toy_ggl:TOY", "TOY = type('Toy', (), {'name': 'ggl'})")
+    with pytest.raises(AuditError, match="adds 'ggl' to attacks as 'ggl'"):
+        known_attacks()

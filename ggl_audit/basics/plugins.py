@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ggl_audit.errors import AuditError
 
@@ -35,3 +36,28 @@ def added_by_packages(group: Group) -> dict[str, Any]:
                 "Mend or uninstall it.",
             ) from error
     return found
+
+
+Kind = TypeVar("Kind")
+
+
+def with_packages(group: Group, ours: Mapping[str, Kind]) -> dict[str, Kind]:
+    """What there is of a kind, by name: ours, then what packages add.
+
+    Args:
+        group: the kind.
+        ours: by name.
+
+    Raises:
+        AuditError: a package adds what there is already, or under another name than its own.
+    """
+    added = added_by_packages(group)
+    for point, thing in added.items():
+        name = getattr(thing, "name", point)
+        if point in ours or name != point:
+            raise AuditError(
+                f"a package adds {name!r} to {group} as {point!r}: the two have to be the same, "
+                "and none of ours",
+                "Mend or uninstall it.",
+            )
+    return {**ours, **added}

@@ -28,7 +28,7 @@ def reproduce(
 ) -> None:
     """Run a report's audit again from its own record, and compare every figure.
 
-    Exit: 0 the verdict is the same and the rates are within what another machine may differ by,
+    Exit: 0 the verdict is the same and the rates are as near as those of other machines were,
     1 they are not, 2 inputs are missing or are others.
     """
     options.begin(threads=threads, verbose=verbose, quiet=quiet)
@@ -52,7 +52,7 @@ def reproduce(
     found, console = compare_runs(first, again), Console()
     for heading, sentences in (
         ("The same", found.same),
-        ("Within what another machine may differ by", found.within),
+        ("As near as those of other machines were", found.within),
         ("Different", found.different),
         ("Made with something else", found.surroundings),
     ):

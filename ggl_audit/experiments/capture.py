@@ -105,6 +105,7 @@ class CaptureAttack(Experiment[Attacked]):
             trials=captures,
             searched=searches * self.suite.searched(),
             descended=searches * self.suite.descended(),
+            each_counts=True,
         )
 
     def run(self, trials: range, advance: Advance) -> Iterator[Attacked]:

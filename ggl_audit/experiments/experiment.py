@@ -46,6 +46,7 @@ class Plan(BaseModel):
         searched: those of latents, as a search asks for them.
         descended: those with derivatives, in the same unit.
         at_most: whether trials may end early, when those left can change nothing.
+        each_counts: whether each trial is of something else, so that a pass takes all of them.
         optional: whether what comes out of other experiments decides if there is any trial at all.
         together: the trials of a group, which share their batches. Groups are by number alone:
             trials 0 to ``together`` - 1 are the first, whoever runs them and when.
@@ -58,6 +59,7 @@ class Plan(BaseModel):
     searched: int = 0
     descended: int = 0
     at_most: bool = False
+    each_counts: bool = False
     optional: bool = False
     together: int = 1
 
@@ -157,7 +159,5 @@ class Group:
     experiment: str
     trials: range
 
-
-Kinds = Sequence[type[Experiment[Result]]]
 
 Wanted = Callable[[Group], bool]

@@ -116,7 +116,7 @@ def doubts_about_ceiling(
         lacking: what was planned and left out, as there was no time; in words.
     """
     doubts = []
-    doubts += [f"nothing was measured of {stage}, which a pass takes" for stage in lacking]
+    doubts += [f"not enough was measured of {stage}, which a pass takes" for stage in lacking]
     if noise is not None and noise.violations:
         found = noise.violations[0].detail
         doubts.append(f"what the client's own code sends is not as declared: {found}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import BaseModel, ConfigDict
+
 from ggl_audit.attacks.ggl import GenerativeGradientLeakage
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate, measure_rate, paired_p_value
 from ggl_audit.evidence.likeness import Likeness
@@ -30,8 +32,7 @@ from ggl_audit.experiments.reconstruction import (
 from ggl_audit.judgement.declared import Declared
 
 
-@dataclass(frozen=True)
-class LossPlace:
+class LossPlace(BaseModel):
     """Where a capture's matching loss stands among those of known kind.
 
     Attributes:
@@ -40,6 +41,8 @@ class LossPlace:
         nulls: how many random gradients were attacked.
         nulls_above: of these, how many have a higher loss than the capture.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     canaries: int
     canaries_above: int
@@ -112,8 +115,8 @@ def measure(declared: Declared, ledger: Ledger) -> Measured:
     canaries = ledger.results(Reconstruction)
     floors, nulls = _floors(declared, canaries, chance)
     distance = declared.evidence.distance
-    first = ledger.results(CaptureAttack)[:1]
-    nearest = first[0].nearest if first else GenerativeGradientLeakage.name
+    first = ledger.by_trial(CaptureAttack).get(0)
+    nearest = GenerativeGradientLeakage.name if first is None else first.nearest
     return Measured(
         ceiling=ceiling,
         label=label,

@@ -60,11 +60,16 @@ def why_unmeasured(
 
 
 def lacking(declared: Declared, ledger: Ledger) -> list[str]:
-    """The stages of which a pass takes something, and of which there is nothing."""
+    """The stages of which a pass takes something that there is not.
+
+    That is a trial at least, or all where each is of something else, as of another capture.
+    """
     return [
         declared.stages[name]
         for name, plan in declared.plans.items()
-        if isinstance(plan, Plan) and name not in declared.explaining and not ledger.of(name)
+        if isinstance(plan, Plan)
+        and name not in declared.explaining
+        and len(ledger.of(name)) < (plan.trials if plan.each_counts else 1)
     ]
 
 

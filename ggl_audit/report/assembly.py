@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from ggl_audit.attacks.attack import Curve
 from ggl_audit.evidence.bounds import empirical_mu
@@ -22,11 +21,12 @@ from ggl_audit.report.model import (
     Cost,
     EvidenceReport,
     Experiment,
-    LossPlace,
     Reconstruction,
     Report,
     Tool,
 )
+
+NOT_CALLED_FOR = "what the other experiments gave does not call for it"
 
 
 def assemble(
@@ -125,6 +125,9 @@ def _experiments(declared: Declared, ledger: Ledger) -> list[Experiment]:
             found.append(Experiment(name=name, stage=stage, not_measured=plan.reason))
             continue
         outcomes = ledger.of(name)
+        if plan.optional and not outcomes:
+            found.append(Experiment(name=name, stage=stage, not_measured=NOT_CALLED_FOR))
+            continue
         found.append(
             Experiment(
                 name=name,
@@ -178,7 +181,7 @@ def _captured(
             psnr_db=attacked.agreement_db,
             null_psnr_db=attacked.null_agreement_db,
         ),
-        loss_place=None if found.loss_place is None else LossPlace(**asdict(found.loss_place)),
+        loss_place=found.loss_place,
         likeness=likeness,
         not_measured=reasons,
     )

@@ -39,7 +39,8 @@ def declared_in(report: Report, folders: Sequence[Path]) -> Spec:
         if (folder / captured).is_file():
             placed = spec.placed(folder, lambda _: "")
             # Before any of it is run.
-            digests = {str(path): sha256([placed.resolve(path)]) for path in own_code(placed)}
+            there = [path for path in own_code(placed) if placed.resolve(path).is_file()]
+            digests = {str(path): sha256([placed.resolve(path)]) for path in there}
             _refuse_others(report, digests)
             return placed
     raise AuditError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ggl_audit.basics.files import write_whole
-from ggl_audit.basics.plugins import added_by_packages
+from ggl_audit.basics.plugins import with_packages
 from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import AuditError, InputError, dotted
 from ggl_audit.report.html import render_html
@@ -31,8 +31,9 @@ Renderer = Callable[[Report], str]
 
 def known_formats() -> dict[str, Renderer]:
     """The formats by the ending of a file's name; a package's entry point is named by it."""
-    added = added_by_packages("report_formats")
-    return {**RENDERERS, **{f".{name}": render for name, render in added.items()}}
+    ours = {ending.removeprefix("."): render for ending, render in RENDERERS.items()}
+    known = with_packages("report_formats", ours)
+    return {f".{name}": render for name, render in known.items()}
 
 
 def check_outputs(paths: list[Path]) -> None:

@@ -15,6 +15,7 @@ from ggl_audit.inputs.png_uri import PngUri
 from ggl_audit.judgement.declared import InputFile
 from ggl_audit.judgement.findings import Finding
 from ggl_audit.judgement.grade import Verdict
+from ggl_audit.judgement.measured import LossPlace
 
 
 class _Part(BaseModel):
@@ -71,22 +72,6 @@ class Agreement(_Part):
     searches: int
     psnr_db: float
     null_psnr_db: float
-
-
-class LossPlace(_Part):
-    """Where the capture's matching loss stands among those of known kind.
-
-    Attributes:
-        canaries: how many canaries were attacked.
-        canaries_above: of these, how many have a higher loss than the capture.
-        nulls: how many random gradients were attacked.
-        nulls_above: of these, how many have a higher loss than the capture.
-    """
-
-    canaries: int
-    canaries_above: int
-    nulls: int
-    nulls_above: int
 
 
 class Captured(_Part):

@@ -10,13 +10,17 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from ggl_audit.audit import plan_experiments, run_audit
+from ggl_audit.audit import EXPERIMENTS, plan_experiments, run_audit
 from ggl_audit.case.capturing import capture_gradient
 from ggl_audit.case.setting import prepare
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.experiments.forecast import planned_evaluations
+from ggl_audit.experiments.ledger import Ledger
+from ggl_audit.experiments.ledger_file import read_outcomes
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, write_image
+from ggl_audit.judgement.declared import Declared
+from ggl_audit.judgement.unmeasured import lacking
 from ggl_audit.report.console import render_console
 from ggl_audit.report.html import render_html
 from ggl_audit.spec import Spec
@@ -109,3 +113,22 @@ def test_a_capture_is_named_once(sample: Callable[..., Spec], round_of_three: li
     keys = {**FEW, "capture.gradient": first, "capture.others": [second, first]}
     with pytest.raises(SpecError, match=r"holds the same values as another capture"):
         prepare(sample("undefended", **keys))
+
+
+def test_a_capture_that_the_time_did_not_reach_is_no_pass(
+    sample: Callable[..., Spec], round_of_three: list[str], tmp_path: Path
+) -> None:
+    """Nothing was asked of it, whatever the first one gives."""
+    first, *others = round_of_three
+    few = {**FEW, "capture.gradient": first, "capture.others": others}
+    spec = sample("undefended", **few)
+    path = tmp_path / "audit.jsonl"
+    run_audit(spec, Counter(), ledger=path)
+    rows = path.read_text().splitlines(keepends=True)
+    _, declaration, *trials = rows
+    declared = Declared.model_validate_json(declaration)
+    plans, results = declared.plans, {one.name: one.result for one in EXPERIMENTS}
+    whole = read_outcomes(path, [row.strip() for row in trials], results, plans)
+    attacked = [one for one in whole if (one.experiment, one.trial) != ("capture", 2)]
+    assert lacking(declared, Ledger(whole)) == []
+    assert lacking(declared, Ledger(attacked)) == ["the attack on the capture"]

@@ -24,6 +24,9 @@ from pydantic import (
 
 from ggl_audit.errors import Key
 
+MEMORY_OF_A_PROCESSOR = 256
+"""MiB: the chunks that fit its caches are the fast ones."""
+
 Pixels = Annotated[int, Field(ge=1)]
 Split = Literal["train", "val", "test"]
 Layout = Literal["channels_first", "channels_last"]
@@ -763,9 +766,12 @@ class Spec(_Section):
     evidence: EvidenceSpec = EvidenceSpec()
     gate: GateSpec = GateSpec()
     seed: int = Field(default=0, ge=0, lt=2**32)
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    memory: int = Field(
-        default=256, ge=1, description="MiB that candidates' gradients may take at a time, about"
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N, xpu or mps")
+    memory: int | None = Field(
+        default=None,
+        ge=1,
+        description="MiB that candidates' gradients may take at a time, about; unless given 256, "
+        "and an eighth of what an accelerator has",
     )
     time_limit: float | None = Field(
         default=None, gt=0, description="seconds after which the audit ends with what it has"
@@ -788,7 +794,7 @@ class Spec(_Section):
     @property
     def memory_bytes(self) -> int:
         """What :attr:`memory` comes to in bytes."""
-        return self.memory * 2**20
+        return (self.memory or MEMORY_OF_A_PROCESSOR) * 2**20
 
     def resolve(self, path: Path) -> Path:
         """Makes a path of the spec usable: relative ones start at the folder of the spec."""

@@ -9,12 +9,14 @@ import torch
 from torch.func import vmap
 
 from ggl_audit.attack.layers import Outer, Part, parts_of, products, slices
+from ggl_audit.basics.device import widest_float
 from ggl_audit.basics.gradient import Gradient, norm
 from ggl_audit.defenses.value_wise import ValueWise
 from ggl_audit.inputs.model import ClientModel
 
 BLOCK = 2**21
-"""Values that are worked on at a time: they stay in a processor's cache while they are."""
+"""Values that are worked on at a time: they stay in a processor's cache while they are. An
+accelerator works on as many as fit, as each call of it costs the same."""
 
 SHARING = 8
 """Candidates that are worked on together at least, as the observed gradient is read for each."""
@@ -30,6 +32,9 @@ NEAR = 1e-2
 
 COPIES_OF_A_LAYER = 3
 """What its layers are given and return, the gradient of both, and a block of the weight's."""
+
+BYTES_OF_A_BLOCK = 16
+"""Of each value: its gradient, the replica, and what two steps of a comparison take."""
 
 TRIED = 3
 """Images; more than the layers of a model are likely to confuse with another dimension."""
@@ -49,6 +54,7 @@ class LayerWise:
         cosine: whether the distance is one minus the cosine, and not the relative squared l2.
         chunk: how many candidates to take at a time.
         together: how many can be held together, layer by layer.
+        block: values of a layer's gradients that are held at a time.
         ghosts: whether some layers' gradients are not computed in a sum of norms.
     """
 
@@ -59,6 +65,7 @@ class LayerWise:
         cosine: bool,
         chunk: int,
         together: int,
+        block: int,
         ghosts: bool,
     ) -> None:
         self._model = model
@@ -67,6 +74,8 @@ class LayerWise:
         self._summed = cosine or ghosts or bool(replica.scalings)
         self.chunk = chunk
         self._together = together
+        self._block = block
+        self._sums = widest_float(model.device)
 
     def holds(self, candidates: int) -> bool:
         """Whether so many candidates can be compared with each other."""
@@ -85,7 +94,7 @@ class LayerWise:
         Returns:
             (t, n).
         """
-        found = torch.empty(labels.shape, dtype=torch.double, device=images.device)
+        found = torch.empty(labels.shape, dtype=self._sums, device=images.device)
         for place in _blocks(labels.shape, self.chunk):
             seen = {name: tensor[place[0]] for name, tensor in observed.items()}
             with torch.no_grad():
@@ -126,7 +135,7 @@ class LayerWise:
             directions = lengths / norms.clamp(min=1e-30)
             factor = directions if self._cosine else self._replica.factor(norms)
         count = labels.shape[1]
-        table = torch.zeros(*labels.shape, count, dtype=torch.double, device=images.device)
+        table = torch.zeros(*labels.shape, count, dtype=self._sums, device=images.device)
         readings = self._replica.readings(observed)
         for part in self._parts(images, labels):
             for place, left, seen in self._replicas(
@@ -170,12 +179,12 @@ class LayerWise:
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The squared norms (t, n) of replicas before they are scaled, and the inner products."""
-        squares = torch.zeros(labels.shape, dtype=torch.double, device=images.device)
+        squares = torch.zeros(labels.shape, dtype=self._sums, device=images.device)
         inner = torch.zeros_like(squares)
         readings = self._replica.readings(observed)
         for part in self._parts(images, labels):
             if not readings and isinstance(part, Outer) and is_cheaper_as_a_ghost(part):
-                _add_ghosts(part, observed[part.name], squares, inner)
+                _add_ghosts(part, observed[part.name], squares, inner, self._block)
                 continue
             for place, replicas, seen in self._replicas(part, labels.shape, observed, readings):
                 squares[place] += _squares(replicas)
@@ -190,7 +199,7 @@ class LayerWise:
         factor: torch.Tensor | None,
     ) -> torch.Tensor:
         """The squared norms (t, n) of replicas, multiplied by factors (t, n), less the observed."""
-        squares = torch.zeros(labels.shape, dtype=torch.double, device=images.device)
+        squares = torch.zeros(labels.shape, dtype=self._sums, device=images.device)
         readings = self._replica.readings(observed)
         for part in self._parts(images, labels):
             for place, replicas, seen in self._replicas(part, labels.shape, observed, readings):
@@ -221,8 +230,8 @@ class LayerWise:
         target = part.matrix(observed[part.name])
         own = [reading[part.name] for reading in readings]
         beside = [part.matrix(r) if r.ndim > 1 else r[:, None, None, None] for r in own]
-        for place in _blocks(shape, max(least, BLOCK // part.size_held)):
-            for rows, gradients in part.gradients(shape, place, BLOCK):
+        for place in _blocks(shape, max(least, self._block // part.size_held)):
+            for rows, gradients in part.gradients(shape, place, self._block):
                 some = [_rows(tensor[place[0]], rows) for tensor in beside]
                 values = self._replica.on_values(gradients.flatten(2), some)
                 yield place, values, _rows(target[place[0]], rows)
@@ -230,13 +239,14 @@ class LayerWise:
 
 def _lengths(observed: Gradient) -> torch.Tensor:
     """The norms (t, 1) of what was observed."""
-    return vmap(norm)(observed).double()[:, None].clamp(min=1e-30)
+    lengths = vmap(norm)(observed)
+    return lengths.to(widest_float(lengths.device))[:, None].clamp(min=1e-30)
 
 
 def _squares(values: torch.Tensor) -> torch.Tensor:
     """Squared norms (t, n) of values (t, n, size)."""
     norms: torch.Tensor = torch.linalg.vector_norm(values, dim=2)
-    return norms.double().square()
+    return norms.to(widest_float(norms.device)).square()
 
 
 def layer_wise(
@@ -274,7 +284,10 @@ def layer_wise(
     )
     bytes_each = COPIES_OF_A_LAYER * sum(part.bytes_held for part in parts) // TRIED
     together = memory // (4 * max(part.size_of_factors for part in parts))
-    return LayerWise(arranged, replica, cosine, max(1, memory // bytes_each), together, ghosts)
+    # Half for the layers, and half for a block of replicas with what is compared.
+    block = BLOCK if model.device.type == "cpu" else max(BLOCK, memory // (2 * BYTES_OF_A_BLOCK))
+    chunk = max(1, memory // bytes_each)
+    return LayerWise(arranged, replica, cosine, chunk, together, block, ghosts)
 
 
 def _arrangements(model: ClientModel) -> Iterator[ClientModel]:
@@ -300,11 +313,11 @@ def _tried(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> li
 
 
 def _add_ghosts(
-    part: Outer, observed: torch.Tensor, squares: torch.Tensor, inner: torch.Tensor
+    part: Outer, observed: torch.Tensor, squares: torch.Tensor, inner: torch.Tensor, block: int
 ) -> None:
     """Adds a weight's part in squared norms and inner products (t, n), without its gradients."""
     target = part.matrix(observed)
-    for place in _blocks(squares.shape, max(SHARING, BLOCK // (part.positions * part.inputs))):
+    for place in _blocks(squares.shape, max(SHARING, block // (part.positions * part.inputs))):
         errors, windows = part.factors(squares.shape, place)
         grams = products(errors.mT, errors), products(windows, windows.mT)
         squares[place] += (grams[0] * grams[1]).flatten(2).sum(2)

@@ -21,6 +21,7 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ggl_audit.basics.device import widest_float
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.inputs.model import ClientModel
 
@@ -130,7 +131,8 @@ class Outer:
 
     def unseen(self, like: torch.Tensor) -> torch.Tensor:
         """The squared norms (t,) of values (t, ...) of the weight's shape where no input is."""
-        squares = torch.zeros(len(like), dtype=torch.double, device=like.device)
+        sums = widest_float(like.device)
+        squares = torch.zeros(len(like), dtype=sums, device=like.device)
         if self.size == like[0].numel():
             return squares
         # Of a convolution, as what a linear layer is given reaches all of its weight.
@@ -138,7 +140,7 @@ class Outer:
         above, below = like[..., : rows.start, :], like[..., rows.stop :, :]
         left, right = like[..., rows, : columns.start], like[..., rows, columns.stop :]
         for rest in (above, below, left, right):
-            squares += torch.linalg.vector_norm(rest.flatten(2), dim=2).double().square().sum(1)
+            squares += torch.linalg.vector_norm(rest.flatten(2), dim=2).to(sums).square().sum(1)
         return squares
 
     def is_of(self, gradients: torch.Tensor) -> bool:

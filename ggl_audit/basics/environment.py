@@ -1,16 +1,15 @@
-"""The machine that an audit runs on: devices, versions, memory."""
+"""The machine that an audit runs on: versions, memory."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
-import re
 import sys
 
 import numpy
 import torch
 
-from ggl_audit.errors import SpecError
+from ggl_audit.basics.device import most_memory, name_of
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3): the free memory that goes back to the system, and what is not taken of a heap."""
@@ -31,44 +30,25 @@ def keep_freed_memory() -> None:
         library.mallopt(M_MMAP_THRESHOLD, MOST_IN_A_HEAP)
 
 
-def choose_device(name: str) -> torch.device:
-    """Resolves ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises:
-        SpecError: the name is unknown, or there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise SpecError(("device",), f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SpecError(
-            ("device",), f"there is no {name} here", "`--device auto` takes a GPU if there is one."
-        )
-    return device
-
-
 def describe(device: torch.device) -> dict[str, str]:
     """What a reader needs to repeat the figures: versions, platform, device, threads."""
-    is_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if is_gpu else "cpu",
+        "device": name_of(device),
         "threads": str(torch.get_num_threads()),
     }
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory held so far: on the GPU, or by this process or one of its workers.
+    """The most memory held so far: on the accelerator, or by this process or one of its workers.
 
     None where that is unknown.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return most_memory(device)
     if sys.platform == "win32":
         return None
     import resource

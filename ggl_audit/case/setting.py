@@ -15,7 +15,8 @@ from ggl_audit.attack.labels import (
     usual_head,
 )
 from ggl_audit.attack.matching import Distance, Matching
-from ggl_audit.basics.environment import choose_device, keep_freed_memory
+from ggl_audit.basics.device import choose_device, settle, usual_memory
+from ggl_audit.basics.environment import keep_freed_memory
 from ggl_audit.basics.files import sha256
 from ggl_audit.basics.gradient import Gradient, each, norm, stack, unstack
 from ggl_audit.basics.randomness import stream
@@ -311,9 +312,9 @@ def _with_clips_over_everything(spec: Spec) -> Spec | None:
 def _prepare(spec: Spec) -> Setting:
     keep_freed_memory()
     device = choose_device(spec.device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
+    settle(device)
+    if spec.memory is None:
+        spec = spec.model_copy(update={"memory": usual_memory(device)})
     capture = spec.capture
     defense, model = load_client(spec, device)
     captured = _captured(spec, model, defense)

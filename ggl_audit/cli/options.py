@@ -48,7 +48,7 @@ Truth = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", envvar="GGL_AUDIT_DEVICE", help="auto, cpu, cuda or cuda:N."),
+    typer.Option("--device", envvar="GGL_AUDIT_DEVICE", help="auto, cpu, cuda, xpu or mps."),
 ]
 Attack = Annotated[
     str | None,

@@ -81,7 +81,8 @@ def train(
         int, typer.Option("--checkpoint-steps", min=1, help="From one checkpoint to the next.")
     ] = 200,
     device: Annotated[
-        str, typer.Option("--device", envvar="GGL_AUDIT_DEVICE", help="auto, cpu, cuda or cuda:N.")
+        str,
+        typer.Option("--device", envvar="GGL_AUDIT_DEVICE", help="auto, cpu, cuda, xpu or mps."),
     ] = "auto",
     threads: options.Threads = None,
     quiet: options.Quiet = False,
@@ -89,7 +90,7 @@ def train(
 ) -> None:
     """Train a GAN on images, as a prior for `run`; an interrupted training can be resumed."""
     options.begin(threads=threads, verbose=verbose, quiet=quiet)
-    from ggl_audit.basics.environment import choose_device
+    from ggl_audit.basics.device import choose_device
     from ggl_audit.cli.progress import AuditProgress
     from ggl_audit.priors.checkpoint import CHECKPOINT_NAME
     from ggl_audit.priors.held_out import hold_out

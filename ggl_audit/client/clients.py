@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ggl_audit.basics.device import CPU, seed_device
 from ggl_audit.basics.gradient import Gradient, concatenate, each, stack, take, unstack
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Context, Pipeline
@@ -177,9 +178,8 @@ class OwnClient:
         model, generator = self.clients.model, context.generator
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         with torch.random.fork_rng(), _other_randomness(seed):
-            torch.default_generator.manual_seed(seed)
-            if model.device.type == "cuda":
-                torch.cuda.manual_seed(seed)
+            for device in {CPU, model.device}:
+                seed_device(device, seed)
             try:
                 targets = model.targets_of(labels)
                 sent = self.step(model.as_received(), model.normalize(images), targets)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ggl_audit.basics.device import CPU, random_state
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.images import count_classes
 from ggl_audit.inputs.interpreter import Program, recording_of
@@ -184,8 +185,8 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _random_state(device: torch.device) -> torch.Tensor:
-    state = torch.get_rng_state()
-    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
+    """The state of all generators that a forward pass may draw from, on the CPU."""
+    return torch.cat([random_state(one).cpu() for one in dict.fromkeys((CPU, device))])
 
 
 def _try_more(model: ClientModel, images: torch.Tensor, outputs: torch.Tensor, spec: Spec) -> bool:

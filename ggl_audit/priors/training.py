@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ggl_audit.basics.device import CPU, random_state, restore_random_state, settle
 from ggl_audit.errors import AuditError
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.priors.card import Inversion
@@ -126,9 +127,7 @@ class Training:
             device: where to train.
         """
         self.schedule, self.device = schedule, device
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = False
-            torch.backends.cudnn.deterministic = True
+        settle(device)
         torch.manual_seed(schedule.seed)
         self.done = 0
         self._images, self._labels = data.images.to(device), data.labels.to(device)
@@ -183,9 +182,8 @@ class Training:
             for parameter, slots in optimizer.state_dict()["state"].items():
                 state |= {f"{name}.{parameter}.{slot}": slots[slot] for slot in ADAM_SLOTS}
         state["done"] = torch.tensor(self.done)
-        state["random"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            state["random_on_device"] = torch.cuda.get_rng_state(self.device)
+        state["random"] = random_state(CPU)
+        state["random_on_device"] = random_state(self.device)
         return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
@@ -211,9 +209,8 @@ class Training:
                     raise ValueError(f"the moments of the {name} have other shapes")
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
             self.done = int(state["done"])
-            torch.set_rng_state(state["random"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["random_on_device"], self.device)
+            restore_random_state(CPU, state["random"])
+            restore_random_state(self.device, state["random_on_device"])
         except KeyError as error:
             raise ValueError(f"{error} is missing") from None
         except (RuntimeError, TypeError) as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
@@ -115,10 +116,23 @@ class Arguments(TorchFunctionMode):
             where = args[0].device if isinstance(args[0], torch.Tensor) else device
             if generator.device.type != where.type:
                 raise RuntimeError(f"a generator of {generator.device} for a tensor of {where}")
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            args = (args[0], _indices(args[1]), *args[2:])
+        if function is torch.Tensor.new_tensor and isinstance(args[0], Held):
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(NAME)
         if function in (torch.tensor, torch.as_tensor, torch.asarray) and device.type == NAME:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **{**kwargs, "device": "cpu"}).to(device)
         return function(*args, **kwargs)
+
+
+def _indices(given: Any) -> Any:
+    """Lists and arrays as tensors, which PyTorch makes of them by ways of its own."""
+    if isinstance(given, tuple):
+        return tuple(map(_indices, given))
+    if isinstance(given, (list, np.ndarray)):
+        return torch.tensor(given, dtype=None if len(given) else torch.long)
+    return given
 
 
 class Pretended(TorchDispatchMode):
@@ -148,7 +162,37 @@ class Pretended(TorchDispatchMode):
         return computed(operator, args, kwargs or {}, lacks_float64=self._lacks_float64)
 
 
+class Module:
+    """What ``torch.pretended`` is; what draws without a generator draws as the CPU does."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    def manual_seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+
 def begin() -> Callable[..., torch.Generator]:
     """Registers the device, once in a process; returns what makes its generators."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     return Generator

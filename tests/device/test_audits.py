@@ -1,0 +1,104 @@
+"""Whole audits on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ggl_audit.audit import run_audit
+from ggl_audit.priors import training as training_module
+from ggl_audit.report.model import Report
+from ggl_audit.spec import Spec
+from tests.conftest import Counter
+from tests.device.conftest import NAMED
+from tests.priors.test_training import pictures
+from tests.test_ledger import content
+
+pytestmark = pytest.mark.device
+
+SAMPLES: list[tuple[str, dict[str, Any]]] = [
+    ("undefended", {}),
+    ("sparsified", {}),
+    ("sign", {}),
+    ("noise", {}),
+    ("dp", {}),
+    ("undefended", {"attack__optimizer": "cma"}),
+    ("undefended", {"attack__optimizer": "adam", "evidence__distance": "representation"}),
+]
+
+
+def audited(sample: Callable[..., Spec], name: str, device: str, changes: dict[str, Any]) -> Report:
+    return run_audit(sample(name, device=device, **changes), Counter())
+
+
+@pytest.mark.parametrize(("name", "changes"), SAMPLES, ids=str)
+def test_an_audit_says_the_same_as_on_the_processor(
+    sample: Callable[..., Spec], name: str, changes: dict[str, Any], device: torch.device
+) -> None:
+    there, here = (audited(sample, name, one, changes) for one in (str(device), "cpu"))
+    assert there.verdict.grade == here.verdict.grade
+    assert [check.outcome for check in there.evidence.checks] == [
+        check.outcome for check in here.evidence.checks
+    ]
+    for one in ("ceiling", "label"):
+        found, expected = getattr(there.evidence, one), getattr(here.evidence, one)
+        # Noise is drawn by the device's own generator, and ties fall as they fall.
+        spread = 3 if name in ("noise", "dp") else 1
+        assert abs(found.successes - expected.successes) <= spread
+    assert there.captured.labels == here.captured.labels
+
+
+def test_the_same_audit_gives_the_same_report_again(
+    sample: Callable[..., Spec], device: torch.device
+) -> None:
+    first, second = (audited(sample, "sparsified", str(device), {}) for _ in range(2))
+    assert content(first) == content(second)
+
+
+def test_a_batch_and_a_cohort(sample: Callable[..., Spec], device: torch.device) -> None:
+    few = {"evidence__matching_trials": 8, "evidence__reconstruction_trials": 2}
+    report = audited(sample, "noise", str(device), {**few, "attack__optimizer": "cma"})
+    assert report.evidence.ceiling is not None
+
+
+def test_a_prior_is_trained_and_goes_on(device: torch.device, tmp_path: Path) -> None:
+    from ggl_audit.priors.making import architecture_for, make_prior
+    from ggl_audit.priors.training import Schedule
+
+    data = pictures(30)
+    for name, stop in (("whole", None), ("parts", 4)):
+        schedule = Schedule(steps=7, batch=8)
+        for resume in ([False] if stop is None else [False, True]):
+            done = 0
+
+            def advance(more: int, stop: int | None = stop, resume: bool = resume) -> None:
+                nonlocal done
+                done += more
+                if stop is not None and not resume and done >= stop:
+                    raise KeyboardInterrupt
+
+            try:
+                make_prior(
+                    tmp_path / name, data, None, architecture_for(data, 6, 16), schedule, device,
+                    "a test", "none", advance, 2, resume=resume,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                assert not resume
+    whole, parts = (
+        (tmp_path / name / "generator.safetensors").read_bytes() for name in ("whole", "parts")
+    )
+    assert whole == parts
+    assert training_module.ADAM_SLOTS
+
+
+@pytest.mark.skipif(
+    not NAMED.startswith("cuda"), reason="a device of this process alone; spawned ones have none"
+)
+def test_workers_share_a_device(sample: Callable[..., Spec]) -> None:
+    spec = sample("sparsified", device=NAMED)
+    alone, shared = run_audit(spec, Counter()), run_audit(spec, Counter(), workers=2)
+    assert content(alone) == content(shared)

@@ -72,7 +72,7 @@ def test_a_prior_is_trained_and_goes_on(device: torch.device, tmp_path: Path) ->
     data = pictures(30)
     for name, stop in (("whole", None), ("parts", 4)):
         schedule = Schedule(steps=7, batch=8)
-        for resume in ([False] if stop is None else [False, True]):
+        for resume in [False] if stop is None else [False, True]:
             done = 0
 
             def advance(more: int, stop: int | None = stop, resume: bool = resume) -> None:

@@ -76,9 +76,7 @@ def client(make: Callable[[], nn.Module], device: torch.device) -> ClientModel:
     one = torch.ones(1, 1, 1, device=device)
     parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
     buffers = dict(module.named_buffers())
-    return ClientModel(
-        module, parameters, buffers, SHAPE, 0.5 * one, 0.5 * one, 1.0, CLASSES, None
-    )
+    return ClientModel(module, parameters, buffers, SHAPE, 0.5 * one, 0.5 * one, 1.0, CLASSES, None)
 
 
 def material(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,12 +87,14 @@ def material(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def observations(model: ClientModel, steps: list[Defense]) -> Gradient:
-    """Defended gradients of the first candidates, with the processor's randomness on each device."""
+    """Defended gradients of the first candidates, with the processor's randomness everywhere."""
     images, labels = material(CPU)
     matching = Matching(client_on_cpu(model), Pipeline([]))
     found = matching.clients.gradients(images[:, 0], labels[:, 0])
     sent = [
-        Pipeline(steps).apply(each(lambda t, i=i: t[i], found), Context(torch.Generator().manual_seed(i)))
+        Pipeline(steps).apply(
+            each(lambda t, i=i: t[i], found), Context(torch.Generator().manual_seed(i))
+        )
         for i in range(TRIALS)
     ]
     return each(lambda tensor: tensor.to(model.device), stack(sent))

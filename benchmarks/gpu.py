@@ -202,15 +202,18 @@ evidence:
   truth: private.png
 """
     )
-    subprocess.run(  # noqa: S603
+    done = subprocess.run(  # noqa: S603
         [
             *(sys.executable, "-m", "ggl_audit", "capture", str(spec)),
             *("--image", str(folder / "private.png"), "--label", "0"),
         ],
         cwd=ROOT,
-        check=True,
+        check=False,
         capture_output=True,
+        text=True,
     )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1500:])
     return spec
 
 

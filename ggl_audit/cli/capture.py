@@ -11,6 +11,7 @@ from ggl_audit.cli import options
 
 
 def capture(
+    context: typer.Context,
     spec: Annotated[Path, typer.Argument(help="The spec that declares model and defense.")],
     image: Annotated[
         list[Path], typer.Option("--image", help="A private image, a picture file; repeatable.")
@@ -33,7 +34,7 @@ def capture(
     settings: options.Set = None,
 ) -> None:
     """Write what clients of the declared model and defense send, as safetensors."""
-    options.begin(threads=threads, verbose=verbose)
+    options.begin(context, threads=threads, verbose=verbose)
     from ggl_audit.case.capturing import capture_gradient
     from ggl_audit.errors import SpecError
     from ggl_audit.inputs.capture import write_capture

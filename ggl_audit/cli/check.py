@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import typer
+
 from ggl_audit.cli import options
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ TEXT = ("parameter", "in the file")
 
 
 def check(
+    context: typer.Context,
     spec: options.SpecFile = None,
     model: options.ModelFactory = None,
     weights: options.Weights = None,
@@ -33,8 +36,8 @@ def check(
     settings: options.Set = None,
 ) -> None:
     """Load everything, compare the capture with the model and the defense, and predict the cost."""
-    options.begin(threads=threads, verbose=verbose, quiet=quiet)
-    import typer
+    options.begin(context, threads=threads, verbose=verbose, quiet=quiet)
+
     from rich.console import Console
     from rich.markup import escape
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from ggl_audit.errors import SpecError
@@ -112,10 +111,13 @@ Set = Annotated[
 ]
 
 
-def begin(*, threads: int | None, verbose: bool, quiet: bool = False) -> None:
+def begin(
+    context: typer.Context, *, threads: int | None, verbose: bool, quiet: bool = False
+) -> None:
     """Decides what has to be decided before a command loads the libraries that compute.
 
     Args:
+        context: of the command, which ends with it.
         threads: to compute with, where that was asked for.
         verbose: whether warnings of libraries are shown, while the command runs.
         quiet: whether it is not even said that there were any.
@@ -128,7 +130,7 @@ def begin(*, threads: int | None, verbose: bool, quiet: bool = False) -> None:
 
     limit_threads(threads)
     log = library_warnings(shown=verbose, told=not quiet)
-    click.get_current_context().with_resource(log)
+    context.with_resource(log)
 
 
 def load_spec(

@@ -30,6 +30,7 @@ app = typer.Typer(help="Train, list and show priors.", no_args_is_help=True)
 
 @app.command("train")
 def train(
+    context: typer.Context,
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     data: Annotated[str, typer.Option("--data", help=f"What it may see: {SOURCES}.")],
     held_out: Annotated[
@@ -89,7 +90,7 @@ def train(
     verbose: options.Verbose = False,
 ) -> None:
     """Train a GAN on images, as a prior for `run`; an interrupted training can be resumed."""
-    options.begin(threads=threads, verbose=verbose, quiet=quiet)
+    options.begin(context, threads=threads, verbose=verbose, quiet=quiet)
     from ggl_audit.basics.device import choose_device
     from ggl_audit.cli.progress import AuditProgress
     from ggl_audit.priors.checkpoint import CHECKPOINT_NAME

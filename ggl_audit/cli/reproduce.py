@@ -11,6 +11,7 @@ from ggl_audit.cli import options
 
 
 def reproduce(
+    context: typer.Context,
     report: Annotated[Path, typer.Argument(help="A report.json.", metavar="REPORT")],
     folder: Annotated[
         Path | None,
@@ -31,7 +32,7 @@ def reproduce(
     Exit: 0 the verdict is the same and the rates are as near as those of other machines were,
     1 they are not, 2 inputs are missing or are others.
     """
-    options.begin(threads=threads, verbose=verbose, quiet=quiet)
+    options.begin(context, threads=threads, verbose=verbose, quiet=quiet)
     from rich.console import Console
     from rich.markup import escape
 

@@ -14,6 +14,7 @@ from ggl_audit.cli import options
 
 
 def run(
+    context: typer.Context,
     spec: options.SpecFile = None,
     model: options.ModelFactory = None,
     weights: options.Weights = None,
@@ -47,7 +48,7 @@ def run(
 ) -> None:
     """Audit a captured gradient: how much does it give away under the declared defense?"""
     started = time.perf_counter()
-    options.begin(threads=threads, verbose=verbose, quiet=quiet)
+    options.begin(context, threads=threads, verbose=verbose, quiet=quiet)
     from rich.console import Console
 
     from ggl_audit.audit import run_audit

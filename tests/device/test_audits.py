@@ -40,14 +40,16 @@ def test_an_audit_says_the_same_as_on_the_processor(
     sample: Callable[..., Spec], name: str, changes: dict[str, Any], device: torch.device
 ) -> None:
     there, here = (audited(sample, name, one, changes) for one in (str(device), "cpu"))
-    assert there.verdict.grade == here.verdict.grade
+    is_random = name in ("noise", "dp")
+    if not is_random:
+        assert there.verdict.grade == here.verdict.grade
     assert [check.outcome for check in there.evidence.checks] == [
         check.outcome for check in here.evidence.checks
     ]
     for one in ("ceiling", "label"):
         found, expected = getattr(there.evidence, one), getattr(here.evidence, one)
         # Noise is drawn by the device's own generator, and ties fall as they fall.
-        spread = 3 if name in ("noise", "dp") else 1
+        spread = 3 if is_random else 1
         assert abs(found.successes - expected.successes) <= spread
     assert there.captured.labels == here.captured.labels
 

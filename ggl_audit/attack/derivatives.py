@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch.func import grad_and_value, vmap
 
+from ggl_audit.attack.layers import slices
 from ggl_audit.attack.matching import Distance, cosine
 from ggl_audit.basics.gradient import Gradient, each
+from ggl_audit.basics.replay import Replayed
 from ggl_audit.client.contribution import Contribution
 from ggl_audit.client.gradients import COPIES_OF_A_GRADIENT, MEMORY, ClientGradients
 from ggl_audit.defenses import Drawn, Pipeline, relative_l2
@@ -48,7 +50,7 @@ class Derivatives:
         self._defense = defense
         self._contribution = Contribution(model, defense)
         self._measure = cosine if distance == "cosine" else relative_l2
-        self._sloped = vmap(grad_and_value(self._distance))
+        self._sloped = Replayed(vmap(grad_and_value(self._distance)))
         self._together = max(1, ClientGradients(model, defense, memory).room(COPIES))
 
     def __call__(
@@ -67,8 +69,7 @@ class Derivatives:
         with torch.no_grad():
             drawn = vmap(self._defense.replica.guesses)(observed)[0]
         slopes, distances = [], []
-        for start in range(0, len(labels), self._together):
-            part = slice(start, start + self._together)
+        for part in slices(len(labels), self._together):
             seen, guess = (each(lambda tensor: tensor[part], one) for one in (observed, drawn))  # noqa: B023
             shown = () if self._shown is None else (self._shown[part],)
             slope, distance = self._sloped(images[part], labels[part], seen, guess, *shown)

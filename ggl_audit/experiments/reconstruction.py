@@ -23,6 +23,9 @@ from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.spec import EvidenceSpec
 
 CANARIES_TOGETHER, CANARIES_BETWEEN_LOOKS = 10, 5
+
+TOGETHER_ON_AN_ACCELERATOR = 20
+"""Canaries: there a step of many takes no longer than one of few."""
 """Of a group; and of one where trials may end early."""
 
 Hits = dict[str, bool]
@@ -72,12 +75,15 @@ class Reconstruction(Experiment[Reconstructed]):
         if trials == 0:
             return NotMeasured(reason="evidence.reconstruction_trials is 0")
         looks = evidence.stop_early or self.case.spec.time_limit is not None
+        together = CANARIES_BETWEEN_LOOKS if looks else CANARIES_TOGETHER
+        if self.case.model.device.type != "cpu":
+            together = TOGETHER_ON_AN_ACCELERATOR
         return Plan(
             trials=trials,
             searched=2 * trials * self.suite.searched(),
             descended=2 * trials * self.suite.descended(),
             at_most=evidence.stop_early,
-            together=CANARIES_BETWEEN_LOOKS if looks else CANARIES_TOGETHER,
+            together=together,
         )
 
     def run(self, trials: range, advance: Advance) -> Iterator[Reconstructed]:

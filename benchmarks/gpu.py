@@ -44,6 +44,8 @@ CASES = (
     Case("ResNet-18, 224x224", residual, 2, 32, size=224),
 )
 
+PARTS = ("tests", "throughput", "audits")
+
 Written = dict[str, Any]
 
 
@@ -70,14 +72,14 @@ FEWER = (
     "--set=evidence.control_trials=1",
 )
 AUDITS = (
-    Audit("digits, sparsified", 0),
-    Audit("digits, sparsified, on the processor", 0, threads_only=True),
     Audit("faces, ResNet-18, no defense", 32),
+    Audit("digits, sparsified", 0),
     Audit(
         "faces, ResNet-18, clip 1 and noise multiplier 1",
         32,
         ("--set=defense=[{name: clip, bound: 1.0}, {name: noise, std: 1.0}]",),
     ),
+    Audit("digits, sparsified, on the processor", 0, threads_only=True),
     Audit("faces, ResNet-18, 224x224, no defense, fewer trials", 224, FEWER),
 )
 
@@ -224,10 +226,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu.json")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each turn (default: 0.5)")
-    parser.add_argument("--skip", nargs="*", default=[], help="tests, throughput, audits")
+    parser.add_argument("--skip", nargs="*", default=[], choices=PARTS, help="keep what is there")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    figures: Written = {
+    measured_with: Written = {
         "command": "python " + " ".join(["benchmarks/gpu.py", *sys.argv[1:]]),
         "device": name_of(device),
         "ggl_audit": __version__,
@@ -235,15 +237,19 @@ def main() -> None:
         "python": platform.python_version(),
         "memory_mib": usual_memory(device),
     }
+    output: Path = arguments.output
+    figures: Written = json.loads(output.read_text()) if output.is_file() else {}
+    for part in set(PARTS) - set(arguments.skip):
+        figures[part] = {**measured_with, "rows": []}
 
     def keep(part: str, work: Callable[[], Written], name: str = "") -> None:
         try:
             found = work()
         except Exception as error:
             found = {"name": name, "failed": f"{type(error).__name__}: {error}"}
-        figures.setdefault(part, []).append(found)
+        figures[part]["rows"].append(found)
         write(f"{part}: {json.dumps(found)}")
-        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
+        output.write_text(json.dumps(figures, indent=1) + "\n")
 
     named = str(device)
     if "tests" not in arguments.skip:

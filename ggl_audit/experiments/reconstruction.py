@@ -23,10 +23,10 @@ from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.spec import EvidenceSpec
 
 CANARIES_TOGETHER, CANARIES_BETWEEN_LOOKS = 10, 5
+"""Of a group; and of one where trials may end early."""
 
 TOGETHER_ON_AN_ACCELERATOR = 20
-"""Canaries: there a step of many takes no longer than one of few."""
-"""Of a group; and of one where trials may end early."""
+"""Canaries of any group: there a step of many takes no longer than one of few."""
 
 Hits = dict[str, bool]
 """Whether a canary was identified, by each distance by which a picture picks its candidate."""

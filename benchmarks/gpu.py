@@ -57,13 +57,15 @@ class Audit:
         name: in the page.
         size: of a face, in pixels along an edge; 0 for the sample of digits.
         options: of `ggl-audit run`, as on the command line.
-        threads_only: whether it is on the processor, for comparison.
+        limit: seconds after which it ends with what it has.
+        on_processor: whether it is made there, for comparison.
     """
 
     name: str
     size: int
     options: tuple[str, ...] = ()
-    threads_only: bool = False
+    limit: int = 60
+    on_processor: bool = False
 
 
 FEWER = (
@@ -72,14 +74,14 @@ FEWER = (
     "--set=evidence.control_trials=1",
 )
 AUDITS = (
-    Audit("faces, ResNet-18, no defense", 32),
+    Audit("faces, ResNet-18, no defense", 32, limit=150),
     Audit("digits, sparsified", 0),
     Audit(
         "faces, ResNet-18, clip 1 and noise multiplier 1",
         32,
         ("--set=defense=[{name: clip, bound: 1.0}, {name: noise, std: 1.0}]",),
     ),
-    Audit("digits, sparsified, on the processor", 0, threads_only=True),
+    Audit("digits, sparsified, on the processor", 0, on_processor=True),
     Audit("faces, ResNet-18, 224x224, no defense, fewer trials", 224, FEWER),
 )
 
@@ -129,12 +131,12 @@ def audit(one: Audit, device: str, data: Path, folder: Path) -> Written:
     """Runs one audit in a process of its own, and takes what its report says of it."""
     spec = SAMPLE if one.size == 0 else face_spec(one.size, data, folder)
     report = folder / "report.json"
-    where = "cpu" if one.threads_only else device
+    where = "cpu" if one.on_processor else device
     began = time.perf_counter()
     done = subprocess.run(  # noqa: S603
         [
-            *(sys.executable, "-m", "ggl_audit", "run", str(spec), "--exit-zero", "-q"),
-            *(f"--device={where}", f"--output={report}", *one.options),
+            *(sys.executable, "-m", "ggl_audit", "run", str(spec), "--exit-zero", "-v"),
+            *(f"--time-limit={one.limit}", f"--device={where}", f"--output={report}", *one.options),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -149,6 +151,8 @@ def audit(one: Audit, device: str, data: Path, folder: Path) -> Written:
     cost, evidence = written["cost"], written["evidence"]
     return {
         "audit": one.name,
+        "cut_short": "cut short" in written["verdict"]["reason"],
+        "warned": [line for line in done.stderr.splitlines() if "Warning" in line],
         "grade": written["verdict"]["grade"],
         "ceiling": _rate(evidence["ceiling"]),
         "floor": _rate(evidence["floor"]),

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from ggl_audit.judgement.rules import ASKED, RULES, Rule
 
@@ -46,7 +49,61 @@ def finding(rule: Rule) -> str:
     return f"### {rule.title}\n\n{rule.meaning}\n\n**What to do.** {rule.remedy}"
 
 
-PAGES = {"findings.md": findings}
+GPU = """# On a GPU
+
+What one run of [benchmarks/gpu.py](../benchmarks/gpu.py) measured; this page is made of
+[gpu.json](gpu.json) by `python docs/make.py`. A part that was not measured again is older than the
+rest, and says with what it was measured.
+"""
+
+PARTS = {
+    "tests": "The tests that are marked `device`",
+    "throughput": "Candidates a second, beside a plain loop",
+    "audits": "Whole audits",
+}
+
+
+def gpu() -> str:
+    """The page of what was measured on an accelerator."""
+    measured = json.loads((DOCS / "gpu.json").read_text(encoding="utf-8"))
+    sections = []
+    for part, title in PARTS.items():
+        found = measured[part]
+        header = (
+            f"{found['device']}, PyTorch {found['torch']}, Python {found['python']}, ggl-audit "
+            f"{found['ggl_audit']}: `{found['command']}`"
+        )
+        failed = [f"- {row['name']}: {row['failed']}" for row in found["rows"] if "name" in row]
+        rows = [row for row in found["rows"] if "name" not in row]
+        sections += [f"## {title}", header, SHOWN[part](rows), "\n".join(failed)]
+    return "\n\n".join(part.strip() for part in [GPU, *sections] if part) + "\n"
+
+
+def _tests(rows: list[dict[str, Any]]) -> str:
+    return "\n".join(line for row in rows for line in (row["said"], *row["failed"]))
+
+
+def _throughput(rows: list[dict[str, Any]]) -> str:
+    keys = ("model", "defense", "plain", "ours", "ratio", "peak_mib")
+    head = ("model", "defense", "plain loop", "ours", "ratio", "MiB at the peak")
+    return _table(head, [[row[key] for key in keys] for row in rows])
+
+
+def _audits(rows: list[dict[str, Any]]) -> str:
+    keys = ("audit", "grade", "ceiling", "floor", "seconds", "evaluations", "peak_mib")
+    head = ("audit", "grade", "ceiling", "floor", "seconds", "candidates", "MiB at the peak")
+    return _table(head, [[row[key] for key in keys] for row in rows])
+
+
+SHOWN = {"tests": _tests, "throughput": _throughput, "audits": _audits}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+PAGES = {"findings.md": findings, "gpu.md": gpu}
 
 
 def main() -> None:

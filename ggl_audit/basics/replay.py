@@ -6,6 +6,7 @@ out. A CUDA graph holds them all, and is one call (Gray, Getting Started with CU
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -81,8 +82,9 @@ class Replayed:
         try:
             with torch.cuda.graph(graph):
                 returned = self._function(*mine)
-        except Exception:
+        except Exception as error:
             # The function calls the user's own model; what is wrong with it shows without this.
             torch.cuda.synchronize()
+            warnings.warn(f"a step is not recorded: {error}", stacklevel=2)
             return None
         return Recording(graph, [own[id(leaf)] for leaf in leaves], returned)

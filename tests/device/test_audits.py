@@ -21,12 +21,8 @@ from tests.test_ledger import content
 pytestmark = pytest.mark.device
 
 SAMPLES: list[tuple[str, dict[str, Any]]] = [
-    ("undefended", {}),
-    ("sparsified", {}),
     ("sign", {}),
-    ("noise", {}),
-    ("dp", {}),
-    ("undefended", {"attack__optimizer": "cma"}),
+    ("dp", {"attack__optimizer": "cma"}),
     ("undefended", {"attack__optimizer": "adam", "evidence__distance": "representation"}),
 ]
 

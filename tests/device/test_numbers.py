@@ -104,21 +104,20 @@ def client_on_cpu(model: ClientModel) -> ClientModel:
     return client(plain if isinstance(model.module[1], nn.ReLU) else normalized, CPU)
 
 
-STEPS: list[list[Defense]] = [
-    [],
-    [Sparsify(fraction=0.9)],
-    [Sign()],
-    [Clip(bound=0.5), Noise(std=0.01)],
-    [Quantize(bits=4)],
-    [Clip(bound=0.5, scope="layer")],
-    [FloatFormat(format="bfloat16")],
-    [Threshold(least=1e-3)],
+CASES: list[tuple[Callable[[], nn.Module], list[Defense], Distance]] = [
+    (plain, [], "likelihood"),
+    (normalized, [], "l2"),
+    (normalized, [Sparsify(fraction=0.9)], "cosine"),
+    (plain, [Sign()], "l2"),
+    (normalized, [Clip(bound=0.5), Noise(std=0.01)], "likelihood"),
+    (plain, [Quantize(bits=4)], "likelihood"),
+    (plain, [Clip(bound=0.5, scope="layer")], "cosine"),
+    (normalized, [FloatFormat(format="bfloat16")], "l2"),
+    (plain, [Threshold(least=1e-3)], "likelihood"),
 ]
 
 
-@pytest.mark.parametrize("make", [plain, normalized])
-@pytest.mark.parametrize("steps", STEPS, ids=str)
-@pytest.mark.parametrize("distance", ["likelihood", "l2", "cosine"])
+@pytest.mark.parametrize(("make", "steps", "distance"), CASES, ids=str)
 def test_distances(
     device: torch.device,
     make: Callable[[], nn.Module],

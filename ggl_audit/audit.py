@@ -10,7 +10,9 @@ from ggl_audit.attacks.suite import choose_attacks
 from ggl_audit.basics.clock import Clock
 from ggl_audit.basics.environment import peak_memory_bytes
 from ggl_audit.basics.plugins import with_packages
-from ggl_audit.case.setting import Setting, own_code, prepare
+from ggl_audit.case.case import Case
+from ggl_audit.case.input_files import own_code
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import InputError
 from ggl_audit.experiments.candidate_matching import CandidateMatching, UndefendedMatching
 from ggl_audit.experiments.capture import CaptureAttack
@@ -143,7 +145,7 @@ def judge_ledger(path: Path) -> Report:
     return assemble(declared, ledger, seconds, cut_short=unfinished(declared, ledger))
 
 
-def plan_experiments(case: Setting) -> list[Experiment[Result]]:
+def plan_experiments(case: Case) -> list[Experiment[Result]]:
     """The experiments on a case, in the order in which they are begun; those of packages last."""
     suite = choose_attacks(case)
     return [kind(case, suite) for kind in known_experiments()]

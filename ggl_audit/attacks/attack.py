@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.capture import Capture
+from ggl_audit.case.case import Case
 
 Advance = Callable[[int], None]
 
@@ -52,7 +53,7 @@ class Attack(ABC):
     source: ClassVar[str]
     by_derivatives: ClassVar[bool] = False
 
-    def __init__(self, case: Setting) -> None:
+    def __init__(self, case: Case) -> None:
         self.case = case
 
     def why_not(self) -> str:
@@ -82,6 +83,6 @@ class Attack(ABC):
             advance: told of the candidates that are evaluated, as often as it can be.
         """
 
-    def is_exact(self, case: Setting, attempt: Attempt) -> bool:
-        """Whether the first picture is proven to be the very image of a case's capture."""
+    def is_exact(self, capture: Capture, attempt: Attempt) -> bool:
+        """Whether the first picture is proven to be the very image of a capture."""
         return False

@@ -16,7 +16,7 @@ from ggl_audit.basics.gradient import Gradient, concatenate, each, stack, take, 
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import AuditError, SpecError
-from ggl_audit.inputs.capture import Capture, fit_capture
+from ggl_audit.inputs.capture import FittedGradient, fit_capture
 from ggl_audit.inputs.images import ImageSet
 
 Step = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]
@@ -172,7 +172,9 @@ class OwnClient:
         sent = {name: statistics.unit * changes[name] for name in statistics.names}
         return {**fitted.gradient, **sent}
 
-    def fitted(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Capture:
+    def fitted(
+        self, images: torch.Tensor, labels: torch.Tensor, context: Context
+    ) -> FittedGradient:
         """What the client's own code sends for one set of images, fitted to the model."""
         model, generator = self.clients.model, context.generator
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))

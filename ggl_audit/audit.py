@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -78,11 +78,23 @@ def run_audit(
     Raises:
         AuditError: something that the spec names is missing, broken, or does not fit the rest.
     """
-    clock = clock or Clock(spec.time_limit)
+    return _audited(spec, progress, clock or Clock(spec.time_limit), ledger, workers)
+
+
+def _audited(
+    spec: Spec,
+    progress: Progress,
+    clock: Clock,
+    ledger: Path | None,
+    workers: int,
+    refuse: Callable[[Case], None] = lambda case: None,
+) -> Report:
+    """Audits a case, unless it is refused once it is prepared."""
     with ExitStack() as stack:
         # They load the case while this process does.
         others = _started(stack, workers, spec, progress, clock)
         case = prepare(spec)
+        refuse(case)
         experiments = plan_experiments(case)
         declared = declare(case, experiments[0].suite, experiments)
         schedule = others or InThisProcess(by_name(experiments), progress.advance, clock)
@@ -119,8 +131,11 @@ def run_again(
     spec = declared_in(report, folders)
     for path in own_code(spec):
         progress.say(f"runs {path}, as the report declares")
-    check_inputs(report, dict(prepare(spec).files))
-    return run_audit(spec, progress, ledger=ledger, workers=workers)
+
+    def refuse(case: Case) -> None:
+        check_inputs(report, dict(case.files))
+
+    return _audited(spec, progress, Clock(spec.time_limit), ledger, workers, refuse)
 
 
 def judge_ledger(path: Path) -> Report:

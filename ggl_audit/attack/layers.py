@@ -26,6 +26,12 @@ from ggl_audit.inputs.model import ClientModel
 
 Arguments = dict[str, Any]
 
+LEAST_GHOST = 2**15
+"""Values of a gradient that is worth to be left out."""
+
+GHOST = 16
+"""Multiplications for Gram matrices that cost as much as one value of a gradient that is held."""
+
 ROUNDING = 1e-3
 """Relative, of a gradient of a tensor that is computed in two ways."""
 
@@ -141,6 +147,11 @@ class Outer:
             squares += torch.linalg.vector_norm(rest.flatten(2), dim=2).double().square().sum(1)
         return squares
 
+    def as_ghost(self) -> Outer | None:
+        """Itself, where Gram matrices of its factors cost less than the gradient; else None."""
+        cost = self.positions**2 * (self.inputs + self.rows)
+        return self if self.size >= LEAST_GHOST and cost < GHOST * self.size else None
+
     def is_of(self, gradients: torch.Tensor) -> bool:
         """Whether the products are these gradients (n, ...), up to rounding."""
         alone = torch.Size((len(gradients), 1))
@@ -190,6 +201,10 @@ class Small:
     def unseen(self, like: torch.Tensor) -> torch.Tensor:
         """Nothing; see :meth:`Outer.unseen`."""
         return like.new_zeros(len(like))
+
+    def as_ghost(self) -> Outer | None:
+        """None, as it has no factors."""
+        return None
 
     def is_of(self, gradients: torch.Tensor) -> bool:
         """Whether they are these gradients (n, ...), up to rounding."""

@@ -18,6 +18,7 @@ class Analytic(Attack):
 
     name = "analytic"
     source = "read off the first layer (Geiping et al., NeurIPS 2020, proposition 3.1)"
+    turn = 3
 
     def why_not(self) -> str:
         """The model has to begin with a linear layer, and the release to be of one image."""

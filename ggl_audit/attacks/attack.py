@@ -40,9 +40,14 @@ class Attempt:
 class Attack(ABC):
     """One attack on the gradients of one case.
 
+    A class with a ``name`` in a file of this folder, or named by another package as an entry point
+    of the group ``ggl_audit.attacks``, is known to every command.
+
     Attributes:
         name: in specs and reports.
         source: what it searches, and where it is from.
+        turn: when it is made; it is given what those with lower numbers have made. Those of other
+            packages come after all of ours.
         by_derivatives: whether its evaluations are of candidates with their derivatives.
 
     Args:
@@ -51,6 +56,7 @@ class Attack(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str]
+    turn: ClassVar[int]
     by_derivatives: ClassVar[bool] = False
 
     def __init__(self, case: Case) -> None:

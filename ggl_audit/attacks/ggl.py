@@ -24,6 +24,7 @@ class GenerativeGradientLeakage(Attack):
 
     name = "ggl"
     source = "the prior's latents (Generative Gradient Leakage; Li et al., CVPR 2022)"
+    turn = 0
 
     def evaluations(self) -> int:
         """The declared budget, as far as it is whole steps."""

@@ -19,6 +19,7 @@ class Pixels(ByDerivatives):
 
     name = "pixels"
     source = "pixels without a prior (Inverting Gradients; Geiping et al., NeurIPS 2020)"
+    turn = 2
 
     def evaluations(self) -> int:
         """The declared steps of Adam."""

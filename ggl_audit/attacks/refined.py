@@ -20,6 +20,7 @@ class Refined(ByDerivatives):
 
     name = "refined"
     source = "then its features and the pixels (after GIFD; Fang et al., ICCV 2023)"
+    turn = 1
 
     def evaluations(self) -> int:
         """The steps of Adam, shared out evenly among its stages."""

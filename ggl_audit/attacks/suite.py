@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ggl_audit.attacks import known_attacks
 from ggl_audit.attacks.attack import Advance, Attack, Attempt
 from ggl_audit.attacks.ggl import GenerativeGradientLeakage
+from ggl_audit.attacks.registry import known_attacks
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.case.case import Case
 

@@ -121,8 +121,8 @@ def client_doubts(case: Case) -> list[str]:
     Raises:
         SpecError: the code does not run or does not return a gradient.
     """
-    client, spec, defense, reference = case.client, case.spec, case.defense, case.reference
-    if not isinstance(client, OwnClient):
+    client, spec, defense, reference = case.client.own_code, case.spec, case.defense, case.reference
+    if client is None:
         return []
     model = client.clients.model
     context = client_context(spec.seed, "client trial", model.device)

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from ggl_audit.basics.gradient import Gradient, each, take
 from ggl_audit.client.randomness import client_context
-from ggl_audit.defenses import Context, Pipeline, Recipe, build_pipeline, is_own, known
+from ggl_audit.defenses import Context, Pipeline, build_pipeline, is_own, known
 from ggl_audit.defenses.capabilities import rounds_remembered
 from ggl_audit.errors import Key, SpecError, nearest
 from ggl_audit.inputs.fitting import tied_names
@@ -42,7 +42,7 @@ def load_client(
     samples = spec.capture.batch_size if spec.model.loss.reduction == "mean" else 1
     for step in spec.defense:
         kind = known().get(step.name or "")
-        if kind is not None and issubclass(kind, Recipe) and kind.divides_by_batch:
+        if kind is not None and kind.divides_by_batch:
             _check_batch(kind.name, spec)
     defense = build_pipeline(spec.defense, spec.folder, samples)
 

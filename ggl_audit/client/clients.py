@@ -26,6 +26,11 @@ Step = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]
 class Client(Protocol):
     """Whose gradients are audited."""
 
+    @property
+    def own_code(self) -> OwnClient | None:
+        """The client as one that runs its own code; None where it does what was declared."""
+        ...
+
     def send(
         self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]
     ) -> Gradient:
@@ -59,6 +64,11 @@ class DeclaredClient:
     clients: ClientGradients
     defense: Pipeline
     history: ImageSet | None = None
+
+    @property
+    def own_code(self) -> OwnClient | None:
+        """None."""
+        return None
 
     def send(
         self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]
@@ -130,6 +140,11 @@ class OwnClient:
     averaged: bool
     always_the_same: bool = False
     ignored: Sequence[str] = ()
+
+    @property
+    def own_code(self) -> OwnClient | None:
+        """Itself."""
+        return self
 
     def send(
         self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]

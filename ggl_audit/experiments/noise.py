@@ -11,7 +11,6 @@ import torch
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.basics.gradient import Gradient, concatenate
 from ggl_audit.case.case import Case
-from ggl_audit.client.clients import OwnClient
 from ggl_audit.evidence.noise_residuals import MOST_KEPT, grain_of, kept_values, residuals_of
 from ggl_audit.evidence.noise_tests import NoiseTest, find_violations
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS
@@ -65,8 +64,9 @@ def try_noise(case: Case, planned: int, advance: Advance) -> NoiseTest | None:
     Returns:
         None where rounding hides the noise.
     """
-    assert isinstance(case.client, OwnClient)
-    step, grains = case.client.step, [torch.finfo(torch.float32).eps]
+    own = case.client.own_code
+    assert own is not None
+    step, grains = own.step, [torch.finfo(torch.float32).eps]
 
     def noted(*args: Any) -> Any:
         sent = step(*args)
@@ -75,7 +75,7 @@ def try_noise(case: Case, planned: int, advance: Advance) -> NoiseTest | None:
         return sent
 
     # With the same companions all releases of an image differ by noise alone.
-    client = replace(case.client, step=noted, always_the_same=True)
+    client = replace(own, step=noted, always_the_same=True)
     noise = case.defense.randomness.total_noise()
     assert noise is not None
     matching = case.matching()
@@ -128,7 +128,7 @@ def _noisy(case: Case) -> Gradient:
 
 def why_no_noise_test(case: Case) -> str:
     """Why the noise of the client's own code cannot be tested; empty where it can."""
-    if not isinstance(case.client, OwnClient):
+    if case.client.own_code is None:
         return "the client's own code was not given (client.step)"
     if case.defense.randomness.total_noise() is None:
         return "no noise is declared, or noise of several kinds"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ggl_audit.attack import layer_wise as layer_wise_module
+from ggl_audit.attack import layers
 from ggl_audit.attack.layers import slices
 from ggl_audit.attack.matching import MEMORY, Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
@@ -270,10 +271,10 @@ def test_every_way_is_the_plain_loop(
                 expected[t, n] = distance_of(replica, observed[t], distance)
     known = make in LAYER_BY_LAYER and way_of(defense, distance) is not None
     # With each weight by its gradients in one block and in many, and with each as a ghost.
-    monkeypatch.setattr(layer_wise_module, "LEAST_GHOST", 0)
+    monkeypatch.setattr(layers, "LEAST_GHOST", 0)
     for block, ghost in ((2**19, 0), (64, 0), (2**19, 10**9)):
         monkeypatch.setattr(layer_wise_module, "BLOCK", block)
-        monkeypatch.setattr(layer_wise_module, "GHOST", ghost)
+        monkeypatch.setattr(layers, "GHOST", ghost)
         matching = Matching(model, defense, distance)
         assert (matching._layer_wise is not None) == known
         found = matching.distances(images, labels, stack(observed))

@@ -105,10 +105,10 @@ class LayerWise:
             seen = {name: tensor[place[0]] for name, tensor in observed.items()}
             with torch.no_grad():
                 parts.append(self._residual_products(images[place], labels[place], seen))
-        distances, products = (
+        distances, table = (
             torch.cat(column).to(images.dtype) for column in zip(*parts, strict=True)
         )
-        return distances, products
+        return distances, table
 
     def _residual_products(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient

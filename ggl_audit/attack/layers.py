@@ -67,28 +67,28 @@ class Outer:
 
     @property
     def inputs(self) -> int:
-        """Of each group."""
+        """The inputs of each group."""
         return math.prod(self.windows.shape[4:])
 
     @property
-    def rows(self) -> int:
+    def _rows(self) -> int:
         """The outputs of each group."""
         return self.errors.shape[2]
 
     @property
-    def size(self) -> int:
-        """Of one candidate's gradient."""
-        return self.errors.shape[1] * self.rows * self.inputs
+    def _size(self) -> int:
+        """The values of one candidate's gradient."""
+        return self.errors.shape[1] * self._rows * self.inputs
 
     @property
     def size_of_factors(self) -> int:
         """Values of what one candidate's gradient is the product of."""
-        return self.positions * (self.inputs + self.errors.shape[1] * self.rows)
+        return self.positions * (self.inputs + self.errors.shape[1] * self._rows)
 
     @property
     def size_held(self) -> int:
         """Values that one candidate takes while its gradient is computed."""
-        return max(self.size, self.positions * self.inputs)
+        return max(self._size, self.positions * self.inputs)
 
     @property
     def bytes_held(self) -> int:
@@ -131,13 +131,13 @@ class Outer:
             written over.
         """
         errors, windows = self.factors(shape, place)
-        for rows in slices(self.rows, max(1, most // windows[..., 0, :].numel())):
+        for rows in slices(self._rows, max(1, most // windows[..., 0, :].numel())):
             yield rows, products(errors[:, :, :, rows], windows)
 
     def unseen(self, like: torch.Tensor) -> torch.Tensor:
         """The squared norms (t,) of values (t, ...) of the weight's shape where no input is."""
         squares = torch.zeros(len(like), dtype=torch.double, device=like.device)
-        if self.size == like[0].numel():
+        if self._size == like[0].numel():
             return squares
         # Of a convolution, as what a linear layer is given reaches all of its weight.
         rows, columns = self.kernel
@@ -149,8 +149,8 @@ class Outer:
 
     def as_ghost(self) -> Outer | None:
         """Itself, where Gram matrices of its factors cost less than the gradient; else None."""
-        cost = self.positions**2 * (self.inputs + self.rows)
-        return self if self.size >= LEAST_GHOST and cost < GHOST * self.size else None
+        cost = self.positions**2 * (self.inputs + self._rows)
+        return self if self._size >= LEAST_GHOST and cost < GHOST * self._size else None
 
     def is_of(self, gradients: torch.Tensor) -> bool:
         """Whether the products are these gradients (n, ...), up to rounding."""
@@ -174,7 +174,7 @@ class Small:
 
     @property
     def size_held(self) -> int:
-        """Of one candidate's gradient."""
+        """The values of one candidate's gradient."""
         return self.values[0].numel()
 
     @property

@@ -13,7 +13,7 @@ import torch
 from ggl_audit.errors import SpecError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of mallopt(3): the free memory that goes back to the system, and what is not taken of a heap."""
+"""What mallopt(3) sets: the free memory that goes back, and what is not taken of a heap."""
 
 MOST_IN_A_HEAP = 32 * 2**20
 """Bytes; glibc takes no more for the second."""

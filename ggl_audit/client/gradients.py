@@ -25,7 +25,7 @@ COPIES_OF_A_GRADIENT = 4
 BYTES_OF_A_VALUE = 4
 
 ROUNDING = 1e-6
-"""Of a sum of gradients on any hardware, squared and relative."""
+"""The rounding of a sum of gradients on any hardware, squared and relative."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

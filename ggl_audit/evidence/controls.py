@@ -11,7 +11,7 @@ from ggl_audit.basics.gradient import Gradient, each, norm, unstack
 from ggl_audit.defenses import Context, Noise, Pipeline
 
 
-def usual_norm(gradients: Gradient) -> float:
+def median_norm(gradients: Gradient) -> float:
     """The median norm of n gradients, stacked."""
     return float(np.median([float(norm(gradient)) for gradient in unstack(gradients)]))
 

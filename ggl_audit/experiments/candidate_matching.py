@@ -25,7 +25,7 @@ COPIES_OF_A_CANARY = 3
 MATCHING_CONTROL_TRIALS = 50
 
 MATCHING_SHARE = 0.4
-"""Of a time limit, after which no further experiment by matching is begun or goes on."""
+"""The share of a time limit after which no experiment by matching is begun or goes on."""
 
 NO_TRIALS = "evidence.matching_trials is 0"
 

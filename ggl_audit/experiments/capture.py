@@ -14,7 +14,7 @@ from ggl_audit.basics.gradient import norm, shares, stack
 from ggl_audit.case.capture import Capture
 from ggl_audit.case.case import Case
 from ggl_audit.evidence.assignment import assign
-from ggl_audit.evidence.controls import null_gradient, usual_norm
+from ggl_audit.evidence.controls import median_norm, null_gradient
 from ggl_audit.evidence.fidelity import Fidelity, compare, mean_psnr, nearest
 from ggl_audit.evidence.identification import Trials, captured_trial, match, reconstruction_ranks
 from ggl_audit.experiments.experiment import Experiment, Plan, Result
@@ -117,7 +117,7 @@ class CaptureAttack(Experiment[Attacked]):
     def _attack(self, capture: Capture, trial: int, advance: Advance) -> Attacked:
         case = self.case
         (context,) = case.contexts("captured null", [trial])
-        null = null_gradient(capture.observed, case.defense, context, usual_norm(case.usual))
+        null = null_gradient(capture.observed, case.defense, context, median_norm(case.usual))
         observed = stack([capture.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
         labels = capture.repeated_labels(2 * SEARCHES_COMPARED)
         purposes = (CAPTURED, "captured null search")
@@ -172,7 +172,7 @@ def captured_trials(case: Case, capture: Capture) -> list[Trials | None]:
 def _ranks(
     case: Case, capture: Capture, attempts: Mapping[str, Attempt]
 ) -> dict[str, list[int | None]]:
-    """Of each private image, by the nearest of an attack's pictures."""
+    """The rank of each private image, by the nearest of an attack's pictures."""
     if capture.prior_saw_truth:
         return {}
     distance = case.distances[case.spec.evidence.distance]
@@ -190,7 +190,7 @@ def _ranks(
 
 
 def _matching_ranks(case: Case, capture: Capture) -> list[int | None]:
-    """Of each private image, by matching."""
+    """The rank of each private image, by matching."""
     matching, observed = case.matching(), stack([capture.observed])
     # The attacker tries a candidate as its client's first image.
     return [

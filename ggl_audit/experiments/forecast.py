@@ -32,7 +32,7 @@ SEARCHES_TO_PREDICT = 20
 """At a time, as many as an audit usually has canaries: few of them take longer each."""
 
 ROUNDS_TO_PREDICT = (1, 3)
-"""Of a search, each as long as the latent has coordinates."""
+"""Rounds of a search, each as long as the latent has coordinates."""
 
 STEPS_TO_PREDICT = (1, 5)
 
@@ -63,7 +63,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of an audit, before it is run.
+    """What an audit will take and can give, before it is run.
 
     Attributes:
         needs: the trials for each grade.

@@ -18,7 +18,7 @@ from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Resu
 
 RELEASES, FEWEST_RELEASES = 64, 8
 MOST_VALUES = 2**23
-"""Of all releases together; of larger models there are fewer."""
+"""The values of all releases together; of larger models there are fewer releases."""
 
 
 class NoiseTested(Result):

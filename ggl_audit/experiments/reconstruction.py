@@ -14,7 +14,7 @@ from ggl_audit.case.case import Case
 from ggl_audit.case.labels import infer
 from ggl_audit.client.clients import DeclaredClient
 from ggl_audit.defenses import Pipeline
-from ggl_audit.evidence.controls import null_gradient, usual_norm
+from ggl_audit.evidence.controls import median_norm, null_gradient
 from ggl_audit.evidence.fidelity import mean_psnr, nearest
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
 from ggl_audit.evidence.standing import floor_is_settled
@@ -24,7 +24,7 @@ from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.spec import EvidenceSpec
 
 CANARIES_TOGETHER, CANARIES_BETWEEN_LOOKS = 10, 5
-"""Of a group; and of one where trials may end early."""
+"""The canaries of a group, and those of one where trials may end early."""
 
 Hits = dict[str, bool]
 """Whether a canary was identified, by each distance by which a picture picks its candidate."""
@@ -87,7 +87,7 @@ class Reconstruction(Experiment[Reconstructed]):
         canaries = case.trials.part(slice(trials.start, trials.stop))
         contexts = case.contexts("canary clients", trials)
         sent = case.client.send(*canaries.members, contexts)
-        size = usual_norm(case.usual)
+        size = median_norm(case.usual)
         nulls = [
             null_gradient(one, case.defense, context, size)
             for one, context in zip(unstack(sent), contexts, strict=True)

@@ -63,10 +63,11 @@ def child(experiment: str, budget: int) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from ggl_audit.attacks.by_derivatives import derivatives_of
     from ggl_audit.attacks.ggl import search_latents
     from ggl_audit.audit import by_name, plan_experiments
-    from ggl_audit.basics.gradient import stack
-    from ggl_audit.case.setting import prepare
+    from ggl_audit.basics.gradient import each, stack
+    from ggl_audit.case.preparation import prepare
     from ggl_audit.spec import Spec
 
     def nobody(_evaluations: int) -> None:
@@ -106,9 +107,9 @@ def child(experiment: str, budget: int) -> None:
         }
         if experiment == "promise":
             declared |= {"client": {"step": "models.py:step"}, "guarantee": promised}
-        setting = prepare(Spec.model_validate(declared).placed(folder, lambda _: ""))
+        case = prepare(Spec.model_validate(declared).placed(folder, lambda _: ""))
 
-    experiments = by_name(plan_experiments(setting))
+    experiments = by_name(plan_experiments(case))
 
     def run(name: str, trials: int) -> list[object]:
         return list(experiments[name].run(range(trials), nobody))
@@ -116,18 +117,18 @@ def child(experiment: str, budget: int) -> None:
     work: dict[str, Callable[[], object]] = {
         "ceiling": lambda: run("matching", 25),
         "search": lambda: search_latents(
-            setting,
-            setting.defense,
-            stack([setting.observed] * 2),
-            setting.captured_labels(2),
-            [setting.random("trial", number) for number in range(2)],
+            case,
+            case.defense,
+            stack([case.audited.observed] * 2),
+            case.audited.repeated_labels(2),
+            [case.random("trial", number) for number in range(2)],
             nobody,
             130,
         ),
-        "derivatives": lambda: setting.derivatives("cosine")(
+        "derivatives": lambda: derivatives_of(case, "cosine")(
             torch.rand(20, 1, 1, 16, 16),
             torch.zeros(20, 1, dtype=torch.long),
-            {name: tensor.expand(20, *tensor.shape) for name, tensor in setting.observed.items()},
+            each(lambda tensor: tensor.expand(20, *tensor.shape), case.audited.observed),
         ),
         "membership": lambda: run("membership", 2),
         "promise": lambda: run("promise", 5),

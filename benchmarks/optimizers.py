@@ -32,7 +32,8 @@ from ggl_audit.attack.refine import refine
 from ggl_audit.attacks.ggl import search_latents
 from ggl_audit.basics.environment import describe
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.case.case import Case
+from ggl_audit.case.preparation import prepare
 from ggl_audit.evidence.bounds import measure_rate
 from ggl_audit.evidence.fidelity import candidate_distances
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
@@ -207,7 +208,7 @@ class Meter:
         self.evaluations += evaluations
 
 
-def prepare_setting(task: defenses.Task, defense: str, scratch: Path) -> Setting:
+def prepare_case(task: defenses.Task, defense: str, scratch: Path) -> Case:
     """A task behind a defense, as an audit prepares it."""
     changes = {
         "capture.gradient": str(scratch / "capture.safetensors"),
@@ -221,7 +222,7 @@ def prepare_setting(task: defenses.Task, defense: str, scratch: Path) -> Setting
 
 
 def attack(
-    setting: Setting,
+    case: Case,
     name: str,
     observed: Gradient,
     labels: torch.Tensor,
@@ -230,35 +231,35 @@ def attack(
     meter: Meter,
 ) -> torch.Tensor:
     """Attacks t observed gradients; their pictures are (t, channels, height, width)."""
-    model, defense, prior = setting.model, setting.defense, setting.prior
+    model, defense, prior = case.model, case.defense, case.prior
     if name == PIXELS:
         steps, aligned = evaluations // DERIVATIVE_COST, Derivatives(model, defense, "cosine")
-        randoms = [setting.random(f"pixels {seed}", number) for number in range(len(labels))]
+        randoms = [case.random(f"pixels {seed}", number) for number in range(len(labels))]
         return attack_pixels(
             model, aligned, labels[:, None], observed, steps, randoms, meter
         ).images[:, 0]
     searched = int(SEARCHED * evaluations) if name == REFINED else evaluations
-    randoms = [setting.random(f"seed {seed}", number) for number in range(len(labels))]
+    randoms = [case.random(f"seed {seed}", number) for number in range(len(labels))]
     own = observed, labels[:, None], randoms
-    found = search_latents(setting, defense, *own, meter, searched)
+    found = search_latents(case, defense, *own, meter, searched)
     if name != REFINED:
         return found.images[:, 0]
     steps = (evaluations - searched) // DERIVATIVE_COST
-    nearer = Derivatives(model, defense, setting.spec.attack.distance)
+    nearer = Derivatives(model, defense, case.spec.attack.distance)
     assert found.latents is not None
     return refine(prior, nearer, found.latents, labels[:, None], observed, steps, meter).images[
         :, 0
     ]
 
 
-def optimizing(setting: Setting, name: str) -> Setting:
-    """The setting with an attack's optimizer, whose libraries are loaded."""
+def optimizing(case: Case, name: str) -> Case:
+    """The case with an attack's optimizer, whose libraries are loaded."""
     optimizer = {REFINED: "gauss_newton", PIXELS: "random"}.get(name, name)
     subspace = SubspaceSpec() if name in FEW else None
     changes = {"optimizer": optimizer, "subspace": subspace}
-    declared = setting.spec.attack.model_copy(update=changes)
-    start_optimizer(declared, setting.prior.size)([0], 1000, setting.model.device)
-    return replace(setting, spec=setting.spec.model_copy(update={"attack": declared}))
+    declared = case.spec.attack.model_copy(update=changes)
+    start_optimizer(declared, case.prior.size)([0], 1000, case.model.device)
+    return replace(case, spec=case.spec.model_copy(update={"attack": declared}))
 
 
 def allowance(results: Results, cell: Cell) -> int:
@@ -286,17 +287,17 @@ def allowance(results: Results, cell: Cell) -> int:
     return max(possible, FEWEST)
 
 
-def measure(results: Results, setting: Setting, trials: Trials, cell: Cell) -> Outcome:
+def measure(results: Results, case: Case, trials: Trials, cell: Cell) -> Outcome:
     """Makes the attack of a cell on the images of all trials side by side."""
     count = len(trials)
-    setting = optimizing(setting, cell.attack)
-    contexts = setting.contexts(f"release {cell.seed}", range(count))
-    observed = setting.client.send(*trials.members, contexts)
+    case = optimizing(case, cell.attack)
+    contexts = case.contexts(f"release {cell.seed}", range(count))
+    observed = case.client.send(*trials.members, contexts)
     evaluations, meter = allowance(results, cell), Meter()
-    pictures = attack(setting, cell.attack, observed, trials.labels, evaluations, cell.seed, meter)
+    pictures = attack(case, cell.attack, observed, trials.labels, evaluations, cell.seed, meter)
     taken = meter.seconds
-    distance = candidate_distances(setting.model, None)["pixels"]
-    lots = setting.lots(f"ties {cell.seed}", range(count))
+    distance = candidate_distances(case.model, None)["pixels"]
+    lots = case.lots(f"ties {cell.seed}", range(count))
     ranks = reconstruction_ranks(pictures[:, None], trials, distance, lots)
     psnr = rounded(peak_signal_to_noise(pictures, trials.canaries))
     return Outcome(cell, meter.evaluations / count, round(taken / count, 5), psnr, ranks)
@@ -313,14 +314,14 @@ def peak_signal_to_noise(pictures: torch.Tensor, truths: torch.Tensor) -> torch.
     return -10 * errors.clamp(min=1e-12).log10()
 
 
-def best_inversion(setting: Setting, trials: Trials, scale: Scale) -> list[float]:
+def best_inversion(case: Case, trials: Trials, scale: Scale) -> list[float]:
     """The PSNR of the best picture of each image that the generator can draw, as far as is known.
 
     By Adam on the squared error of the pixels, from the middle of the prior and random latents.
     """
     starts = scale.starts
     drawn = torch.randn(
-        len(trials) * starts, setting.prior.size, generator=torch.Generator().manual_seed(0)
+        len(trials) * starts, case.prior.size, generator=torch.Generator().manual_seed(0)
     )
     drawn[::starts] = 0
     latents = drawn.requires_grad_()
@@ -330,12 +331,12 @@ def best_inversion(setting: Setting, trials: Trials, scale: Scale) -> list[float
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, scale.steps)
     for _ in range(scale.steps):
         adam.zero_grad()
-        errors = (setting.prior.decode(latents, labels) - truths).square().flatten(1).mean(1)
+        errors = (case.prior.decode(latents, labels) - truths).square().flatten(1).mean(1)
         errors.sum().backward()
         adam.step()
         falling.step()
     with torch.no_grad():
-        found = peak_signal_to_noise(setting.prior.decode(latents, labels), truths)
+        found = peak_signal_to_noise(case.prior.decode(latents, labels), truths)
     return rounded(found.unflatten(0, (-1, starts)).amax(1))
 
 
@@ -344,19 +345,19 @@ def run(
 ) -> None:
     """Measures the cells that are not among the results yet, and writes each to the file."""
     with tempfile.TemporaryDirectory() as folder:
-        settings: dict[tuple[str, str], Setting] = {}
+        cases: dict[tuple[str, str], Case] = {}
         for cell in cells:
             if cell in results.outcomes:
                 continue
             place = cell.task, cell.defense
-            if place not in settings:
-                settings[place] = prepare_setting(tasks[cell.task], cell.defense, Path(folder))
-            setting = settings[place]
-            trials = setting.trials.first(results.scale.images)
+            if place not in cases:
+                cases[place] = prepare_case(tasks[cell.task], cell.defense, Path(folder))
+            case = cases[place]
+            trials = case.trials.first(results.scale.images)
             results.candidates = trials.candidates.shape[1]
             if cell.task not in results.best:
-                results.best[cell.task] = best_inversion(setting, trials, results.scale)
-            outcome = measure(results, setting, trials, cell)
+                results.best[cell.task] = best_inversion(case, trials, results.scale)
+            outcome = measure(results, case, trials, cell)
             results.outcomes[cell] = outcome
             write_results(path, results)
             typer.echo(

@@ -30,7 +30,8 @@ from ggl_audit.attack import search
 from ggl_audit.attack.objective import LatentObjective
 from ggl_audit.attacks import ggl
 from ggl_audit.attacks.ggl import search_latents
-from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.case.case import Case
+from ggl_audit.case.preparation import prepare
 from ggl_audit.inputs.spec_file import read_spec
 from ggl_audit.optimizers import Evaluation, start_optimizer
 from ggl_audit.spec import AttackSpec, Spec
@@ -91,9 +92,9 @@ def bookkeeping(spec: Spec) -> tuple[float, float]:
 
 def memory(spec: Spec) -> list[tuple[int, float]]:
     """The MiB of the process after thousands of evaluations of each of some gradients."""
-    setting = prepare(spec)
-    canaries = setting.trials.first(GRADIENTS)
-    observed = setting.client.send(*canaries.members, setting.contexts("release", range(GRADIENTS)))
+    case = prepare(spec)
+    canaries = case.trials.first(GRADIENTS)
+    observed = case.client.send(*canaries.members, case.contexts("release", range(GRADIENTS)))
     found, done = [], 0
 
     def note(evaluations: int) -> None:
@@ -103,21 +104,21 @@ def memory(spec: Spec) -> list[tuple[int, float]]:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             found.append((done // GRADIENTS, pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
 
-    randoms = [setting.random("memory", number) for number in range(GRADIENTS)]
+    randoms = [case.random("memory", number) for number in range(GRADIENTS)]
     labels = canaries.members[1]
-    search_latents(setting, setting.defense, observed, labels, randoms, note, LOOP_EVALUATIONS)
+    search_latents(case, case.defense, observed, labels, randoms, note, LOOP_EVALUATIONS)
     return found
 
 
-def plain_loop(setting: Setting, image: torch.Tensor, label: torch.Tensor, seed: int) -> float:
+def plain_loop(case: Case, image: torch.Tensor, label: torch.Tensor, seed: int) -> float:
     """Searches for one image, a candidate at a time; its picture's PSNR in dB."""
-    observed = setting.client.send(
-        image[None, None], label[None, None], setting.contexts("release", [seed])
+    observed = case.client.send(
+        image[None, None], label[None, None], case.contexts("release", [seed])
     )
-    module = setting.model.module.requires_grad_(True)
+    module = case.model.module.requires_grad_(True)
     names = [name for name, _ in module.named_parameters()]
     loop = PlainLoop(module, "none", "l2", [observed[name][0] for name in names])
-    start = start_optimizer(AttackSpec(optimizer="pycma:full"), setting.prior.size)
+    start = start_optimizer(AttackSpec(optimizer="pycma:full"), case.prior.size)
     optimizer = start([seed], LOOP_EVALUATIONS, torch.device("cpu"))
     least, best, done = float("inf"), image, 0
     while done < LOOP_EVALUATIONS:
@@ -125,8 +126,8 @@ def plain_loop(setting: Setting, image: torch.Tensor, label: torch.Tensor, seed:
         losses = []
         for latent in candidates:
             with torch.no_grad():
-                picture = setting.prior.decode(latent[None].float(), label[None])[0]
-            losses.append(loop.distance(setting.model.normalize(picture[None])[0], label))
+                picture = case.prior.decode(latent[None].float(), label[None])[0]
+            losses.append(loop.distance(case.model.normalize(picture[None])[0], label))
             if losses[-1] < least:
                 least, best = losses[-1], picture
         done += len(losses)
@@ -135,7 +136,7 @@ def plain_loop(setting: Setting, image: torch.Tensor, label: torch.Tensor, seed:
 
 
 def as_good(
-    setting: Setting,
+    case: Case,
     images: torch.Tensor,
     labels: torch.Tensor,
     attack: str,
@@ -143,12 +144,12 @@ def as_good(
     seconds: float,
 ) -> None:
     """Prints what an attack reaches with growing budgets, until it is as good as a loop."""
-    setting = optimizers.optimizing(setting, attack)
-    contexts = setting.contexts("release", range(len(labels)))
-    observed = setting.client.send(images[:, None], labels[:, None], contexts)
+    case = optimizers.optimizing(case, attack)
+    contexts = case.contexts("release", range(len(labels)))
+    observed = case.client.send(images[:, None], labels[:, None], contexts)
     for budget in BUDGETS:
         began = time.perf_counter()
-        found = optimizers.attack(setting, attack, observed, labels, budget, 0, optimizers.Meter())
+        found = optimizers.attack(case, attack, observed, labels, budget, 0, optimizers.Meter())
         own = time.perf_counter() - began
         quality = float(optimizers.peak_signal_to_noise(found, images).mean())
         typer.echo(
@@ -172,18 +173,18 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         tasks = optimizers.make_tasks(["faces"], shared, Path(scratch))
         for task in tasks.values():
-            setting = optimizers.prepare_setting(task, "none", Path(scratch))
-            canaries = setting.trials.first(FACES)
+            case = optimizers.prepare_case(task, "none", Path(scratch))
+            canaries = case.trials.first(FACES)
             images, labels = canaries.canaries, canaries.labels
             began = time.perf_counter()
             pairs = zip(images, labels, strict=True)
-            plain = [plain_loop(setting, *pair, seed) for seed, pair in enumerate(pairs)]
+            plain = [plain_loop(case, *pair, seed) for seed, pair in enumerate(pairs)]
             seconds, goal = time.perf_counter() - began, sum(plain) / len(plain)
             typer.echo(
                 f"plain loop, {LOOP_EVALUATIONS:,} evaluations: {goal:.1f} dB, {seconds:.1f} s"
             )
             for attack in ("gauss_newton", "gauss_newton, refined"):
-                as_good(setting, images, labels, attack, goal, seconds)
+                as_good(case, images, labels, attack, goal, seconds)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from ggl_audit.attacks.suite import choose_attacks
 from ggl_audit.basics.clock import Clock
 from ggl_audit.basics.environment import peak_memory_bytes
 from ggl_audit.basics.plugins import with_packages
-from ggl_audit.case.setting import Setting, own_code, prepare
+from ggl_audit.case.case import Case
+from ggl_audit.case.input_files import own_code
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import InputError
 from ggl_audit.experiments.candidate_matching import CandidateMatching, UndefendedMatching
 from ggl_audit.experiments.capture import CaptureAttack
@@ -76,11 +78,23 @@ def run_audit(
     Raises:
         AuditError: something that the spec names is missing, broken, or does not fit the rest.
     """
-    clock = clock or Clock(spec.time_limit)
+    return _audited(spec, progress, clock or Clock(spec.time_limit), ledger, workers)
+
+
+def _audited(
+    spec: Spec,
+    progress: Progress,
+    clock: Clock,
+    ledger: Path | None,
+    workers: int,
+    refuse: Callable[[Case], None] = lambda case: None,
+) -> Report:
+    """Audits a case, unless it is refused once it is prepared."""
     with ExitStack() as stack:
         # They load the case while this process does.
         others = _started(stack, workers, spec, progress, clock)
         case = prepare(spec)
+        refuse(case)
         experiments = plan_experiments(case)
         declared = declare(case, experiments[0].suite, experiments)
         schedule = others or InThisProcess(by_name(experiments), progress.advance, clock)
@@ -117,8 +131,11 @@ def run_again(
     spec = declared_in(report, folders)
     for path in own_code(spec):
         progress.say(f"runs {path}, as the report declares")
-    check_inputs(report, dict(prepare(spec).files))
-    return run_audit(spec, progress, ledger=ledger, workers=workers)
+
+    def refuse(case: Case) -> None:
+        check_inputs(report, dict(case.files))
+
+    return _audited(spec, progress, Clock(spec.time_limit), ledger, workers, refuse)
 
 
 def judge_ledger(path: Path) -> Report:
@@ -143,7 +160,7 @@ def judge_ledger(path: Path) -> Report:
     return assemble(declared, ledger, seconds, cut_short=unfinished(declared, ledger))
 
 
-def plan_experiments(case: Setting) -> list[Experiment[Result]]:
+def plan_experiments(case: Case) -> list[Experiment[Result]]:
     """The experiments on a case, in the order in which they are begun; those of packages last."""
     suite = choose_attacks(case)
     return [kind(case, suite) for kind in known_experiments()]

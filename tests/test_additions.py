@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ggl_audit.audit import judge_ledger, plan_experiments, run_audit
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.cli import app
 from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.report.formats import write_report

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import ggl_audit
+from ggl_audit.defenses import Aggregation, SecureAggregation
 
 SOURCE = Path(ggl_audit.__file__).parent
 PAGE = (SOURCE.parent / "docs" / "architecture.md").read_text()
@@ -56,3 +60,29 @@ def test_an_import_that_points_up_is_found() -> None:
 def test_each_file_that_the_page_names_is_there() -> None:
     for name in re.findall(r"`([\w/]+\.py)`", PAGE):
         assert (SOURCE / name).is_file() or list(SOURCE.rglob(name)), name
+
+
+def kinds_asked_for(module: ModuleType) -> Iterator[type]:
+    """The classes that a module asks by ``isinstance`` or ``issubclass`` whether something is."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            continue
+        if node.func.id in ("isinstance", "issubclass"):
+            asked = ast.walk(node.args[1])
+            found = [getattr(module, one.id, None) for one in asked if isinstance(one, ast.Name)]
+            yield from (kind for kind in found if isinstance(kind, type))
+
+
+def is_one_of_several(kind: type) -> bool:
+    """Whether a class of ours is a single defense, optimizer, attack or experiment."""
+    return kind.__module__.startswith("ggl_audit") and isinstance(vars(kind).get("name"), str)
+
+
+def test_nobody_asks_which_of_several_kinds_a_thing_is() -> None:
+    assert is_one_of_several(SecureAggregation)
+    assert not is_one_of_several(Aggregation)
+    for path in SOURCE.rglob("*.py"):
+        if path.stem not in DOORS:
+            name = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+            module = importlib.import_module(name)
+            assert not [kind for kind in kinds_asked_for(module) if is_one_of_several(kind)], name

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, flat, stack, take
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.client.clients import DeclaredClient, OwnClient
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline
@@ -183,8 +183,8 @@ def test_what_else_a_capture_may_be_is_tried_as_far_as_it_can_be(
             evidence__truth=None,
             capture__gradient=str(tmp_path / "g.safetensors"),
         )
-        setting = prepare(spec)
-        tried = [*other_models(setting), *other_layouts(setting)]
+        case = prepare(spec)
+        tried = [*other_models(case), *other_layouts(case)]
         names.append([cause for cause, _ in tried])
     assert names[0] == ["the model was in train mode", *names[1]]
     assert any("mean [0.1307]" in cause for cause in names[1])

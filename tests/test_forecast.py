@@ -11,7 +11,8 @@ import pytest
 
 from ggl_audit.attacks.suite import Suite
 from ggl_audit.audit import plan_experiments
-from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.case.case import Case
+from ggl_audit.case.preparation import prepare
 from ggl_audit.experiments import forecast as module
 from ggl_audit.experiments.experiment import NotMeasured, Plan
 from ggl_audit.experiments.forecast import (
@@ -75,7 +76,7 @@ def test_what_is_known_to_be_too_slow_is_not_tried(clock: Callable[..., FakeTime
     assert fake.sizes == []
 
 
-def plans(case: Setting) -> tuple[Setting, Suite, dict[str, Plan | NotMeasured]]:
+def plans(case: Case) -> tuple[Case, Suite, dict[str, Plan | NotMeasured]]:
     """What a forecast is made of."""
     experiments = plan_experiments(case)
     return case, experiments[0].suite, {one.name: one.plan() for one in experiments}
@@ -117,8 +118,8 @@ def test_a_slow_model_is_forecast_in_bounded_time(
 
 
 def test_a_forecast_of_a_real_audit_is_of_its_size(sample: Callable[..., Spec]) -> None:
-    setting = prepare(sample("undefended"))
+    case = prepare(sample("undefended"))
     began = time.perf_counter()
-    found = predict_seconds(*plans(setting))
+    found = predict_seconds(*plans(case))
     assert all(0 < seconds < 1 for seconds in found)
     assert time.perf_counter() - began < 6 * SECONDS_TO_PREDICT

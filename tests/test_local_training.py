@@ -16,16 +16,18 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.basics.gradient import Gradient, each, norm, take
+from ggl_audit.case.appearance import appearance_of
+from ggl_audit.case.case import Case
 from ggl_audit.case.doubts import capture_doubts
 from ggl_audit.case.loading import load_client
-from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.client.contribution import Contribution
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.client.local_training import described, rate_of_one_step
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import SpecError
 from ggl_audit.experiments.alternatives import other_trainings
-from ggl_audit.inputs.capture import Capture
+from ggl_audit.inputs.capture import FittedGradient
 from ggl_audit.inputs.images import digits, read_image
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.spec import LocalTrainingSpec, Spec
@@ -312,17 +314,18 @@ def test_one_step_of_adam_is_recognised_and_fits_no_other_optimizer(
         "capture__kind": "update",
     }
 
-    def checked(**local: Any) -> Setting:
+    def checked(**local: Any) -> Case:
         return prepare(sample("undefended", **shared, capture__local={"lr": 0.001, **local}))
 
     right = checked(optimizer="adam")
-    assert [check.outcome for check in right.checks] == ["agrees"]
-    assert right.labels == [LABEL]
+    assert [check.outcome for check in right.audited.checks] == ["agrees"]
+    assert right.audited.labels == [LABEL]
     assert right.doubts == []
     for wrong in (checked(), checked(optimizer="rmsprop"), checked(optimizer="adam", epochs=2)):
-        assert "contradicts" in [check.outcome for check in wrong.checks]
-        assert "like one step of Adam with that learning rate" in wrong.appearance[0]
-    assert "0.001 in size" in right.appearance[0]
+        assert "contradicts" in [check.outcome for check in wrong.audited.checks]
+        said = appearance_of(wrong, wrong.audited)[0]
+        assert "like one step of Adam with that learning rate" in said
+    assert "0.001 in size" in appearance_of(right, right.audited)[0]
     causes = {cause: other.model.local for cause, other in other_trainings(checked())}
     assert list(causes) == [
         f"the client trained by another optimizer: {name}" for name in ("adam", "adamw", "rmsprop")
@@ -339,9 +342,9 @@ def test_gradients_do_not_look_like_a_step_of_adam(
         save_file(update_of_sample(model, samples), path)
         own = {"optimizer": name, **local}
         keys = {"capture__gradient": str(path), "capture__kind": "update", "capture__local": own}
-        setting = prepare(sample("undefended", **keys))
-        assert not any("Adam" in said for said in setting.appearance)
-        assert [check.outcome for check in setting.checks][-1] == "agrees"
+        case = prepare(sample("undefended", **keys))
+        assert not any("Adam" in said for said in appearance_of(case, case.audited))
+        assert [check.outcome for check in case.audited.checks][-1] == "agrees"
 
 
 def test_labels_of_several_images_are_asked_for_where_magnitudes_are_gone(
@@ -371,7 +374,7 @@ def test_what_is_not_known_of_training_is_a_doubt(
 ) -> None:
     keys = {"capture__kind": "update", "capture__local": {"lr": 0.1, **local}}
     spec = sample("undefended", **keys, capture__unsent=unsent)
-    captured = Capture(gradient={}, sources={}, how="name")
+    captured = FittedGradient(gradient={}, sources={}, how="name")
     defense, model = load_client(spec, torch.device("cpu"))
     assert len(capture_doubts(captured, spec, model, defense)) == doubts
 

@@ -13,7 +13,7 @@ from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.matching import Matching
 from ggl_audit.attacks.suite import choose_attacks
 from ggl_audit.audit import plan_experiments, run_audit
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.experiments.candidate_matching import CandidateMatching
 from ggl_audit.experiments.experiment import Plan
@@ -86,10 +86,10 @@ def test_no_experiment_has_a_memory_of_its_own(
     sample_name, keys = AUDITS[name]
     spec = sample(sample_name, **FEW, **keys)
     run_audit(spec, Counter())
-    setting = prepare(spec)
-    experiments = plan_experiments(setting)
+    case = prepare(spec)
+    experiments = plan_experiments(case)
     plans = {one.name: one.plan() for one in experiments}
-    predict_seconds(setting, experiments[0].suite, plans)
+    predict_seconds(case, experiments[0].suite, plans)
     assert {memory for _, memory in used} == {MIB * 2**20}, used
     assert {who for who, _ in used} >= {"clients", "matching"}
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from ggl_audit.audit import run_audit
 from ggl_audit.case.capturing import capture_gradient
 from ggl_audit.case.loading import load_client
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.cli import app
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.capture import write_capture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ggl_audit.attacks import known_attacks
+from ggl_audit.attacks.registry import known_attacks
 from ggl_audit.basics.plugins import added_by_packages
 from ggl_audit.errors import AuditError
 
@@ -31,6 +31,11 @@ def test_two_packages_with_one_name_are_refused(package: Install) -> None:
     package("attacks", "toy = second_toy:TOY", "TOY = 2")
     with pytest.raises(AuditError, match="and so does another package"):
         added_by_packages("attacks")
+
+
+def test_attacks_are_in_the_order_in_which_they_are_made(package: Install) -> None:
+    package("attacks", "toy = toy_attack:TOY", "TOY = type('Toy', (), {'name': 'toy'})")
+    assert list(known_attacks()) == ["ggl", "refined", "pixels", "analytic", "toy"]
 
 
 def test_nothing_of_ours_is_replaced(package: Install) -> None:

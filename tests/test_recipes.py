@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.case.appearance import appearance_of
+from ggl_audit.case.case import Case
+from ggl_audit.case.preparation import prepare
 from ggl_audit.cli import app
 from ggl_audit.errors import AuditError
 from ggl_audit.inputs.spec_file import read_spec
@@ -67,14 +69,14 @@ def run(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         sys.modules.pop(name, None)
 
 
-def setting(name: str, **changes: Any) -> Setting:
+def prepared(name: str, **changes: Any) -> Case:
     overrides = {**CHEAP, **{key.replace("__", "."): value for key, value in changes.items()}}
     return prepare(read_spec(Path(name), overrides.items()))
 
 
 def outcomes(name: str, **changes: Any) -> dict[str, str]:
     """From each check, by its first word or words, to its outcome."""
-    return {c.step.split("(")[0]: c.outcome for c in setting(name, **changes).checks}
+    return {c.step.split("(")[0]: c.outcome for c in prepared(name, **changes).audited.checks}
 
 
 def says_what_the_page_says(name: str, *more: str) -> bool:
@@ -120,9 +122,10 @@ class TestALoop:
         run("loop.py", ("loss.backward()\n", f"loss.backward()\n{again}"))
         assert outcomes("loop.yaml")[GRADIENT] == "contradicts"
         both = {"capture__batch_size": 2, "evidence__truth": None}
-        seen = setting("loop.yaml", **both, model__loss={"reduction": "sum"})
-        assert {check.outcome for check in seen.checks} == {"agrees"}
-        assert "It looks like a sum over 2 images, with the declared loss." in seen.appearance
+        seen = prepared("loop.yaml", **both, model__loss={"reduction": "sum"})
+        assert {check.outcome for check in seen.audited.checks} == {"agrees"}
+        said = appearance_of(seen, seen.audited)
+        assert "It looks like a sum over 2 images, with the declared loss." in said
 
     def test_another_normalization(self, run: Run) -> None:
         run("loop.py")
@@ -152,8 +155,8 @@ class TestAnOpacusStep:
         images, labels = names["images"], names["labels"]
         assert len(labels) > 1
         drawn = {"capture__batch_size": len(labels), "capture__labels": labels.tolist()}
-        seen = setting("dp.yaml", **drawn)
-        assert {check.outcome for check in seen.checks} == {"agrees"}
+        seen = prepared("dp.yaml", **drawn)
+        assert {check.outcome for check in seen.audited.checks} == {"agrees"}
         flags = [f"--set={k.replace('__', '.')}={v}" for k, v in drawn.items()]
         assert says_what_the_page_says("dp.yaml", *flags)
 
@@ -166,7 +169,7 @@ class TestAnOpacusStep:
             norm = torch.stack([tensor.norm() for tensor in gradient]).norm()
             for name, tensor in zip(total, gradient, strict=True):
                 total[name] += tensor / max(1.0, float(norm))
-        noise = torch.cat([(seen.observed[n] - t).flatten() for n, t in total.items()])
+        noise = torch.cat([(seen.audited.observed[n] - t).flatten() for n, t in total.items()])
         assert noise.std() == pytest.approx(1, abs=4 / (2 * len(noise)) ** 0.5)
         assert abs(noise.mean()) < 4 / len(noise) ** 0.5
 

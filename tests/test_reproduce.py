@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from ggl_audit import audit
 from ggl_audit.audit import run_audit
+from ggl_audit.case.case import Case
+from ggl_audit.case.preparation import prepare
 from ggl_audit.cli import app
 from ggl_audit.report.formats import write_report
 from ggl_audit.report.model import Report
@@ -53,10 +56,20 @@ def test_a_report_is_had_again_from_its_own_record(saved: Path) -> None:
     assert first.verdict == second.verdict
 
 
-def test_the_files_are_found_beside_the_report_too(saved: Path) -> None:
+def test_the_files_are_found_beside_the_report_too_and_loaded_once(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moved = saved.parent / "samples" / "report.json"
     saved.rename(moved)
+    prepared: list[Spec] = []
+
+    def counted(spec: Spec) -> Case:
+        prepared.append(spec)
+        return prepare(spec)
+
+    monkeypatch.setattr(audit, "prepare", counted)
     assert CliRunner().invoke(app, ["reproduce", str(moved), "-q"]).exit_code == 0
+    assert len(prepared) == 1
 
 
 @pytest.mark.parametrize(

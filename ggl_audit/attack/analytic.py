@@ -34,7 +34,7 @@ layers with a prediction that is 1 % off or more. A picture that differs by nois
 2e-3."""
 
 NEARBY = 1e-3
-"""Of images in [0, 1]: the standard deviation of what is added to a picture to get another one."""
+"""The standard deviation of what is added to a picture in [0, 1] to get another one."""
 
 NEARER = 10
 """How much nearer than those it has to be."""

@@ -15,7 +15,7 @@ from ggl_audit.defenses import Drawn, Pipeline, relative_l2
 from ggl_audit.inputs.model import ClientModel
 
 COPIES = 3 * COPIES_OF_A_GRADIENT
-"""Of a gradient, while it is differentiated once more."""
+"""The copies of a gradient that are held while it is differentiated once more."""
 
 
 class Derivatives:

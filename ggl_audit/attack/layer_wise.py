@@ -21,12 +21,6 @@ accelerator works on as many as fit, as each call of it costs the same."""
 SHARING = 8
 """Candidates that are worked on together at least, as the observed gradient is read for each."""
 
-LEAST_GHOST = 2**15
-"""Values of a gradient that is worth to be left out."""
-
-GHOST = 16
-"""Multiplications for Gram matrices that cost as much as one value of a gradient that is held."""
-
 NEAR = 1e-2
 """Relative l2 below which a difference of sums has too few digits."""
 
@@ -120,10 +114,10 @@ class LayerWise:
             seen = {name: tensor[place[0]] for name, tensor in observed.items()}
             with torch.no_grad():
                 parts.append(self._residual_products(images[place], labels[place], seen))
-        distances, products = (
+        distances, table = (
             torch.cat(column).to(images.dtype) for column in zip(*parts, strict=True)
         )
-        return distances, products
+        return distances, table
 
     def _residual_products(
         self, images: torch.Tensor, labels: torch.Tensor, observed: Gradient
@@ -183,8 +177,9 @@ class LayerWise:
         inner = torch.zeros_like(squares)
         readings = self._replica.readings(observed)
         for part in self._parts(images, labels):
-            if not readings and isinstance(part, Outer) and is_cheaper_as_a_ghost(part):
-                _add_ghosts(part, observed[part.name], squares, inner, self._block)
+            ghost = None if readings else part.as_ghost()
+            if ghost is not None:
+                _add_ghosts(ghost, observed[part.name], squares, inner, self._block)
                 continue
             for place, replicas, seen in self._replicas(part, labels.shape, observed, readings):
                 squares[place] += _squares(replicas)
@@ -279,9 +274,7 @@ def layer_wise(
             break
     else:
         return None
-    ghosts = not replica.steps and any(
-        isinstance(part, Outer) and is_cheaper_as_a_ghost(part) for part in parts
-    )
+    ghosts = not replica.steps and any(part.as_ghost() is not None for part in parts)
     bytes_each = COPIES_OF_A_LAYER * sum(part.bytes_held for part in parts) // TRIED
     together = memory // (4 * max(part.size_of_factors for part in parts))
     # Half for the layers, and half for a block of replicas with what is compared.
@@ -326,12 +319,6 @@ def _add_ghosts(
         along = together @ target[place[0]].mT
         along = along.unflatten(2, (candidates, positions)) * errors.transpose(1, 2).mT
         inner[place] += along.sum((1, 3, 4))
-
-
-def is_cheaper_as_a_ghost(part: Outer) -> bool:
-    """Whether Gram matrices cost less than the gradient."""
-    cost = part.positions**2 * (part.inputs + part.rows)
-    return part.size >= LEAST_GHOST and cost < GHOST * part.size
 
 
 def _rows(tensor: torch.Tensor, rows: slice) -> torch.Tensor:

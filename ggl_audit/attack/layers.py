@@ -27,6 +27,12 @@ from ggl_audit.inputs.model import ClientModel
 
 Arguments = dict[str, Any]
 
+LEAST_GHOST = 2**15
+"""Values of a gradient that is worth to be left out."""
+
+GHOST = 16
+"""Multiplications for Gram matrices that cost as much as one value of a gradient that is held."""
+
 ROUNDING = 1e-3
 """Relative, of a gradient of a tensor that is computed in two ways."""
 
@@ -62,28 +68,28 @@ class Outer:
 
     @property
     def inputs(self) -> int:
-        """Of each group."""
+        """The inputs of each group."""
         return math.prod(self.windows.shape[4:])
 
     @property
-    def rows(self) -> int:
+    def _rows(self) -> int:
         """The outputs of each group."""
         return self.errors.shape[2]
 
     @property
-    def size(self) -> int:
-        """Of one candidate's gradient."""
-        return self.errors.shape[1] * self.rows * self.inputs
+    def _size(self) -> int:
+        """The values of one candidate's gradient."""
+        return self.errors.shape[1] * self._rows * self.inputs
 
     @property
     def size_of_factors(self) -> int:
         """Values of what one candidate's gradient is the product of."""
-        return self.positions * (self.inputs + self.errors.shape[1] * self.rows)
+        return self.positions * (self.inputs + self.errors.shape[1] * self._rows)
 
     @property
     def size_held(self) -> int:
         """Values that one candidate takes while its gradient is computed."""
-        return max(self.size, self.positions * self.inputs)
+        return max(self._size, self.positions * self.inputs)
 
     @property
     def bytes_held(self) -> int:
@@ -126,14 +132,14 @@ class Outer:
             written over.
         """
         errors, windows = self.factors(shape, place)
-        for rows in slices(self.rows, max(1, most // windows[..., 0, :].numel())):
+        for rows in slices(self._rows, max(1, most // windows[..., 0, :].numel())):
             yield rows, products(errors[:, :, :, rows], windows)
 
     def unseen(self, like: torch.Tensor) -> torch.Tensor:
         """The squared norms (t,) of values (t, ...) of the weight's shape where no input is."""
         sums = widest_float(like.device)
         squares = torch.zeros(len(like), dtype=sums, device=like.device)
-        if self.size == like[0].numel():
+        if self._size == like[0].numel():
             return squares
         # Of a convolution, as what a linear layer is given reaches all of its weight.
         rows, columns = self.kernel
@@ -142,6 +148,11 @@ class Outer:
         for rest in (above, below, left, right):
             squares += torch.linalg.vector_norm(rest.flatten(2), dim=2).to(sums).square().sum(1)
         return squares
+
+    def as_ghost(self) -> Outer | None:
+        """Itself, where Gram matrices of its factors cost less than the gradient; else None."""
+        cost = self.positions**2 * (self.inputs + self._rows)
+        return self if self._size >= LEAST_GHOST and cost < GHOST * self._size else None
 
     def is_of(self, gradients: torch.Tensor) -> bool:
         """Whether the products are these gradients (n, ...), up to rounding."""
@@ -165,7 +176,7 @@ class Small:
 
     @property
     def size_held(self) -> int:
-        """Of one candidate's gradient."""
+        """The values of one candidate's gradient."""
         return self.values[0].numel()
 
     @property
@@ -192,6 +203,10 @@ class Small:
     def unseen(self, like: torch.Tensor) -> torch.Tensor:
         """Nothing; see :meth:`Outer.unseen`."""
         return like.new_zeros(len(like))
+
+    def as_ghost(self) -> Outer | None:
+        """None, as it has no factors."""
+        return None
 
     def is_of(self, gradients: torch.Tensor) -> bool:
         """Whether they are these gradients (n, ...), up to rounding."""

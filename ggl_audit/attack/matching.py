@@ -86,9 +86,9 @@ class Matching:
             return None
         best = self.distance == "likelihood"
         side = self.defense.likelihood if best else self.defense.replica
-        cosine = self.distance == "cosine"
+        by_cosine = self.distance == "cosine"
         return layer_wise(
-            self.model, side.value_wise(), cosine, self.clients.gradients, self.clients.memory
+            self.model, side.value_wise(), by_cosine, self.clients.gradients, self.clients.memory
         )
 
     def halve_chunks(self) -> bool:
@@ -291,12 +291,12 @@ class Matching:
             return stack([take(found[guess], index) for index, guess in enumerate(best)])
 
     def of_clients(self, images: torch.Tensor, labels: torch.Tensor, guess: Drawn) -> Gradient:
-        """Of (t, n, k) images with what is guessed of each of t draws: tensors (t, n, k / B)."""
+        """The gradients (t, n, k / B) of (t, n, k) images, with what is guessed of t draws."""
         batch_size = self.model.batch_size
         trials, candidates, members = labels.shape
         shape = (trials, candidates, max(1, members // batch_size))
-        each = shape[1] * shape[2]
-        drawn = {name: tensor.repeat_interleave(each, dim=0) for name, tensor in guess.items()}
+        times = shape[1] * shape[2]
+        drawn = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in guess.items()}
         size = members // shape[2]
         gradients = self.clients.gradients(
             images.reshape(-1, size, *images.shape[3:]), labels.reshape(-1, size), drawn

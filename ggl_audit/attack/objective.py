@@ -175,11 +175,11 @@ class LatentObjective:
         return Evaluation(losses, derivatives=derivatives)
 
     def _penalty(self, latents: torch.Tensor) -> torch.Tensor:
-        """Of (t, n, k x d), (t, n)."""
+        """The penalty (t, n) of latents (t, n, k x d)."""
         return self._penalties(latents.unflatten(2, (-1, self.prior.size))).mean(2)
 
     def _penalties(self, latents: torch.Tensor) -> torch.Tensor:
-        """Of single latents (t, ..., d), which are a share of the whole penalty: (t, ...)."""
+        """The penalties (t, ...) of single latents (t, ..., d), each a share of the whole one."""
         weights = self.prior_weight.reshape(-1, *[1] * (latents.ndim - 2))
         explained = self.members * weights * latents.square().sum(-1)
         return penalty(latents, self.regularizer) + explained

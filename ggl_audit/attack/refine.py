@@ -24,7 +24,7 @@ PIXELS = Descent(0, 0.01, 1e-3, pixels=True)
 """How each is refined; the steps are shared out evenly, and features have units of their spread."""
 
 LAYERS = 2
-"""Of the generator, whose features are refined one after the other."""
+"""The generator's layers whose features are refined, one after the other."""
 
 
 def refine(
@@ -101,7 +101,7 @@ def _drawn_from(
 
 
 def _nearer(found: Found, before: Found) -> Found:
-    """Of each pair the one with the lower loss; its variables are those of the first."""
+    """The one with the lower loss of each pair; its variables are those of the first."""
     better = found.losses < before.losses
     images = torch.where(better[:, None, None, None, None], found.images, before.images)
     return Found(found.variables, images, torch.where(better, found.losses, before.losses))
@@ -143,7 +143,7 @@ def _output(layer: nn.Module, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
 @contextmanager
 def _giving(layer: nn.Module, output: torch.Tensor) -> Iterator[None]:
     """Has a layer give something else than what it computes."""
-    handle = layer.register_forward_hook(lambda _module, _inputs, _output: output)
+    handle = layer.register_forward_hook(lambda *_: output)
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from ggl_audit.basics.gradient import Gradient, each, flat, norm, unstack
 from ggl_audit.defenses import Drawn, relative_l2
 
 FEWEST_VALUES = 4096
-"""Of a compressed residual, as searches follow differences."""
+"""The least size of a compressed residual, as searches follow differences."""
 
 
 class Residuals:

@@ -126,7 +126,7 @@ def search(
 
 
 def _stacked(restarted: list[Evaluation]) -> Evaluation:
-    """Of t x r searches, from what became of each restart of t."""
+    """The evaluation of t x r searches, from what became of each restart of t."""
     losses = torch.stack([one.losses for one in restarted], dim=1)
     products = torch.stack([one.products for one in restarted if one.products is not None], dim=1)
     return Evaluation(losses, products=products)

@@ -10,7 +10,7 @@ import torch
 from ggl_audit.attack.analytic import is_exact, recover_input
 from ggl_audit.attacks.attack import Advance, Attack, Attempt
 from ggl_audit.basics.gradient import Gradient, stack
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.capture import Capture
 
 
 class Analytic(Attack):
@@ -18,12 +18,13 @@ class Analytic(Attack):
 
     name = "analytic"
     source = "read off the first layer (Geiping et al., NeurIPS 2020, proposition 3.1)"
+    turn = 3
 
     def why_not(self) -> str:
         """The model has to begin with a linear layer, and the release to be of one image."""
         if self.case.members > 1:
             return "the release is of several images"
-        if recover_input(self.case.model, stack([self.case.observed])) is None:
+        if recover_input(self.case.model, stack([self.case.audited.observed])) is None:
             return "the model does not begin with a linear layer that has a bias"
         return ""
 
@@ -46,11 +47,11 @@ class Analytic(Attack):
         sets = recovered[:, None, None], labels[:, None]
         return Attempt(recovered[:, None], matching.distances(*sets, observed)[:, 0])
 
-    def is_exact(self, case: Setting, attempt: Attempt) -> bool:
+    def is_exact(self, capture: Capture, attempt: Attempt) -> bool:
         """Whether the first picture's own gradient is the captured one, to rounding."""
-        labels = torch.tensor(case.labels, device=case.model.device)
-        rounding = case.captured.rounding
-        observed = stack([case.observed])
+        case, rounding = self.case, capture.fitted.rounding
+        labels = torch.tensor(capture.labels, device=case.model.device)
+        observed = stack([capture.observed])
         picture, memory = attempt.images[:1, 0], case.clients.memory
         found = is_exact(case.model, case.defense, picture, labels, observed, rounding, memory)
         return bool(found[0])

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.capture import Capture
+from ggl_audit.case.case import Case
 
 Advance = Callable[[int], None]
 
@@ -39,9 +40,14 @@ class Attempt:
 class Attack(ABC):
     """One attack on the gradients of one case.
 
+    A class with a ``name`` in a file of this folder, or named by another package as an entry point
+    of the group ``ggl_audit.attacks``, is known to every command.
+
     Attributes:
         name: in specs and reports.
         source: what it searches, and where it is from.
+        turn: when it is made; it is given what those with lower numbers have made. Those of other
+            packages come after all of ours.
         by_derivatives: whether its evaluations are of candidates with their derivatives.
 
     Args:
@@ -50,9 +56,10 @@ class Attack(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str]
+    turn: ClassVar[int]
     by_derivatives: ClassVar[bool] = False
 
-    def __init__(self, case: Setting) -> None:
+    def __init__(self, case: Case) -> None:
         self.case = case
 
     def why_not(self) -> str:
@@ -82,6 +89,6 @@ class Attack(ABC):
             advance: told of the candidates that are evaluated, as often as it can be.
         """
 
-    def is_exact(self, case: Setting, attempt: Attempt) -> bool:
-        """Whether the first picture is proven to be the very image of a case's capture."""
+    def is_exact(self, capture: Capture, attempt: Attempt) -> bool:
+        """Whether the first picture is proven to be the very image of a capture."""
         return False

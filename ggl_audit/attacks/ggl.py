@@ -12,7 +12,7 @@ from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.search import search
 from ggl_audit.attacks.attack import Advance, Attack, Attempt
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.case import Case
 from ggl_audit.defenses import Pipeline
 from ggl_audit.optimizers import find_family, start_optimizer, wants_more
 from ggl_audit.priors.directions import principal_directions
@@ -24,6 +24,7 @@ class GenerativeGradientLeakage(Attack):
 
     name = "ggl"
     source = "the prior's latents (Generative Gradient Leakage; Li et al., CVPR 2022)"
+    turn = 0
 
     def evaluations(self) -> int:
         """The declared budget, as far as it is whole steps."""
@@ -44,7 +45,7 @@ class GenerativeGradientLeakage(Attack):
 
 
 def search_latents(
-    case: Setting,
+    case: Case,
     defense: Pipeline,
     observed: Gradient,
     labels: torch.Tensor,
@@ -68,7 +69,7 @@ def search_latents(
     objective = LatentObjective(matching, case.prior, observed, labels, declared.regularizer)
     parts = objective.parts(together=wants_more(declared.optimizer))
     seeds = np.stack([one.integers(2**32, size=(declared.restarts, parts)) for one in randoms])
-    principal = partial(principal_directions, case.prior, case.labels[0])
+    principal = partial(principal_directions, case.prior, case.audited.labels[0])
     size = case.prior.size * objective.members // parts
     start = start_optimizer(declared, size, principal if size == case.prior.size else None)
     found = search(objective, start, seeds, evaluations or declared.evaluations, advance)
@@ -81,7 +82,7 @@ def search_latents(
     )
 
 
-def searched_by(case: Setting) -> AttackSpec:
+def searched_by(case: Case) -> AttackSpec:
     """The declared search, but by what stands in for an optimizer that has too few evaluations."""
     declared, members = case.spec.attack, case.members
     apart = members > 1 and case.clients.adds_up

@@ -7,23 +7,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ggl_audit.attack.analytic import representation
 from ggl_audit.attack.pixels import attack_pixels
-from ggl_audit.attacks.attack import Advance, Attack, Attempt
+from ggl_audit.attacks.attack import Advance, Attempt
+from ggl_audit.attacks.by_derivatives import ByDerivatives
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.optimizers import DERIVATIVE_COST
 
 
-class Pixels(Attack):
+class Pixels(ByDerivatives):
     """Descent on the pixels by the cosine distance and total variation."""
 
     name = "pixels"
     source = "pixels without a prior (Inverting Gradients; Geiping et al., NeurIPS 2020)"
-    by_derivatives = True
-
-    def why_not(self) -> str:
-        """Derivatives of the matching distance have to lead somewhere."""
-        return self.case.why_no_derivatives
+    turn = 2
 
     def evaluations(self) -> int:
         """The declared steps of Adam."""
@@ -38,9 +34,7 @@ class Pixels(Attack):
         advance: Advance,
     ) -> Attempt:
         """Follows derivatives from noise."""
-        model, declared = self.case.model, self.case.spec.attack
-        shown = representation(model, observed) if declared.representation else None
-        aligned = self.case.derivatives("cosine", shown, declared.representation)
-        steps = declared.steps
+        model, steps = self.case.model, self.case.spec.attack.steps
+        aligned = self.derivatives("cosine", observed)
         found = attack_pixels(model, aligned, labels, observed, steps, randoms, advance)
         return Attempt(found.images, found.losses)

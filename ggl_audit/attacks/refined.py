@@ -7,24 +7,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ggl_audit.attack.analytic import representation
 from ggl_audit.attack.refine import refine, refinement_steps
-from ggl_audit.attacks.attack import Advance, Attack, Attempt
+from ggl_audit.attacks.attack import Advance, Attempt
+from ggl_audit.attacks.by_derivatives import ByDerivatives
 from ggl_audit.attacks.ggl import GenerativeGradientLeakage
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.optimizers import DERIVATIVE_COST
 
 
-class Refined(Attack):
+class Refined(ByDerivatives):
     """The search's latents, then the generator's features, then the pixels."""
 
     name = "refined"
     source = "then its features and the pixels (after GIFD; Fang et al., ICCV 2023)"
-    by_derivatives = True
-
-    def why_not(self) -> str:
-        """Derivatives of the matching distance have to lead somewhere."""
-        return self.case.why_no_derivatives
+    turn = 1
 
     def evaluations(self) -> int:
         """The steps of Adam, shared out evenly among its stages."""
@@ -41,8 +37,7 @@ class Refined(Attack):
     ) -> Attempt:
         """Follows derivatives from where the search has ended."""
         case, declared = self.case, self.case.spec.attack
-        shown = representation(case.model, observed) if declared.representation else None
-        nearer = case.derivatives(declared.distance, shown, declared.representation)
+        nearer = self.derivatives(declared.distance, observed)
         latents = before[GenerativeGradientLeakage.name].latents
         assert latents is not None
         found = refine(case.prior, nearer, latents, labels, observed, declared.steps, advance)

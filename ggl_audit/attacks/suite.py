@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ggl_audit.attacks import known_attacks
 from ggl_audit.attacks.attack import Advance, Attack, Attempt
 from ggl_audit.attacks.ggl import GenerativeGradientLeakage
+from ggl_audit.attacks.registry import known_attacks
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.case import Case
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Suite:
         return attempts
 
 
-def choose_attacks(case: Setting) -> Suite:
+def choose_attacks(case: Case) -> Suite:
     """All that the spec asks for and the model and the defense allow."""
     made: list[Attack] = []
     left_out: list[tuple[type[Attack], str]] = []

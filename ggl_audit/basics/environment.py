@@ -12,7 +12,7 @@ import torch
 from ggl_audit.basics.device import most_memory, name_of
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of mallopt(3): the free memory that goes back to the system, and what is not taken of a heap."""
+"""What mallopt(3) sets: the free memory that goes back, and what is not taken of a heap."""
 
 MOST_IN_A_HEAP = 32 * 2**20
 """Bytes; glibc takes no more for the second."""

@@ -18,7 +18,7 @@ def norm(gradient: Gradient) -> torch.Tensor:
 
 
 def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
-    """Of a tensor's values, a scalar."""
+    """The largest magnitude of a tensor's values, a scalar."""
     # Copies nothing, where magnitudes take 20 times as long mapped over large tensors.
     return torch.maximum(tensor.amax(), -tensor.amin())
 

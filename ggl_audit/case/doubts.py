@@ -12,13 +12,14 @@ import torch
 from ggl_audit.attack.labels import scale_of_one, unequal_weights, usual_head
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, norm, stack, take
-from ggl_audit.client.clients import Client, DeclaredClient, OwnClient
+from ggl_audit.case.case import Case
+from ggl_audit.client.clients import DeclaredClient, OwnClient
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.client.randomness import client_context, client_contexts
 from ggl_audit.defenses import Pipeline, is_own, relative_l2
 from ggl_audit.evidence.consistency import check_remainder, check_truth
 from ggl_audit.inputs.beside import Beside
-from ggl_audit.inputs.capture import Capture
+from ggl_audit.inputs.capture import FittedGradient
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.statistics import Statistics
@@ -40,12 +41,12 @@ worse than all; of the digits' model, at round 0 and trained, 0.3 to 2.3 % are t
 
 
 def capture_doubts(
-    captured: Capture, spec: Spec, model: ClientModel, defense: Pipeline
+    fitted: FittedGradient, spec: Spec, model: ClientModel, defense: Pipeline
 ) -> list[str]:
     """What was sent, or may have been, and is not measured."""
     local = spec.capture.local
-    doubts = beside_doubts(captured.beside, model, defense, "the capture holds")
-    silent = captured.beside.silent
+    doubts = beside_doubts(fitted.beside, model, defense, "the capture holds")
+    silent = fitted.beside.silent
     if silent:
         doubts.append(
             f"in train mode the client's running statistics ({silent[0]}"
@@ -54,10 +55,10 @@ def capture_doubts(
         )
     if spec.guarantee is not None and defense.clear.names:
         doubts.append("the guarantee does not cover the running statistics, sent in the clear")
-    if captured.unsent:
-        more = f" and {len(captured.unsent) - 1} more" if len(captured.unsent) > 1 else ""
+    if fitted.unsent:
+        more = f" and {len(fitted.unsent) - 1} more" if len(fitted.unsent) > 1 else ""
         doubts.append(
-            f"the capture lacks {captured.unsent[0]}{more}, which capture.unsent does not declare: "
+            f"the capture lacks {fitted.unsent[0]}{more}, which capture.unsent does not declare: "
             "a client that sends them gives more away"
         )
     trained = [name for name, _ in model.module.named_parameters() if name in model.unsent]
@@ -114,13 +115,14 @@ def _declared_counts(model: ClientModel, defense: Pipeline, names: tuple[str, ..
     return take(clients.gradients(images, labels), 0)
 
 
-def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: ImageSet) -> list[str]:
+def client_doubts(case: Case) -> list[str]:
     """Compares what the client's own code sends for a few images with the declaration.
 
     Raises:
         SpecError: the code does not run or does not return a gradient.
     """
-    if not isinstance(client, OwnClient):
+    client, spec, defense, reference = case.client.own_code, case.spec, case.defense, case.reference
+    if client is None:
         return []
     model = client.clients.model
     context = client_context(spec.seed, "client trial", model.device)
@@ -145,8 +147,7 @@ def client_doubts(client: Client, spec: Spec, defense: Pipeline, reference: Imag
         if defense.randomness.leaves_only_noise():
             told = None if client.clients.model.targets is None else labels[index, None]
             others = reference.images[1:]
-            matching = Matching(model, defense, memory=spec.memory_bytes)
-            checks.append(check_truth(matching, defense, one, image, others, told))
+            checks.append(check_truth(case.matching(), defense, one, image, others, told))
         wrong = [check for check in checks if check.outcome == "contradicts"]
         if wrong:
             return [f"the client's own code contradicts {wrong[0].step}: {wrong[0].detail}"]
@@ -172,20 +173,13 @@ def _batch_doubts(
     return []
 
 
-def label_doubts(
-    spec: Spec,
-    model: ClientModel,
-    client: Client,
-    defense: Pipeline,
-    observed: Gradient,
-    reference: ImageSet,
-) -> list[str]:
+def label_doubts(case: Case, observed: Gradient) -> list[str]:
     """Compares how well equally weighted images explain the capture with public batches.
 
-    There are none for a single image, or where the labels are declared.
+    There are none for a single image.
     """
-    members = model.batch_size * defense.aggregation.clients
-    if spec.capture.labels != "infer" or members == 1:
+    model, reference, members = case.model, case.reference, case.members
+    if members == 1:
         return []
     batches = max(FEWEST_BATCHES, min(LABEL_BATCHES, LABELLED_IMAGES // members))
     contexts = client_contexts(0, "label batches", model.device, range(batches))
@@ -193,8 +187,8 @@ def label_doubts(
     shuffled = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))
     chosen = shuffled.repeat(-(-batches * members // len(reference)))[: batches * members]
     chosen = chosen.view(batches, members).to(model.device)
-    sent = client.send(reference.images[chosen], reference.labels[chosen], contexts)
-    usual, scale = usual_head(model, reference), scale_of_one(model, defense, members)
+    sent = case.client.send(reference.images[chosen], reference.labels[chosen], contexts)
+    usual, scale = usual_head(model, reference), scale_of_one(model, case.defense, members)
 
     def gained(gradients: Gradient, scale: float | None) -> float:
         return float(unequal_weights(gradients, model, usual, members, scale).max())
@@ -216,24 +210,21 @@ def label_doubts(
     ]
 
 
-def replica_doubts(
-    model: ClientModel, defense: Pipeline, spec: Spec, reference: ImageSet
-) -> list[str]:
+def replica_doubts(case: Case) -> list[str]:
     """Tries whether the replica gives what the client sends, but for the declared noise.
 
     It guards against a user's own step that is random without saying so, or is replicated badly.
     """
-    own = [step for step in defense.steps if is_own(step)]
+    own = [step for step in case.defense.steps if is_own(step)]
     if any(step.stochastic for step in own):
         return [f"the likelihood of {own[0]} is taken on trust"]
-    without = defense.noiseless()
+    without = case.defense.noiseless()
     if not without.steps or not without.likelihood.is_known() or without.randomness.is_random():
         return []
-    matching = Matching(model, without, memory=spec.memory_bytes)
-    members = model.batch_size * defense.aggregation.clients
-    images, labels = reference.sets(CLIENT_TRIALS if members <= MANY else 1, members)
-    contexts = client_contexts(spec.seed, "replica trial", model.device, range(len(labels)))
-    sent = DeclaredClient(matching.clients, without, reference).send(images, labels, contexts)
+    matching, trials = case.matching(without), CLIENT_TRIALS if case.members <= MANY else 1
+    images, labels = case.reference.sets(trials, case.members)
+    contexts = case.contexts("replica trial", range(len(labels)))
+    sent = DeclaredClient(matching.clients, without, case.reference).send(images, labels, contexts)
     replicas = matching.replicas(images, labels, sent)
     for index in range(len(labels)):
         observed = take(sent, index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from ggl_audit.attack.labels import (
@@ -13,34 +15,31 @@ from ggl_audit.attack.labels import (
     why_not_inferred,
 )
 from ggl_audit.basics.gradient import Gradient, stack
-from ggl_audit.defenses import Pipeline
+from ggl_audit.case.case import Case
 from ggl_audit.errors import Key, SpecError
-from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
-from ggl_audit.spec import Spec
 
 
 def labels_of(
-    spec: Spec,
-    model: ClientModel,
-    defense: Pipeline,
-    observed: Gradient,
-    members: int,
-    reference: ImageSet,
+    case: Case, observed: Gradient, declared: list[int] | Literal["infer"] | None
 ) -> list[int]:
     """The labels of the captured images, as declared or as the capture gives them away.
+
+    Args:
+        case: what was handed in.
+        observed: the captured gradient.
+        declared: the labels; None where targets are declared in their place.
 
     Raises:
         SpecError: they cannot be inferred, are not of the model, or are too few or too many.
     """
-    declared, targets = spec.capture.labels, model.targets
+    model, members, targets = case.model, case.members, case.model.targets
     key: Key = ("capture", "targets" if declared is None else "labels")
     if declared == "infer":
         reason = why_not_inferred(model, members)
         if reason:
             raise SpecError(key, reason, _declare_labels(model))
-        inferred = infer(model, defense, stack([observed]), members, reference)
-        labels = inferred.flatten().tolist()
+        labels = infer(case, stack([observed])).flatten().tolist()
         if targets is not None and model.head is not None:
             ones = infer_ones(stack([observed]), model.head)[0]
             if not torch.equal(ones, targets.rows[labels[0]].bool()):
@@ -48,7 +47,7 @@ def labels_of(
                 raise SpecError(
                     key,
                     f"the capture gives away that of the labels {shown} apply, which is so for no "
-                    f"image of {reference.source}",
+                    f"image of {case.reference.source}",
                     _declare_labels(model),
                 )
         return labels
@@ -79,25 +78,22 @@ def _declare_labels(model: ClientModel) -> str:
     return "Declare capture.targets, a file of one tensor with a row for each captured image."
 
 
-def infer(
-    model: ClientModel, defense: Pipeline, observed: Gradient, members: int, reference: ImageSet
-) -> torch.Tensor:
-    """The labels that t gradients give away, (t,) or (t, members).
+def infer(case: Case, observed: Gradient) -> torch.Tensor:
+    """The labels that t gradients give away, (t, k).
 
     Args:
-        model: the client's, which ends in a linear layer.
-        defense: what the clients did to the gradients.
+        case: what was handed in, with a model that ends in a linear layer.
         observed: tensors with a leading dimension t.
-        members: how many images each is of.
-        reference: public images.
     """
+    model, members = case.model, case.members
     assert model.head is not None
     if members > 1:
-        scale = scale_of_one(model, defense, members)
-        return infer_several(observed, model, usual_head(model, reference), members, scale)
+        scale = scale_of_one(model, case.defense, members)
+        return infer_several(observed, model, usual_head(model, case.reference), members, scale)
     if model.criterion.shows == "lowest":
-        return infer_labels(observed, model.head)
+        return infer_labels(observed, model.head)[:, None]
     ones = infer_ones(observed, model.head)
     if model.targets is None:
-        return ones[:, 0].long()
-    return torch.cdist(ones.to(model.targets.rows), model.targets.rows, p=1).argmin(dim=1)
+        return ones[:, :1].long()
+    rows = model.targets.rows
+    return torch.cdist(ones.to(rows), rows, p=1).argmin(dim=1, keepdim=True)

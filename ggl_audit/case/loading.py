@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from ggl_audit.basics.gradient import Gradient, each, take
 from ggl_audit.client.randomness import client_context
-from ggl_audit.defenses import Context, Pipeline, Recipe, build_pipeline, is_own, known
+from ggl_audit.defenses import Context, Pipeline, build_pipeline, is_own, known
 from ggl_audit.defenses.capabilities import rounds_remembered
 from ggl_audit.errors import Key, SpecError, nearest
 from ggl_audit.inputs.fitting import tied_names
@@ -42,7 +42,7 @@ def load_client(
     samples = spec.capture.batch_size if spec.model.loss.reduction == "mean" else 1
     for step in spec.defense:
         kind = known().get(step.name or "")
-        if kind is not None and issubclass(kind, Recipe) and kind.divides_by_batch:
+        if kind is not None and kind.divides_by_batch:
             _check_batch(kind.name, spec)
     defense = build_pipeline(spec.defense, spec.folder, samples)
 
@@ -108,8 +108,8 @@ def _frozen(patterns: list[str], model: ClientModel) -> list[str]:
 
 def _unsent(patterns: list[str], model: ClientModel) -> frozenset[str]:
     """The names of the state dict that capture.unsent stands for."""
-    known = {**model.state, **model.parameters, **model.constants}
-    return frozenset(_named(patterns, known, ("capture", "unsent"), buffers=True))
+    whole = {**model.state, **model.parameters, **model.constants}
+    return frozenset(_named(patterns, whole, ("capture", "unsent"), buffers=True))
 
 
 def _never_sent(model: ClientModel) -> list[str]:
@@ -122,18 +122,18 @@ def _never_sent(model: ClientModel) -> list[str]:
 
 
 def _named(
-    patterns: list[str], known: Collection[str], key: Key, *, buffers: bool = False
+    patterns: list[str], names: Collection[str], key: Key, *, buffers: bool = False
 ) -> list[str]:
     """The names that names or patterns stand for."""
     named = []
     for index, pattern in enumerate(patterns):
-        own = fnmatch.filter(known, pattern)
+        own = fnmatch.filter(names, pattern)
         if not own:
             raise SpecError(
                 (*key, index),
                 f"{pattern!r} is no {'parameter or buffer' if buffers else 'trained parameter'} of "
                 "the model",
-                nearest(pattern, known),
+                nearest(pattern, names),
             )
         named += own
     return named

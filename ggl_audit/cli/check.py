@@ -11,7 +11,7 @@ from ggl_audit.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ggl_audit.case.setting import Setting
+    from ggl_audit.case.case import Case
     from ggl_audit.experiments.forecast import Forecast
 
 TEXT = ("parameter", "in the file")
@@ -42,7 +42,8 @@ def check(
     from rich.markup import escape
 
     from ggl_audit.audit import plan_experiments
-    from ggl_audit.case.setting import prepare
+    from ggl_audit.case.appearance import appearance_of
+    from ggl_audit.case.preparation import prepare
     from ggl_audit.cli.progress import AuditProgress
     from ggl_audit.errors import printable
     from ggl_audit.experiments.forecast import forecast
@@ -63,31 +64,31 @@ def check(
         settings=settings,
     )
     with options.located(declared), AuditProgress(shown=not quiet):
-        setting = prepare(declared)
+        case = prepare(declared)
     console = Console()
-    console.print(_parameters(setting))
-    captured = setting.captured
-    console.print(escape(printable(f"matched by {captured.how}")))
-    if captured.unsent:
-        console.print(escape(printable(f"not in the file: {', '.join(captured.unsent)}")))
-    for sentence in beside(setting):
+    console.print(_parameters(case))
+    fitted = case.audited.fitted
+    console.print(escape(printable(f"matched by {fitted.how}")))
+    if fitted.unsent:
+        console.print(escape(printable(f"not in the file: {', '.join(fitted.unsent)}")))
+    for sentence in beside(case):
         console.print(escape(printable(sentence)))
-    for one in (setting, *setting.others):
-        if one is not setting:
+    for one in case.captures:
+        if one is not case.audited:
             console.print()
-            console.print(escape(f"{one.spec.capture.gradient}, matched by {one.captured.how}"))
-        for sentence in one.appearance:
+            console.print(escape(f"{one.file}, matched by {one.fitted.how}"))
+        for sentence in appearance_of(case, one):
             console.print(escape(sentence))
-        how = "inferred" if one.spec.capture.labels == "infer" else "declared"
+        how = "inferred" if one.inferred else "declared"
         labels = ", ".join(map(str, one.labels))
         how += ", in doubt" if one.labels_in_doubt else ""
-        label = f"label {labels}, {how}" if one.model.targets is None else f"targets {how}"
-        console.print(f"{label}; device {one.model.device}")
+        label = f"label {labels}, {how}" if case.model.targets is None else f"targets {how}"
+        console.print(f"{label}; device {case.model.device}")
         for doubt in one.labels_in_doubt:
             console.print(escape(doubt))
         for step in one.checks:
             console.print(f"{escape(step.step)}: {step.outcome} ({escape(step.detail)})")
-    guarantee = setting.guarantee
+    guarantee = case.guarantee
     promise = (
         "none declared"
         if guarantee is None
@@ -97,9 +98,9 @@ def check(
     console.print(f"guarantee: {promise}")
     with AuditProgress(shown=not quiet) as progress:
         progress.stage("a few candidates, to predict the cost")
-        experiments = plan_experiments(setting)
+        experiments = plan_experiments(case)
         suite = experiments[0].suite
-        predicted = forecast(setting, suite, {one.name: one.plan() for one in experiments})
+        predicted = forecast(case, suite, {one.name: one.plan() for one in experiments})
     console.print()
     console.print(_needs(predicted))
     console.print(f"attacks: {', '.join(suite.names)}")
@@ -108,12 +109,12 @@ def check(
     console.print(
         f"the audit evaluates {predicted.evaluations:,} candidates, about {predicted.seconds:.0f} s"
     )
-    checks = [step for one in (setting, *setting.others) for step in one.checks]
+    checks = [step for one in case.captures for step in one.checks]
     if any(step.outcome == "contradicts" for step in checks):
         raise typer.Exit(3)
 
 
-def _parameters(setting: Setting) -> Table:
+def _parameters(case: Case) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -123,8 +124,8 @@ def _parameters(setting: Setting) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("parameter", "in the file", "shape", "norm", "zeros", "values"):
         table.add_column(column, justify="left" if column in TEXT else "right")
-    for name, tensor in setting.observed.items():
-        source = setting.captured.sources.get(name, name)
+    for name, tensor in case.audited.observed.items():
+        source = case.audited.fitted.sources.get(name, name)
         values = distinct_values(tensor)
         table.add_row(
             escape(name),

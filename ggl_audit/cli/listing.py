@@ -83,7 +83,7 @@ def _priors() -> Rows:
 
 
 def _attacks() -> Rows:
-    from ggl_audit.attacks import known_attacks
+    from ggl_audit.attacks.registry import known_attacks
 
     return ("name", "source"), [(name, kind.source) for name, kind in known_attacks().items()]
 

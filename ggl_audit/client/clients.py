@@ -17,7 +17,7 @@ from ggl_audit.basics.gradient import Gradient, concatenate, each, stack, take, 
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Context, Pipeline
 from ggl_audit.errors import AuditError, SpecError
-from ggl_audit.inputs.capture import Capture, fit_capture
+from ggl_audit.inputs.capture import FittedGradient, fit_capture
 from ggl_audit.inputs.images import ImageSet
 
 Step = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]
@@ -26,6 +26,11 @@ Step = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]
 
 class Client(Protocol):
     """Whose gradients are audited."""
+
+    @property
+    def own_code(self) -> OwnClient | None:
+        """The client as one that runs its own code; None where it does what was declared."""
+        ...
 
     def send(
         self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]
@@ -60,6 +65,11 @@ class DeclaredClient:
     clients: ClientGradients
     defense: Pipeline
     history: ImageSet | None = None
+
+    @property
+    def own_code(self) -> OwnClient | None:
+        """None."""
+        return None
 
     def send(
         self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]
@@ -132,6 +142,11 @@ class OwnClient:
     always_the_same: bool = False
     ignored: Sequence[str] = ()
 
+    @property
+    def own_code(self) -> OwnClient | None:
+        """Itself."""
+        return self
+
     def send(
         self, images: torch.Tensor, labels: torch.Tensor, contexts: Sequence[Context]
     ) -> Gradient:
@@ -173,7 +188,9 @@ class OwnClient:
         sent = {name: statistics.unit * changes[name] for name in statistics.names}
         return {**fitted.gradient, **sent}
 
-    def fitted(self, images: torch.Tensor, labels: torch.Tensor, context: Context) -> Capture:
+    def fitted(
+        self, images: torch.Tensor, labels: torch.Tensor, context: Context
+    ) -> FittedGradient:
         """What the client's own code sends for one set of images, fitted to the model."""
         model, generator = self.clients.model, context.generator
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))

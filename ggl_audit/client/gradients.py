@@ -14,7 +14,6 @@ from ggl_audit.basics.gradient import Gradient, concatenate, each, take, unstack
 from ggl_audit.client.contribution import Contribution
 from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
 from ggl_audit.errors import SpecError
-from ggl_audit.inputs.losses import CrossEntropy
 from ggl_audit.inputs.model import ClientModel
 
 MEMORY = 256 * 2**20
@@ -26,7 +25,7 @@ COPIES_OF_A_GRADIENT = 4
 BYTES_OF_A_VALUE = 4
 
 ROUNDING = 1e-6
-"""Of a sum of gradients on any hardware, squared and relative."""
+"""The rounding of a sum of gradients on any hardware, squared and relative."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -93,7 +92,7 @@ class ClientGradients:
         count = self.model.batch_size
         if count == 1:
             return True
-        if isinstance(self.model.criterion, CrossEntropy) and not self.model.criterion.adds_up:
+        if self.model.criterion.adds_up is False:
             return False
         random = torch.Generator().manual_seed(0)
         images = torch.rand(count, *self.model.shape, generator=random).to(self.model.mean)

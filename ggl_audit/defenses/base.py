@@ -90,6 +90,8 @@ class Declared(BaseModel, ABC):
     source: ClassVar[str] = "not given"
     promise: ClassVar[str] = "none"
     broken_by: ClassVar[str] = "not known"
+    divides_by_batch: ClassVar[bool] = False
+    """Whether it is of each step of a client, and divides by the images in it."""
 
     @abstractmethod
     def as_steps(self, units: int) -> list[Step]:

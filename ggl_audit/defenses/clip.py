@@ -26,7 +26,7 @@ from ggl_audit.inputs.model import ClientModel
 
 ROUNDING = 1e-4
 FACTOR_TOLERANCE = 1e-3
-"""Of a norm that was clipped to another bound."""
+"""The relative error of a norm that was clipped to another bound."""
 
 
 class Clip(Defense):
@@ -124,7 +124,7 @@ class Clip(Defense):
         return super().leaves(trace) and not (trace == "levels" and self.scope == "layer")
 
     def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
-        """Of the direction, as the clip hides the scale; of the whole where nothing was clipped.
+        """The density of the direction, as a clip hides the scale; of all where none was.
 
         The density of a Gaussian vector's direction integrates over its unknown length r,
         proportional to the integral of r^(d-1) exp(-|r u - g|^2 / 2 s^2) dr (Mardia and Jupp,
@@ -171,8 +171,8 @@ class Clip(Defense):
             return None
         return min(2 * self.bound, math.inf if before is None else before)
 
-    def _factor(self, norm: torch.Tensor) -> torch.Tensor:
-        return (self.bound / norm.clamp(min=1e-30)).clamp(max=1)
+    def _factor(self, length: torch.Tensor) -> torch.Tensor:
+        return (self.bound / length.clamp(min=1e-30)).clamp(max=1)
 
     def _clipped(self, gradient: Gradient) -> Gradient:
         if self.scope == "global":

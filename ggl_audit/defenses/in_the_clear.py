@@ -10,7 +10,7 @@ from ggl_audit.defenses.capabilities import MayCoverStatistics
 from ggl_audit.inputs.model import ClientModel
 
 CLEAR_ROUNDING = 1e-10
-"""Of what is sent without noise, as another machine computes it: squared and relative."""
+"""The rounding, squared and relative, of what is sent without noise and computed elsewhere."""
 
 
 class InTheClear:

@@ -24,7 +24,7 @@ from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 
 THRESHOLDS = (0.01, 0.1, 0.3, 0.6745, 1.0)  # in standard deviations
 FACTOR_TOLERANCE = 0.05
-"""Of a deviation that the median of a capture tells, since the gradient is in there too."""
+"""The relative error of a deviation told by a capture, since the gradient is in there too."""
 
 
 class Noise(Defense):

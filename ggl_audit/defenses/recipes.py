@@ -13,13 +13,7 @@ from ggl_audit.defenses.secure_aggregation import SecureAggregation
 
 
 class Recipe(Declared):
-    """A defense that is a sequence of other defenses.
-
-    Attributes:
-        divides_by_batch: whether it is of each step of a client, and divides by the images in it.
-    """
-
-    divides_by_batch: ClassVar[bool] = False
+    """A defense that is a sequence of other defenses."""
 
 
 class DPSGD(Recipe):

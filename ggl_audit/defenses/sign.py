@@ -17,7 +17,7 @@ from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 ROUNDING, TINY = 1e-5, 1e-30
 
 WIDTH = 0.3
-"""Of a smooth sign, in root mean squares of the tensor; 0.1, 1 and 3 lead a search less far."""
+"""A smooth sign's, in root mean squares of the tensor; 0.1, 1 and 3 lead a search less far."""
 
 
 class Sign(ErrorFeedback):

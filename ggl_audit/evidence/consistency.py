@@ -19,7 +19,7 @@ NEAR_OTHERS, SHARE_OF_OTHERS = 0.1, 0.1
 COMPARED, TOGETHER = 64, 16
 
 DEVIATIONS = 5
-"""Of the noise's own measured strength, within which a factor is named."""
+"""The deviations of the noise's measured strength within which a factor is named."""
 
 MOST_TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
 

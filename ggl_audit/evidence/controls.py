@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from ggl_audit.basics.gradient import Gradient, each, norm
+from ggl_audit.basics.gradient import Gradient, each, norm, unstack
 from ggl_audit.defenses import Context, Noise, Pipeline
+
+
+def median_norm(gradients: Gradient) -> float:
+    """The median norm of n gradients, stacked."""
+    return float(np.median([float(norm(gradient)) for gradient in unstack(gradients)]))
 
 
 def null_gradient(

@@ -14,7 +14,7 @@ from ggl_audit.inputs.fitting import COUNTER
 
 OVER_EVERYTHING = "what the clip and the noise are over"
 WHOLE = 1e-4
-"""Of a count of batches, as single precision leaves it in a file."""
+"""The rounding of a count of batches, as single precision leaves it in a file."""
 
 
 def check_covered(

@@ -25,7 +25,7 @@ USUAL_NORMALIZATIONS = {
 COLOURS = 3
 RUNNING = "running_mean"
 MOST_PARTS = 6
-"""Of a model, of which the first may be in eval mode."""
+"""The most parts of a model of which the first may be in eval mode."""
 
 
 def other_declarations(spec: Spec, model: ClientModel) -> Iterator[tuple[str, Spec]]:

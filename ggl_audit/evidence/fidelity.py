@@ -103,7 +103,7 @@ def mean_psnr(images: torch.Tensor, truths: torch.Tensor) -> float:
 
 
 def nearest(pictures: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
-    """Of k pictures each, the one with the smallest squared error.
+    """The one with the smallest squared error of k pictures each.
 
     Args:
         pictures: (t, k, channels, height, width).

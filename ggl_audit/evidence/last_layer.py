@@ -53,7 +53,7 @@ FOCAL_GAMMAS, FOCAL_ALPHAS = (1, 2, 3, 5), (1, 0.25, 0.75)
 """What focal losses are usually set to (Lin et al., ICCV 2017)."""
 
 ERROR_ROUNDING = 1e-6
-"""Of p - y in single precision, absolute."""
+"""The rounding of p - y in single precision, absolute."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def look_at_last_layer(model: ClientModel, observed: Gradient, rounding: float) 
 
 
 def _rounding_of_head(model: ClientModel, observed: Gradient, rounding: float) -> float:
-    """Of the values of the head: relative to the largest of them.
+    """The rounding of the head's values, relative to the largest of them.
 
     An update is a difference of weights, and has their rounding; half precision has a smallest
     number.

@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict
 FEWEST_CANARIES = 5
 CLEAR, HALFWAY = 0.9, 0.5
 MUCH_LOWER = 0.5
-"""Of the distance that was reached as declared: another declaration is far better below it."""
+"""A share of the distance reached as declared: another declaration is far better below it."""
 
 WHOLE = "the whole gradient"
 NONE, SOME = 1e-10, 1e-7
-"""Of a squared norm: what is rounding in single precision, and what is not."""
+"""The share of a squared norm that is rounding in single precision, and one that is not."""
 
 ROUNDINGS = 25
-"""Of a file's numbers, relative, that may be all that a tensor holds."""
+"""The roundings of a file's numbers that may be all that a tensor holds."""
 
 
 class Likeness(BaseModel):

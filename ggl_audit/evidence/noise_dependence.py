@@ -22,7 +22,7 @@ from scipy.special import bdtrc, betainc, chdtri, fdtrc
 from ggl_audit.evidence.noise_residuals import AWAY_FROM_ZERO, Fault, Residuals, Violation
 
 CHAINED = 6.0
-"""Of pairs in which values occur twice, the sum of squared weights is at most 1.5 times their
+"""The sum of squared weights of pairs in which values occur twice is at most 1.5 times their
 number; Laurent and Massart (2000), lemma 1, bounds the lower tail by exp(-lack^2 / 6 count)."""
 
 WHOLE = "the whole gradient"
@@ -42,17 +42,17 @@ RANK = 1e-9
 """Relative, of an eigenvalue that is none."""
 
 MEDIAN = float(chdtri(1, 0.5))
-"""Of the square of a standard normal value."""
+"""The median of the square of a standard normal value."""
 
 CERTAIN = 7.0
 """Standard deviations of an estimated variance, beyond which it never is."""
 
 FEWEST_PAIRS = 8
-"""Of values, that are said to correlate."""
+"""The fewest pairs of values that are said to correlate."""
 
 NEARLY_ALL = 0.99
 SMALLEST_CORRELATION = 0.9
-"""Of the strongest: what is weaker may follow from that one."""
+"""A share of the strongest: what is weaker may follow from that one."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Pairs:
     disjoint: bool = True
 
     def p_values(self) -> np.ndarray:
-        """Of each way, by the correlation's own sign; 1 where there is none, or too few pairs."""
+        """The p-value of each way, by its correlation's sign; 1 where there are too few pairs."""
         counts = np.maximum(self.counts, 1)
         left = np.maximum(self.squares - np.abs(self.products), 0.0)
         lack = counts - left
@@ -86,11 +86,11 @@ class Pairs:
         return np.where(enough & (lack > 0) & explained, p_values, 1.0)
 
     def correlation(self, way: tuple[int, ...]) -> float:
-        """Of the pairs of one way."""
+        """The correlation of the pairs of one way."""
         return float(self.products[way] / max(self.squares[way], 1e-300))
 
     def strongest(self, level: float) -> tuple[tuple[int, ...], int] | None:
-        """Of the ways that correlate most the one with most pairs, and how many correlate.
+        """The one with most pairs of the ways that correlate most, and how many correlate.
 
         Args:
             level: the largest probability with which any is found where there is none.
@@ -144,7 +144,7 @@ def _fault(rho: float) -> Fault:
 
 
 def _pairs_along(values: torch.Tensor) -> tuple[Pairs, Pairs]:
-    """Of (n, size): all distances between values, and all places to mirror them about."""
+    """The pairs of values (n, size), by all distances and by all places to mirror them about."""
     releases, size = values.shape
     length = next_fast_len(2 * size, real=True)
     power, mirror = torch.zeros(2, length // 2 + 1, dtype=torch.complex128)
@@ -270,7 +270,7 @@ def _shifted(values: torch.Tensor, level: float) -> Iterator[Violation]:
     """Consecutive releases, and each beside the first, at every shift and reversed."""
     releases, size = values.shape
     length = next_fast_len(2 * size, real=True)
-    spectra = [torch.fft.rfft(row, n=length) for row in values]
+    transformed = [torch.fft.rfft(row, n=length) for row in values]
     until = np.concatenate([np.zeros((releases, 1)), values.square().cumsum(1).numpy()], axis=1)
     ways = [(i, i + 1) for i in range(releases - 1)] + [(0, i) for i in range(2, releases)]
     ways = ways[: max(1, MOST_SHIFTED // size)]
@@ -278,11 +278,13 @@ def _shifted(values: torch.Tensor, level: float) -> Iterator[Violation]:
     overlap = size - np.abs(shift)
     for first, second in ways:
         one, other = until[first], until[second]
-        circular = torch.fft.irfft(spectra[first].conj() * spectra[second], n=length).numpy()
+        circular = torch.fft.irfft(
+            transformed[first].conj() * transformed[second], n=length
+        ).numpy()
         ahead = np.where(shift >= 0, one[overlap], one[size] - one[size - overlap])
         behind = np.where(shift >= 0, other[size] - other[size - overlap], other[overlap])
         shifted = Pairs(circular[shift], (ahead + behind) / 2, np.where(shift == 0, 0, overlap))
-        convolved = torch.fft.irfft(spectra[first] * spectra[second], n=length).numpy()
+        convolved = torch.fft.irfft(transformed[first] * transformed[second], n=length).numpy()
         about = np.arange(2 * size - 1)
         start, stop = np.maximum(0, about - size + 1), np.minimum(about, size - 1) + 1
         squares = (one[stop] - one[start] + other[stop] - other[start]) / 2
@@ -371,7 +373,7 @@ def subspaces(residuals: Residuals, level: float) -> Iterator[Violation]:
 
 
 def _subspace(what: str, vectors: torch.Tensor, level: float) -> Iterator[Violation]:
-    """Of (m, n, size), m sets of n vectors each."""
+    """The violations in m sets of n vectors each, (m, n, size)."""
     count, size = vectors.shape[1:]
     gram = vectors @ vectors.transpose(1, 2)
     eigenvalues = torch.linalg.eigvalsh(gram)

@@ -31,10 +31,10 @@ TAILS = (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 """The probabilities beyond which values are counted, on each side."""
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 0.999)
-"""Of the share's magnitudes, between which its noise is compared with the declared."""
+"""The quantiles of the share's magnitudes between which its noise is compared."""
 
 LARGEST = (1, 3, 10)
-"""Of each release's share, whose noise is compared with the declared."""
+"""How many of the largest values of each release's share have their noise compared."""
 
 FEWEST_RELEASES = 8
 SMALLEST_BLOCK = 16
@@ -59,11 +59,11 @@ def missing(residuals: Residuals, level: float) -> tuple[list[Violation], set[st
     Returns:
         What was found, and the tensors that largely lack noise.
     """
-    parts = {"the gradient": [*residuals.values], **{name: [name] for name in residuals.values}}
-    comparisons = 2 * len(parts) * len(NO_NOISE)
+    groups = {"the gradient": [*residuals.values], **{name: [name] for name in residuals.values}}
+    comparisons = 2 * len(groups) * len(NO_NOISE)
     grains = {name: _grain_near_share(residuals, name) for name in residuals.values}
     found: dict[str, tuple[int, int, float, float]] = {}
-    for name, members in parts.items():
+    for name, members in groups.items():
         off = max(residuals.rounding[member] for member in members)
         values = torch.cat([residuals.values[member].flatten() for member in members]).abs()
         own = torch.cat(
@@ -262,13 +262,13 @@ def _times(residuals: Residuals) -> Iterator[Groups]:
 def _by_share(residuals: Residuals) -> Groups:
     """Values whose declared share is zero, small, large or the largest of their release."""
     assert residuals.shares is not None
-    shares = residuals.flat_shares.abs()
+    magnitudes = residuals.flat_shares.abs()
     names = ["values without a share", "values with small shares"]
     names += [f"values with shares above {q:.1%} of the others" for q in QUANTILES]
     sums, counts = np.zeros(len(names)), np.zeros(len(names), int)
     ranks = [f"the {most} largest shares of each release" for most in LARGEST]
     among, ranked = np.zeros(len(ranks)), np.zeros(len(ranks), int)
-    for row, square in zip(shares, residuals.flat.square(), strict=True):
+    for row, square in zip(magnitudes, residuals.flat.square(), strict=True):
         largest = row.topk(min(LARGEST[-1], len(row)))
         sent = square[largest.indices[largest.values > 0]]
         for i, most in enumerate(LARGEST):

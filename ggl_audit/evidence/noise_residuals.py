@@ -37,14 +37,14 @@ Fault = Literal[
 ]
 
 ROUNDING = 2e-5
-"""Of a gradient in single precision, relative to the largest value of its tensor: ten times what
-two ways to compute one differ by."""
+"""The rounding of a gradient in single precision, relative to the largest value of its tensor: ten
+times what two ways to compute one differ by."""
 
 MOST_ROUNDING = 0.05
-"""Of a standard deviation; of a tensor that is rounded more, the noise is not told."""
+"""The most rounding, as a share of a standard deviation, with which the noise can be told."""
 
 MOST_KEPT = 2**18
-"""Of a tensor; of a larger one its two ends are tested, and blocks in between."""
+"""The most values of a tensor; of a larger one its ends are tested, and blocks in between."""
 
 BLOCKS = 32
 
@@ -165,7 +165,7 @@ class Residuals:
         return replace(self, values=kept)
 
     def differences(self) -> Residuals:
-        """Of the two halves, whose releases are of the same images: what both share cancels."""
+        """The residuals of one half less the other, of the same images: what both share cancels."""
         half = self.releases // 2
         values = {
             name: (tensor[:half] - tensor[half : 2 * half]) / math.sqrt(2)

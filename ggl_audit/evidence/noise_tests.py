@@ -41,7 +41,7 @@ TESTS = 17
 
 MOST_SAID = 3
 NOT_MUCH_WEAKER = 0.7
-"""Of the strongest, in a small tensor by chance."""
+"""The share of the strongest that the right one has at least, in a small tensor by chance."""
 
 
 class NoiseTest(BaseModel):

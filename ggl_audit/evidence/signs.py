@@ -95,7 +95,7 @@ def _below_zero(
 def _check_scales(
     model: ClientModel, defense: Pipeline, observed: Gradient, rounding: float, check: Check
 ) -> Check:
-    """Of two classes, where either sign fits: which of the two has the declared scale?"""
+    """Asks which sign has the declared scale, as with two classes either of them fits."""
     rate = rate_of_one_step(model.local, model.batch_size)
     looks = [look_at_last_layer(model, one, rounding) for one in (observed, negated(observed))]
     scales = [None if look is None else look.scale for look in looks]

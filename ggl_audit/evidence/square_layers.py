@@ -16,11 +16,11 @@ from ggl_audit.defenses import Check, Pipeline
 LAYOUT = "the layout"
 
 INSIDE, OUTSIDE = 0.01, 0.3
-"""Of the norm of the bias' gradient, what may be left and what must be left of it out of a space.
+"""The shares of the bias gradient's norm that may, and that must, be left of it out of a space.
 """
 
 LEAST_SIZE, ROUNDINGS = 1e-5, 25
-"""Of singular values, relative to the largest; and in roundings of the file's numbers."""
+"""The least of singular values, relative to the largest; and in the file's roundings."""
 
 
 def square_layers(gradient: Gradient) -> list[str]:

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient
+from ggl_audit.case.case import Case
 from ggl_audit.case.labels import labels_of
 from ggl_audit.case.loading import load_client, observe_statistics
-from ggl_audit.case.setting import Setting
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.evidence.declarations import other_declarations
 from ggl_audit.evidence.signs import negated
@@ -22,36 +23,37 @@ from ggl_audit.spec import OPTIMIZER_KEYS, LocalTrainingSpec
 MOST_SWAPS = MOST_TRANSPOSED = 10
 
 
-def other_models(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """Of which other model the capture may be: one declared thing changed at a time, named."""
-    for cause, changed in other_declarations(setting.spec, setting.model):
+def other_models(case: Case) -> Iterator[tuple[str, Case]]:
+    """Yields each other model that the capture may be of, one thing changed, and names it."""
+    for cause, changed in other_declarations(case.spec, case.model):
         with suppress(AuditError):  # as it cannot be so
             defense, model = load_client(
-                changed, setting.model.device, unsent=setting.captured.unsent
+                changed, case.model.device, unsent=case.audited.fitted.unsent
             )
-            own = setting.model.statistics
+            own = case.model.statistics
             if own is not None:
                 model, defense = observe_statistics(model, defense, own.names, own.unit)
             matching = Matching(model, defense, memory=changed.memory_bytes)
             matching.clients.try_out()
-            observed = matching.seen_of(setting.observed)
+            observed = matching.seen_of(case.audited.observed)
             if observed is not None:
-                yield cause, replace(setting, model=model, defense=defense, observed=observed)
+                other = replace(case, model=model, defense=defense)
+                yield cause, _observing(other, observed)
 
 
-def other_signs(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """The negated capture, named."""
-    negative = negated(setting.observed)
+def other_signs(case: Case) -> Iterator[tuple[str, Case]]:
+    """Yields the negated capture, and names it."""
+    negative = negated(case.audited.observed)
     cause = "the capture has the other sign (declare the other capture.sign, or negate the file)"
-    parts = (setting.model, setting.defense, negative, setting.members, setting.reference)
+    declared = "infer" if case.audited.inferred else case.spec.capture.labels
     with suppress(SpecError):  # as it gives no label away
-        labels = labels_of(setting.spec, *parts)
-        yield cause, replace(setting, observed=negative, labels=labels)
+        labels = labels_of(case, negative, declared)
+        yield cause, _observing(case, negative, labels=labels)
 
 
-def other_trainings(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """By which other optimizer a client may have trained, named."""
-    local = setting.model.local
+def other_trainings(case: Case) -> Iterator[tuple[str, Case]]:
+    """Yields each other optimizer by which a client may have trained, and names it."""
+    local = case.model.local
     if local is None:
         return
     kept = {key for keys in OPTIMIZER_KEYS.values() for key in keys}
@@ -59,34 +61,36 @@ def other_trainings(setting: Setting) -> Iterator[tuple[str, Setting]]:
     for optimizer in OPTIMIZER_KEYS:
         if optimizer != local.optimizer:
             other = LocalTrainingSpec(**{**declared, "optimizer": optimizer})
-            model = replace(setting.model, local=other)
+            model = replace(case.model, local=other)
             cause = f"the client trained by another optimizer: {optimizer}"
-            yield cause, replace(setting, model=model)
+            yield cause, replace(case, model=model)
 
 
-def other_layouts(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """In which other order the capture's values may be, named."""
-    for cause, observed in _other_arrangements(setting):
-        yield cause, replace(setting, observed=observed)
+def other_layouts(case: Case) -> Iterator[tuple[str, Case]]:
+    """Yields each other order in which the capture's values may be, and names it."""
+    for cause, observed in _other_arrangements(case):
+        yield cause, _observing(case, observed)
+    seen = case.audited.observed
     same = [
         (first, second)
-        for first, second in itertools.combinations(setting.observed, 2)
-        if setting.observed[first].shape == setting.observed[second].shape
-        and setting.observed[first].ndim > 1
+        for first, second in itertools.combinations(seen, 2)
+        if seen[first].shape == seen[second].shape and seen[first].ndim > 1
     ]
     for first, second in same[:MOST_SWAPS]:
-        swapped = {
-            **setting.observed,
-            first: setting.observed[second],
-            second: setting.observed[first],
-        }
-        yield f"{first} and {second} are swapped", replace(setting, observed=swapped)
+        swapped = {**seen, first: seen[second], second: seen[first]}
+        yield f"{first} and {second} are swapped", _observing(case, swapped)
 
 
-def _other_arrangements(setting: Setting) -> Iterator[tuple[str, Gradient]]:
+def _observing(case: Case, observed: Gradient, **changes: Any) -> Case:
+    """The case with another gradient as its audited capture."""
+    capture = replace(case.audited, observed=observed, **changes)
+    return replace(case, captures=(capture,))
+
+
+def _other_arrangements(case: Case) -> Iterator[tuple[str, Gradient]]:
     """In which other layout single tensors may be whose shape does not tell, named."""
-    model, observed = setting.model, setting.observed
-    images = setting.reference.images[: model.batch_size]
+    model, observed = case.model, case.audited.observed
+    images = case.reference.images[: model.batch_size]
     places = flattened(trace_arrangements(model.module, model.normalize(images)))
     ordered = {
         name: observed[name][:, own.to(model.device)]

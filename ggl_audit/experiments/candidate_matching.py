@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attacks.attack import Advance
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.case import Case
+from ggl_audit.case.labels import infer
 from ggl_audit.client.clients import Client, DeclaredClient
 from ggl_audit.defenses import Pipeline, SecureAggregation
 from ggl_audit.evidence.identification import match
@@ -24,7 +25,7 @@ COPIES_OF_A_CANARY = 3
 MATCHING_CONTROL_TRIALS = 50
 
 MATCHING_SHARE = 0.4
-"""Of a time limit, after which no further experiment by matching is begun or goes on."""
+"""The share of a time limit after which no experiment by matching is begun or goes on."""
 
 NO_TRIALS = "evidence.matching_trials is 0"
 
@@ -103,14 +104,21 @@ def is_settled(hits: Sequence[bool], plan: Plan | NotMeasured, evidence: Evidenc
     return ceiling_is_settled(sum(hits), len(hits), plan.trials, 1 / evidence.candidates)
 
 
-def undefended(case: Setting) -> Pipeline:
+def has_likelihood(case: Case) -> bool:
+    """Whether candidates are matched by the likelihood of what is seen."""
+    local, batch_size = case.model.local, case.model.batch_size
+    knows_order = local is None or local.order == "fixed" or batch_size == 1
+    return knows_order and case.defense.likelihood.is_known()
+
+
+def undefended(case: Case) -> Pipeline:
     """The cohort without its defense."""
     clients = case.defense.aggregation.clients
     return Pipeline([SecureAggregation(clients=clients)] if clients > 1 else [])
 
 
 def match_canaries(
-    case: Setting,
+    case: Case,
     client: Client,
     defense: Pipeline,
     purpose: str,
@@ -135,14 +143,14 @@ def match_canaries(
     ranks = match(case.matching(defense), canaries, observed, lots)
     labels: list[bool | None] = [None] * len(trials)
     if not why_not_inferred(case.model, case.members):
-        inferred = case.infer(observed).sort(dim=1).values
+        inferred = infer(case, observed).sort(dim=1).values
         labels = (inferred == canaries.members[1].sort(dim=1).values).all(1).tolist()
     advance(canaries.candidates.numel() + len(trials))
     for rank, label in zip(ranks, labels, strict=True):
         yield Matched(hit=rank == 1, label=label)
 
 
-def _plan(case: Setting, trials: int, *, at_most: bool = False) -> Plan:
+def _plan(case: Case, trials: int, *, at_most: bool = False) -> Plan:
     room = case.clients.room(COPIES_OF_A_CANARY * case.defense.aggregation.clients)
     return Plan(
         trials=trials,

@@ -10,12 +10,13 @@ from pydantic import BaseModel, ConfigDict
 
 from ggl_audit.attacks.attack import Advance, Attempt, Curve
 from ggl_audit.attacks.ggl import GenerativeGradientLeakage
-from ggl_audit.basics.gradient import Gradient, norm, shares, stack
-from ggl_audit.case.setting import Setting
+from ggl_audit.basics.gradient import norm, shares, stack
+from ggl_audit.case.capture import Capture
+from ggl_audit.case.case import Case
 from ggl_audit.evidence.assignment import assign
-from ggl_audit.evidence.controls import null_gradient
+from ggl_audit.evidence.controls import median_norm, null_gradient
 from ggl_audit.evidence.fidelity import Fidelity, compare, mean_psnr, nearest
-from ggl_audit.evidence.identification import match, reconstruction_ranks
+from ggl_audit.evidence.identification import Trials, captured_trial, match, reconstruction_ranks
 from ggl_audit.experiments.experiment import Experiment, Plan, Result
 from ggl_audit.inputs.png_uri import PngUri, png_uri
 
@@ -99,7 +100,7 @@ class CaptureAttack(Experiment[Attacked]):
 
     def plan(self) -> Plan:
         """A trial for each capture: several searches of it, and as many of a random gradient."""
-        captures = 1 + len(self.case.others)
+        captures = len(self.case.captures)
         searches = 2 * SEARCHES_COMPARED * captures
         return Plan(
             trials=captures,
@@ -111,22 +112,23 @@ class CaptureAttack(Experiment[Attacked]):
     def run(self, trials: range, advance: Advance) -> Iterator[Attacked]:
         """Attacks captures."""
         for trial in trials:
-            yield self._attack([self.case, *self.case.others][trial], trial, advance)
+            yield self._attack(self.case.captures[trial], trial, advance)
 
-    def _attack(self, case: Setting, trial: int, advance: Advance) -> Attacked:
+    def _attack(self, capture: Capture, trial: int, advance: Advance) -> Attacked:
+        case = self.case
         (context,) = case.contexts("captured null", [trial])
-        null = null_gradient(case.observed, case.defense, context, case.usual_norm)
-        observed = stack([case.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
-        labels = case.captured_labels(2 * SEARCHES_COMPARED)
+        null = null_gradient(capture.observed, case.defense, context, median_norm(case.usual))
+        observed = stack([capture.observed] * SEARCHES_COMPARED + [null] * SEARCHES_COMPARED)
+        labels = capture.repeated_labels(2 * SEARCHES_COMPARED)
         purposes = (CAPTURED, "captured null search")
         randoms = [case.random(own, n) for own in purposes for n in range(SEARCHES_COMPARED)]
         attempts = self.suite.run(observed, labels, randoms, advance)
         searched = attempts[GenerativeGradientLeakage.name]
         first, null_first, repeated = 0, SEARCHES_COMPARED, slice(SEARCHES_COMPARED)
-        same = stack([case.observed] * SEARCHES_COMPARED)
+        same = stack([capture.observed] * SEARCHES_COMPARED)
         agreements = case.matching().agreement(searched.images[repeated], labels[repeated], same)
-        exact = (one.is_exact(case, attempts[one.name]) for one in self.suite.attacks)
-        shown = functools.partial(_pictures, case)
+        exact = (one.is_exact(capture, attempts[one.name]) for one in self.suite.attacks)
+        shown = functools.partial(_pictures, case, capture)
         return Attacked(
             pictures={name: shown(one.images[first]) for name, one in attempts.items()},
             null_pictures={name: shown(one.images[null_first]) for name, one in attempts.items()},
@@ -134,25 +136,46 @@ class CaptureAttack(Experiment[Attacked]):
             null_loss={name: float(one.losses[null_first]) for name, one in attempts.items()},
             curve=_thinned(searched.curves[first]),
             null_curve=_thinned(searched.curves[null_first]),
-            nearest=_nearest(case, attempts),
+            nearest=_nearest(case, capture, attempts),
             exact=any(exact),
             agreement_db=_agreement_db(searched.images[repeated]),
             null_agreement_db=_agreement_db(searched.images[SEARCHES_COMPARED:]),
             losses=searched.losses[repeated].tolist(),
             agreements=agreements.tolist(),
-            tensors=list(case.observed),
-            shares=shares(stack([case.observed]))[0].tolist(),
-            norm=float(norm(case.observed)),
-            ranks=_ranks(case, attempts),
-            matching_ranks=_matching_ranks(case, stack([case.observed])),
+            tensors=list(capture.observed),
+            shares=shares(stack([capture.observed]))[0].tolist(),
+            norm=float(norm(capture.observed)),
+            ranks=_ranks(case, capture, attempts),
+            matching_ranks=_matching_ranks(case, capture),
         )
 
 
-def _ranks(case: Setting, attempts: Mapping[str, Attempt]) -> dict[str, list[int | None]]:
-    """Of each private image, by the nearest of an attack's pictures."""
-    if case.prior_saw_truth:
+def captured_trials(case: Case, capture: Capture) -> list[Trials | None]:
+    """Each truth among candidates of its class; None where that or they are lacking."""
+    if capture.truth_labels is None:
+        return [None] * len(capture.truths)
+    wanted, batch_size = case.spec.evidence.candidates, case.model.batch_size
+    return [
+        captured_trial(
+            capture.truths,
+            capture.truth_labels,
+            place,
+            batch_size,
+            case.reference,
+            wanted,
+            case.random("captured candidates", place),
+        )
+        for place in range(len(capture.truths))
+    ]
+
+
+def _ranks(
+    case: Case, capture: Capture, attempts: Mapping[str, Attempt]
+) -> dict[str, list[int | None]]:
+    """The rank of each private image, by the nearest of an attack's pictures."""
+    if capture.prior_saw_truth:
         return {}
-    distance = case.distances[case.distance]
+    distance = case.distances[case.spec.evidence.distance]
     return {
         name: [
             None
@@ -160,46 +183,46 @@ def _ranks(case: Setting, attempts: Mapping[str, Attempt]) -> dict[str, list[int
             else reconstruction_ranks(
                 attempt.images[:1], one, distance, case.lots(f"captured {name} ties", [place])
             )[0]
-            for place, one in enumerate(case.captured_trials())
+            for place, one in enumerate(captured_trials(case, capture))
         ]
         for name, attempt in attempts.items()
     }
 
 
-def _matching_ranks(case: Setting, observed: Gradient) -> list[int | None]:
-    """Of each private image, by matching."""
-    matching = case.matching()
+def _matching_ranks(case: Case, capture: Capture) -> list[int | None]:
+    """The rank of each private image, by matching."""
+    matching, observed = case.matching(), stack([capture.observed])
     # The attacker tries a candidate as its client's first image.
     return [
         None
         if one is None or not case.clients.adds_up
         else match(matching, one, observed, case.lots("captured ties", [place]))[0]
-        for place, one in enumerate(case.captured_trials())
+        for place, one in enumerate(captured_trials(case, capture))
     ]
 
 
-def _pictures(case: Setting, images: torch.Tensor) -> list[Picture]:
+def _pictures(case: Case, capture: Capture, images: torch.Tensor) -> list[Picture]:
     """Shows k images, (k, channels, height, width), beside the truths where these are held."""
-    if len(case.truths) == 0:
+    if len(capture.truths) == 0:
         return [Picture(image=png_uri(image)) for image in images]
-    truths = assign(images, case.truths, case.distances[case.distance])
+    truths = assign(images, capture.truths, case.distances[case.spec.evidence.distance])
     return [
         Picture(
             image=png_uri(image),
             truth=truth,
-            metrics=compare(image, case.truths[truth], case.model, case.lpips),
+            metrics=compare(image, capture.truths[truth], case.model, case.lpips),
         )
         for image, truth in zip(images, truths, strict=True)
     ]
 
 
-def _nearest(case: Setting, attempts: Mapping[str, Attempt]) -> str:
+def _nearest(case: Case, capture: Capture, attempts: Mapping[str, Attempt]) -> str:
     """The attack with the best first picture, by a distance that is the same for all."""
     names = list(attempts)
     matching = case.matching(distance=case.spec.attack.distance)
     images = torch.stack([attempts[name].images[0] for name in names])
-    labels = case.captured_labels(len(names))[None]
-    losses = matching.distances(images[None], labels, stack([case.observed]))[0]
+    labels = capture.repeated_labels(len(names))[None]
+    losses = matching.distances(images[None], labels, stack([capture.observed]))[0]
     return names[int(losses.nan_to_num(nan=torch.inf).argmin())]
 
 

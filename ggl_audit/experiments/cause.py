@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.attacks.ggl import search_latents
 from ggl_audit.basics.gradient import stack
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.case import Case
 from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.experiments.alternatives import (
     other_layouts,
@@ -42,11 +43,11 @@ class _Alternatives(Experiment[Explained]):
         """A trial for each capture; what it takes is only known if it is made."""
         if self.case.spec.evidence.reconstruction_trials == 0:
             return NotMeasured(reason="evidence.reconstruction_trials is 0")
-        return Plan(trials=1 + len(self.case.others), optional=True)
+        return Plan(trials=len(self.case.captures), optional=True)
 
     @abstractmethod
-    def alternatives(self, case: Setting) -> Iterator[tuple[str, Setting]]:
-        """What else may be so, and in words what differs."""
+    def alternatives(self, case: Case) -> Iterator[tuple[str, Case]]:
+        """What else the audited capture may be of, and in words what differs."""
 
     @abstractmethod
     def may_help(self, likeness: Likeness) -> bool:
@@ -55,12 +56,11 @@ class _Alternatives(Experiment[Explained]):
     def is_wanted(self, trials: range, ledger: Ledger) -> bool:
         """Whether a capture is in question."""
         canaries = ledger.results(Reconstruction)
-        captures = [self.case, *self.case.others]
         attacked = ledger.results(CaptureAttack)
         if not canaries or len(attacked) <= trials.start:
             return False
         found = attacked[trials.start]
-        likeness = place(premises_of(captures[trials.start]), found, canaries)
+        likeness = place(premises_of(self.case, self.case.captures[trials.start]), found, canaries)
         return self.may_help(likeness) and is_in_question(likeness, found, canaries)
 
     def run(self, trials: range, advance: Advance) -> Iterator[Explained]:
@@ -69,20 +69,19 @@ class _Alternatives(Experiment[Explained]):
         So a declaration that is the same in effect finds the same.
         """
         for trial in trials:
-            capture = [self.case, *self.case.others][trial]
-            tried = self.alternatives(capture)
+            tried = self.alternatives(replace(self.case, captures=(self.case.captures[trial],)))
             yield Explained(explanations=[self._explain(*one, advance) for one in tried])
 
-    def _explain(self, cause: str, case: Setting, advance: Advance) -> Explanation:
-        observed = stack([case.observed] * SEARCHES_COMPARED)
-        labels = case.captured_labels(SEARCHES_COMPARED)
+    def _explain(self, cause: str, case: Case, advance: Advance) -> Explanation:
+        observed = stack([case.audited.observed] * SEARCHES_COMPARED)
+        labels = case.audited.repeated_labels(SEARCHES_COMPARED)
         randoms = [case.random(CAPTURED, number) for number in range(SEARCHES_COMPARED)]
         found = search_latents(case, case.defense, observed, labels, randoms, advance)
         return Explanation(
             cause=cause,
             losses=found.losses.tolist(),
             agreements=case.matching().agreement(found.images, labels, observed).tolist(),
-            tensors=list(case.observed),
+            tensors=list(case.audited.observed),
         )
 
 
@@ -92,7 +91,7 @@ class OtherDeclaration(_Alternatives):
     name = "other_declarations"
     stage = "the search for what else the capture may be of"
 
-    def alternatives(self, case: Setting) -> Iterator[tuple[str, Setting]]:
+    def alternatives(self, case: Case) -> Iterator[tuple[str, Case]]:
         """Each declaration with one thing changed."""
         return itertools.chain(other_signs(case), other_models(case), other_trainings(case))
 
@@ -107,7 +106,7 @@ class OtherLayout(_Alternatives):
     name = "other_layouts"
     stage = "the search for the order that the capture's values may be in"
 
-    def alternatives(self, case: Setting) -> Iterator[tuple[str, Setting]]:
+    def alternatives(self, case: Case) -> Iterator[tuple[str, Case]]:
         """Each tensor, or two of them, in another order."""
         return other_layouts(case)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.attacks.suite import Suite
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.case import Case
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -116,7 +116,7 @@ class Experiment(ABC, Generic[ResultOf]):
     waits: ClassVar[bool] = False
     explains: ClassVar[bool] = False
 
-    def __init__(self, case: Setting, suite: Suite) -> None:
+    def __init__(self, case: Case, suite: Suite) -> None:
         self.case = case
         self.suite = suite
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ggl_audit.attack.pixels import attack_pixels
+from ggl_audit.attacks.by_derivatives import derivatives_of
 from ggl_audit.attacks.ggl import search_latents
 from ggl_audit.attacks.suite import Suite
 from ggl_audit.basics.gradient import stack
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.case import Case
 from ggl_audit.evidence.bounds import hits_needed, trials_needed
 from ggl_audit.evidence.standing import (
     LITTLE_LEAKAGE,
@@ -31,7 +32,7 @@ SEARCHES_TO_PREDICT = 20
 """At a time, as many as an audit usually has canaries: few of them take longer each."""
 
 ROUNDS_TO_PREDICT = (1, 3)
-"""Of a search, each as long as the latent has coordinates."""
+"""Rounds of a search, each as long as the latent has coordinates."""
 
 STEPS_TO_PREDICT = (1, 5)
 
@@ -62,7 +63,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of an audit, before it is run.
+    """What an audit will take and can give, before it is run.
 
     Attributes:
         needs: the trials for each grade.
@@ -75,7 +76,7 @@ class Forecast:
     seconds: float
 
 
-def forecast(case: Setting, suite: Suite, plans: Mapping[str, Plan | NotMeasured]) -> Forecast:
+def forecast(case: Case, suite: Suite, plans: Mapping[str, Plan | NotMeasured]) -> Forecast:
     """Says which grades the declared trials can give, and what they take, from a short run.
 
     Args:
@@ -127,7 +128,7 @@ def _trials(plan: Plan | NotMeasured) -> int:
 
 
 def predict_seconds(
-    case: Setting, suite: Suite, plans: Mapping[str, Plan | NotMeasured]
+    case: Case, suite: Suite, plans: Mapping[str, Plan | NotMeasured]
 ) -> tuple[float, float, float]:
     """Predicts the seconds that a candidate takes, from a few of each kind.
 
@@ -137,7 +138,7 @@ def predict_seconds(
     declared, canaries = case.spec.attack, case.trials.first(TRIALS_TO_PREDICT)
     planned = 2 * (SEARCHES_COMPARED + min(_trials(plans[Reconstruction.name]), CANARIES_TOGETHER))
     count = min(planned, SEARCHES_TO_PREDICT)
-    observed, labels = stack([case.observed] * count), case.captured_labels(count)
+    observed, labels = stack([case.audited.observed] * count), case.audited.repeated_labels(count)
     randoms = [case.random("prediction", number) for number in range(count)]
 
     def matched(trials: int, candidates: int) -> int:
@@ -156,7 +157,7 @@ def predict_seconds(
     def descended(searches: int, steps: int) -> int:
         own = {name: tensor[:searches] for name, tensor in observed.items()}
         tried = labels[:searches], own, steps, randoms[:searches]
-        attack_pixels(case.model, case.derivatives("cosine"), *tried, _nothing)
+        attack_pixels(case.model, derivatives_of(case, "cosine"), *tried, _nothing)
         return DERIVATIVE_COST * steps * searches
 
     candidates = case.spec.evidence.candidates + 1

@@ -20,7 +20,7 @@ MAY_CHANGE = ("time_limit",)
 """Keys of the spec that may have another value when an audit goes on."""
 
 BEGINNING, HEADER_LINES = b'{"ledger":1,"version":"', 2
-"""Of each ledger: what it begins with, and the lines before the first outcome."""
+"""What each ledger begins with, and the lines before the first outcome."""
 
 LONGEST_SHOWN = 60
 """Characters of a value that differs."""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.capture import Capture
+from ggl_audit.case.case import Case
 from ggl_audit.evidence.likeness import (
     CLEAR,
     HALFWAY,
@@ -40,12 +41,12 @@ class Premises(BaseModel):
     empties_tensors: bool
 
 
-def premises_of(case: Setting) -> Premises:
-    """What is known of a case's capture."""
-    biases = [name for name, tensor in case.observed.items() if tensor.ndim == 1]
+def premises_of(case: Case, capture: Capture) -> Premises:
+    """What is known of a capture."""
+    biases = [name for name, tensor in capture.observed.items() if tensor.ndim == 1]
     return Premises(
         before_norm=biases if has_batch_norm(case.model.module) else [],
-        rounding=case.captured.rounding,
+        rounding=capture.fitted.rounding,
         empties_tensors=case.defense.effect.empties_tensors(),
     )
 

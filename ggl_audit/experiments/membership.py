@@ -51,7 +51,7 @@ class Membership(Experiment[Identified]):
     def _can_be_told(self) -> bool:
         case, model = self.case, self.case.model
         alone = model.batch_size == 1
-        by_itself = alone or (model.local is None and model.criterion.adds_up)
+        by_itself = alone or (model.local is None and model.criterion.adds_up is True)
         enough = len(case.reference) // 2 >= case.members + case.spec.evidence.candidates
         mixed = model.mixes and not alone
         return case.defense.replica.adds_up() and by_itself and enough and not mixed

@@ -10,8 +10,7 @@ import torch
 
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.basics.gradient import Gradient, concatenate
-from ggl_audit.case.setting import Setting
-from ggl_audit.client.clients import OwnClient
+from ggl_audit.case.case import Case
 from ggl_audit.evidence.noise_residuals import MOST_KEPT, grain_of, kept_values, residuals_of
 from ggl_audit.evidence.noise_tests import NoiseTest, find_violations
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS
@@ -19,7 +18,7 @@ from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Resu
 
 RELEASES, FEWEST_RELEASES = 64, 8
 MOST_VALUES = 2**23
-"""Of all releases together; of larger models there are fewer."""
+"""The values of all releases together; of larger models there are fewer releases."""
 
 
 class NoiseTested(Result):
@@ -51,22 +50,23 @@ class Noise(Experiment[NoiseTested]):
             yield NoiseTested(test=try_noise(self.case, planned_releases(self.case), advance))
 
 
-def try_noise(setting: Setting, planned: int, advance: Advance) -> NoiseTest | None:
+def try_noise(case: Case, planned: int, advance: Advance) -> NoiseTest | None:
     """Takes the declared shares out of what the client's own code sends, and tests what is left.
 
     The images are public. Each is sent twice, so that noise that depends on the image repeats, and
     what is wrong with the share itself is told from the noise.
 
     Args:
-        setting: what was handed in.
+        case: what was handed in.
         planned: how many releases.
         advance: told of them.
 
     Returns:
         None where rounding hides the noise.
     """
-    assert isinstance(setting.client, OwnClient)
-    step, grains = setting.client.step, [torch.finfo(torch.float32).eps]
+    own = case.client.own_code
+    assert own is not None
+    step, grains = own.step, [torch.finfo(torch.float32).eps]
 
     def noted(*args: Any) -> Any:
         sent = step(*args)
@@ -75,26 +75,26 @@ def try_noise(setting: Setting, planned: int, advance: Advance) -> NoiseTest | N
         return sent
 
     # With the same companions all releases of an image differ by noise alone.
-    client = replace(setting.client, step=noted, always_the_same=True)
-    noise = setting.defense.randomness.total_noise()
+    client = replace(own, step=noted, always_the_same=True)
+    noise = case.defense.randomness.total_noise()
     assert noise is not None
-    matching = setting.matching()
-    shape = (planned // 2, setting.members)
-    drawn = setting.random("noise").integers(len(setting.reference), size=shape)
-    once = torch.as_tensor(drawn, device=setting.model.device)
+    matching = case.matching()
+    shape = (planned // 2, case.members)
+    drawn = case.random("noise").integers(len(case.reference), size=shape)
+    once = torch.as_tensor(drawn, device=case.model.device)
     # As a client goes on: one stream for all releases.
-    (context,) = setting.contexts("noise clients", [0])
+    (context,) = case.contexts("noise clients", [0])
     releases: list[Gradient] = []
     shares: list[Gradient] = []
     for one in torch.cat([once, once]).split(1):
-        images, labels = setting.reference.images[one], setting.reference.labels[one]
+        images, labels = case.reference.images[one], case.reference.labels[one]
         sent = client.send(images, labels, [context])
-        noisy, _ = setting.defense.clear.parted(sent)
-        share, _ = setting.defense.clear.parted(matching.replicas(images, labels, sent))
+        noisy, _ = case.defense.clear.parted(sent)
+        share, _ = case.defense.clear.parted(matching.replicas(images, labels, sent))
         releases.append(kept_values(noisy))
         shares.append(kept_values(share))
         advance(1)
-    scaled = setting.members == 1 and client.averaged
+    scaled = case.members == 1 and client.averaged
     residuals = residuals_of(
         concatenate(releases),
         noise,
@@ -102,7 +102,7 @@ def try_noise(setting: Setting, planned: int, advance: Advance) -> NoiseTest | N
         factor=client.batch_size if scaled else 1,
         images=client.batch_size,
         grain=max(grains),
-        shapes={name: tensor.shape for name, tensor in _noisy(setting).items()},
+        shapes={name: tensor.shape for name, tensor in _noisy(case).items()},
         paired=len(releases) == planned,
     )
     if residuals is None:
@@ -115,23 +115,23 @@ def try_noise(setting: Setting, planned: int, advance: Advance) -> NoiseTest | N
     )
 
 
-def planned_releases(setting: Setting) -> int:
+def planned_releases(case: Case) -> int:
     """How many releases are made to test the noise."""
-    size = sum(min(tensor.numel(), MOST_KEPT) for tensor in _noisy(setting).values())
+    size = sum(min(tensor.numel(), MOST_KEPT) for tensor in _noisy(case).values())
     return max(FEWEST_RELEASES, min(RELEASES, MOST_VALUES // size // 2 * 2))
 
 
-def _noisy(setting: Setting) -> Gradient:
+def _noisy(case: Case) -> Gradient:
     """What of the capture the declared steps are over."""
-    return setting.defense.clear.parted(setting.observed)[0]
+    return case.defense.clear.parted(case.audited.observed)[0]
 
 
-def why_no_noise_test(setting: Setting) -> str:
+def why_no_noise_test(case: Case) -> str:
     """Why the noise of the client's own code cannot be tested; empty where it can."""
-    if not isinstance(setting.client, OwnClient):
+    if case.client.own_code is None:
         return "the client's own code was not given (client.step)"
-    if setting.defense.randomness.total_noise() is None:
+    if case.defense.randomness.total_noise() is None:
         return "no noise is declared, or noise of several kinds"
-    if not setting.defense.randomness.leaves_only_noise():
+    if not case.defense.randomness.leaves_only_noise():
         return "the noise is not the last step, or beside it something else is random"
     return ""

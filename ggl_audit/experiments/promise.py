@@ -68,7 +68,7 @@ class Promise(Experiment[Scored]):
         """As many trials as the ceiling, where the client may break a promise."""
         if self.case.guarantee is None:
             return NotMeasured(reason="no guarantee is declared")
-        if self.case.spec.client is None:
+        if self.case.client.own_code is None:
             return NotMeasured(
                 reason="the client's own code was not given (client.step), and this tool's own "
                 "defense cannot break the promise"
@@ -79,7 +79,8 @@ class Promise(Experiment[Scored]):
     @functools.cached_property
     def _worst_case(self) -> _WorstCase:
         case, model, random = self.case, self.case.model, self.case.random("promise")
-        assert isinstance(case.client, OwnClient)
+        own = case.client.own_code
+        assert own is not None
         pool, device = pool_size(case.clients.room(copies=2)), case.model.device
         drawn = torch.as_tensor(random.integers(len(case.reference), size=pool), device=device)
         images = case.reference.images[drawn]
@@ -88,10 +89,10 @@ class Promise(Experiment[Scored]):
         norms = torch.stack([norm(one) for one in clients.each_gradient(images, labels)])
         few = smallest(norms)
         raw = rows(clients.each_gradient(images[few], labels[few]), len(few))
-        others = few[cancelling(raw, case.client.batch_size - 1, random)]
+        others = few[cancelling(raw, own.batch_size - 1, random)]
         del raw
         companions = ImageSet(images[others], labels[others], "companions that cancel")
-        client = replace(case.client, companions=companions, always_the_same=True)
+        client = replace(own, companions=companions, always_the_same=True)
         likely = largest(norms)
         (context,) = case.contexts("promise contributions", [0])
         gradients = clients.each_gradient(images[likely], labels[likely])

@@ -9,11 +9,12 @@ import torch
 
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.attacks.ggl import GenerativeGradientLeakage, search_latents
-from ggl_audit.basics.gradient import concatenate, norm, shares, stack, unstack
-from ggl_audit.case.setting import Setting
+from ggl_audit.basics.gradient import Gradient, concatenate, norm, shares, stack, unstack
+from ggl_audit.case.case import Case
+from ggl_audit.case.labels import infer
 from ggl_audit.client.clients import DeclaredClient
 from ggl_audit.defenses import Pipeline
-from ggl_audit.evidence.controls import null_gradient
+from ggl_audit.evidence.controls import median_norm, null_gradient
 from ggl_audit.evidence.fidelity import mean_psnr, nearest
 from ggl_audit.evidence.identification import Trials, reconstruction_ranks
 from ggl_audit.evidence.standing import floor_is_settled
@@ -23,7 +24,7 @@ from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.spec import EvidenceSpec
 
 CANARIES_TOGETHER, CANARIES_BETWEEN_LOOKS = 10, 5
-"""Of a group; and of one where trials may end early."""
+"""The canaries of a group, and those of one where trials may end early."""
 
 TOGETHER_ON_AN_ACCELERATOR = 20
 """Canaries of any group: there a step of many takes no longer than one of few."""
@@ -92,12 +93,13 @@ class Reconstruction(Experiment[Reconstructed]):
         canaries = case.trials.part(slice(trials.start, trials.stop))
         contexts = case.contexts("canary clients", trials)
         sent = case.client.send(*canaries.members, contexts)
+        size = median_norm(case.usual)
         nulls = [
-            null_gradient(one, case.defense, context, case.usual_norm)
+            null_gradient(one, case.defense, context, size)
             for one, context in zip(unstack(sent), contexts, strict=True)
         ]
         observed = concatenate([sent, stack(nulls)])
-        labels = torch.cat([case.labels_seen(sent, canaries.members[1])] * 2)
+        labels = torch.cat([_labels_seen(case, sent, canaries.members[1])] * 2)
         purposes = ("canary search", "null search")
         randoms = [case.random(own, trial) for own in purposes for trial in trials]
         attempts = self.suite.run(observed, labels, randoms, advance)
@@ -191,10 +193,10 @@ class UndefendedReconstruction(Experiment[Redrawn]):
         canaries = case.trials.part(slice(trials.start, trials.stop))
         client = DeclaredClient(case.matching(without).clients, without)
         sent = client.send(*canaries.members, case.contexts("undefended clients", trials))
-        labels = case.labels_seen(sent, canaries.members[1])
+        labels = _labels_seen(case, sent, canaries.members[1])
         randoms = [case.random("undefended search", trial) for trial in trials]
         images = search_latents(case, without, sent, labels, randoms, advance).images
-        hits = _hits(case, canaries, images, case.distance, "undefended", trials)
+        hits = _hits(case, canaries, images, case.spec.evidence.distance, "undefended", trials)
         for hit, psnr_db in zip(hits, _psnr_db(images, canaries), strict=True):
             yield Redrawn(hit=hit, psnr_db=psnr_db)
 
@@ -220,8 +222,19 @@ def apart(done: Sequence[Reconstructed], attack: str, distance: str) -> tuple[in
     return pairs.count((True, False)), pairs.count((False, True))
 
 
+def _labels_seen(case: Case, observed: Gradient, true_labels: torch.Tensor) -> torch.Tensor:
+    """The labels (t, k) that the attacker assigns to t gradients, in the way of the captured one.
+
+    Args:
+        case: what was handed in.
+        observed: tensors with a leading dimension t.
+        true_labels: (t, k), what an attacker who is told the labels is told.
+    """
+    return infer(case, observed) if case.audited.inferred else true_labels
+
+
 def _hits(
-    case: Setting,
+    case: Case,
     canaries: Trials,
     images: torch.Tensor,
     distance: str,

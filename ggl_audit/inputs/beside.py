@@ -32,7 +32,7 @@ BUFFERS = "buffers that were changed"
 STATISTICS_EARLIER = "running statistics of the release before"
 
 ROUNDINGS = 4
-"""Of a value in its own type, by which another machine's may differ."""
+"""The roundings of a value in its own type by which another machine's may differ."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ MOST_ROUNDING = 0.25
 
 
 @dataclass(frozen=True)
-class Capture:
+class FittedGradient:
     """A captured gradient, fitted to the model.
 
     Attributes:
@@ -55,7 +55,7 @@ class Capture:
 
 def read_capture(
     path: Path, model: ClientModel, ignored: Sequence[str] = (), *, negated: bool = False
-) -> Capture:
+) -> FittedGradient:
     """Reads a gradient or an update and checks that it is one of this model.
 
     Args:
@@ -88,7 +88,7 @@ def fit_capture(
     misfit: Misfit,
     ignored: Sequence[str] = (),
     elsewhere: Sequence[str] = (),
-) -> Capture:
+) -> FittedGradient:
     """Finds the model's parameters among tensors, and checks that these are a gradient of them.
 
     Names may have lost or gained a wrapper, and a list may have several orders (:func:`fit_file`).
@@ -120,7 +120,7 @@ def fit_capture(
 
 def read_update(
     before: Path | None, after: Path, model: ClientModel, ignored: Sequence[str] = ()
-) -> Capture:
+) -> FittedGradient:
     """Reads checkpoints before and after local training; the update is the first less the second.
 
     Args:
@@ -162,7 +162,7 @@ def read_update(
     return replace(trained, gradient=update, rounding=rounding)
 
 
-def _check_statistics(given: Capture, before: Path) -> None:
+def _check_statistics(given: FittedGradient, before: Path) -> None:
     """Compares what running statistics were before training with the model's."""
     for name, change in given.beside.statistics.items():
         limit = SAME_WEIGHTS * given.rounding * given.tensors[name].float().norm()
@@ -174,7 +174,7 @@ def _check_statistics(given: Capture, before: Path) -> None:
             )
 
 
-def _read_weights(path: Path, model: ClientModel, ignored: Sequence[str] = ()) -> Capture:
+def _read_weights(path: Path, model: ClientModel, ignored: Sequence[str] = ()) -> FittedGradient:
     def misfit(problem: str, hint: str = "") -> AuditError:
         return InputError(path, problem, hint)
 
@@ -214,7 +214,7 @@ def _fit(
     ignored: Sequence[str] = (),
     elsewhere: Sequence[str] = (),
     numbers: Numbers | None = None,
-) -> Capture:
+) -> FittedGradient:
     fit = _fit_file(captured, model, misfit)
     left_out = _ignored(fit, elsewhere, model, misfit, ignored)
     unsent = [name for name in model.parameters if name not in fit.tensors]
@@ -255,7 +255,7 @@ def _fit(
             "is never sent",
             "capture.unsent is for what the client keeps; what is sent is measured.",
         )
-    return Capture(gradient, kept, fit.how, unsent, unused, rounding, fit.tensors, beside)
+    return FittedGradient(gradient, kept, fit.how, unsent, unused, rounding, fit.tensors, beside)
 
 
 def _rounding(tensor: torch.Tensor) -> float:

@@ -59,11 +59,11 @@ class Known:
     may_lack: bool = False
 
     def shape(self, name: str) -> Sizes:
-        """Of a tensor in the model."""
+        """The shape of a tensor in the model."""
         return tuple(self.tensors[name].shape)
 
     def shapes(self, name: str) -> tuple[Sizes, ...]:
-        """Of a tensor in the file."""
+        """The shapes that a tensor may have in the file."""
         arrangement = (self.arrangements or {}).get(self.twins.get(name, name))
         return (self.shape(name),) if arrangement is None else arrangement.shapes
 

@@ -14,7 +14,7 @@ BACKBONES = {
     "squeeze": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
     "vgg": "VGG16_Weights.IMAGENET1K_V1",
 }
-"""Of LPIPS, by torchvision's names."""
+"""The backbones of LPIPS, by torchvision's names."""
 
 SHORTEST_HASH = 8
 """Characters of the SHA-256 that torchvision puts into a name."""

@@ -59,8 +59,8 @@ class Criterion(Protocol):
         ...
 
     @property
-    def adds_up(self) -> bool:
-        """Whether the loss of a batch is known to be the sum, or the mean, of those of images."""
+    def adds_up(self) -> bool | None:
+        """Whether the loss of a batch is the sum, or the mean, of those of images; None unknown."""
         ...
 
 
@@ -208,9 +208,9 @@ class OwnLoss:
         return False
 
     @property
-    def adds_up(self) -> bool:
+    def adds_up(self) -> bool | None:
         """Not known."""
-        return False
+        return None
 
 
 def build_criterion(

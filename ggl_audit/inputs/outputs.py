@@ -16,7 +16,7 @@ LOGITS = "logits"
 MOST_SHOWN = 8
 
 Place = int | str
-"""Of one of several: a key or an attribute, or a place from 0."""
+"""Where one of several is: a key or an attribute, or a place from 0."""
 
 
 def choose(returned: Any, place: Place | None) -> Any:

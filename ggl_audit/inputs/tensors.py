@@ -23,7 +23,7 @@ from ggl_audit.inputs.torch_files import LONGEST_TEXT, read_torch
 Tensors = dict[str, torch.Tensor]
 
 MOST_BYTES = 4 * 2**30
-"""Of all tensors of a file together; the largest model of torchvision has 2.6 GB."""
+"""The size of all tensors of a file together; torchvision's largest model has 2.6 GB."""
 
 LONGEST_REASON = 200
 NPZ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

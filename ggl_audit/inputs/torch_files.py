@@ -46,10 +46,10 @@ WRAPPERS = (
 )
 MOST_WRAPPERS = 4
 FEW_NUMBERS = 32
-"""Of a list in a file, such as settings are; more may be an image."""
+"""The most that a list in a file has, such as settings are; more may be an image."""
 
 LONGEST_TEXT = 128
-"""Of a setting or a name; more may be an image as well."""
+"""The most characters of a setting or a name; more may be an image as well."""
 
 Leaf = StoredTensor | Array | Valueless
 LEAVES = (StoredTensor, Array, Valueless)

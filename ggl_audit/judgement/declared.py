@@ -17,12 +17,16 @@ from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attacks.suite import Suite
 from ggl_audit.basics.environment import describe
 from ggl_audit.basics.gradient import norm
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.appearance import appearance_of
+from ggl_audit.case.capture import Capture
+from ggl_audit.case.case import Case
 from ggl_audit.defenses import Check
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.guarantee import Guarantee, largest_advantage
 from ggl_audit.evidence.identification import blind_labels
 from ggl_audit.experiments import likeness
+from ggl_audit.experiments.candidate_matching import has_likelihood
+from ggl_audit.experiments.capture import captured_trials
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 from ggl_audit.inputs.png_uri import PngUri, png_uri
 from ggl_audit.judgement.assumptions import Assumptions, assumptions
@@ -140,7 +144,7 @@ class Declared(BaseModel):
     not_measured: dict[str, str]
 
 
-def declare(case: Setting, suite: Suite, experiments: Sequence[Experiment[Result]]) -> Declared:
+def declare(case: Case, suite: Suite, experiments: Sequence[Experiment[Result]]) -> Declared:
     """Puts down what is known of a case before its first trial."""
     spec = case.spec
     bound = largest_advantage(case.defense.sensitivity.guarantee(), 1 / spec.evidence.candidates)
@@ -167,12 +171,12 @@ def declare(case: Setting, suite: Suite, experiments: Sequence[Experiment[Result
         gate=spec.gate,
         inputs=[InputFile(path=path, sha256=digest) for path, digest in case.files],
         environment=describe(case.model.device),
-        captures=[_capture(one) for one in (case, *case.others)],
+        captures=[_capture(case, one) for one in case.captures],
         checks=[
-            *case.checks,
+            *case.audited.checks,
             *(
-                replace(check, step=f"{check.step} ({_file(other)})")
-                for other in case.others
+                replace(check, step=f"{check.step} ({other.file})")
+                for other in case.captures[1:]
                 for check in other.checks
                 if check.outcome == "contradicts"
             ),
@@ -184,7 +188,7 @@ def declare(case: Setting, suite: Suite, experiments: Sequence[Experiment[Result
         in_the_clear=list(case.defense.clear.names),
         is_defended=bool(case.defense.steps),
         is_exact_moments=spec.capture.kind == "moments",
-        has_likelihood=case.has_likelihood,
+        has_likelihood=has_likelihood(case),
         members=case.members,
         blind_label=None if no_label else blind_labels(case.model.classes, case.members),
         attacks=[*made, *not_made],
@@ -196,39 +200,34 @@ def declare(case: Setting, suite: Suite, experiments: Sequence[Experiment[Result
     )
 
 
-def _capture(case: Setting) -> DeclaredCapture:
-    inferred = case.spec.capture.labels == "infer"
-    method = "inferred from the last layer's gradient" if inferred else "declared"
+def _capture(case: Case, capture: Capture) -> DeclaredCapture:
+    method = "inferred from the last layer's gradient" if capture.inferred else "declared"
     rows = "" if case.model.targets is None else "; a number stands for a row of targets"
-    shown = any(c.step == PRIVATE_IMAGE and c.outcome == "agrees" for c in case.checks)
+    shown = any(c.step == PRIVATE_IMAGE and c.outcome == "agrees" for c in capture.checks)
     return DeclaredCapture(
-        file=_file(case),
-        appearance=case.appearance,
-        labels=case.labels,
+        file=capture.file,
+        appearance=appearance_of(case, capture),
+        labels=capture.labels,
         label_method=f"{method}{rows}",
-        norm=float(norm(case.observed)),
-        truths=[png_uri(truth) for truth in case.truths],
+        norm=float(norm(capture.observed)),
+        truths=[png_uri(truth) for truth in capture.truths],
         proven=shown and not case.defense.randomness.is_random(),
-        likeness=likeness.premises_of(case),
-        not_measured=_no_ranks(case),
+        likeness=likeness.premises_of(case, capture),
+        not_measured=_no_ranks(case, capture),
     )
 
 
-def _file(case: Setting) -> str:
-    return str(case.spec.capture.gradient or case.spec.capture.after)
-
-
-def _no_ranks(case: Setting) -> dict[str, str]:
+def _no_ranks(case: Case, capture: Capture) -> dict[str, str]:
     """Why the private images are not ranked, by what of them is lacking."""
-    if len(case.truths) == 0:
+    if len(capture.truths) == 0:
         of = "image" if case.members == 1 else "images"
         return {"truths": f"the auditor does not hold the private {of} (evidence.truth)"}
-    if case.truth_labels is None:
+    if capture.truth_labels is None:
         reasons = {
             "rank": "which label belongs to which private image is not known: declare "
             "capture.labels, in the order of evidence.truth"
         }
-        checked = any(check.step == PRIVATE_IMAGE for check in case.checks)
+        checked = any(check.step == PRIVATE_IMAGE for check in capture.checks)
         if case.defense.randomness.leaves_only_noise() and not checked:
             reasons["check"] = (
                 "whether the capture is of the private images: it is not with the inferred labels "
@@ -237,7 +236,7 @@ def _no_ranks(case: Setting) -> dict[str, str]:
         return reasons
     reasons = {}
     if case.defense.randomness.leaves_only_noise() and not any(
-        check.step == PRIVATE_IMAGE for check in case.checks
+        check.step == PRIVATE_IMAGE for check in capture.checks
     ):
         reasons["check"] = (
             "whether the capture is of the private images: a declared step depends on the whole "
@@ -245,7 +244,7 @@ def _no_ranks(case: Setting) -> dict[str, str]:
         )
     lacking = [
         label
-        for label, trial in zip(case.truth_labels, case.captured_trials(), strict=True)
+        for label, trial in zip(capture.truth_labels, captured_trials(case, capture), strict=True)
         if trial is None
     ]
     if lacking:
@@ -253,7 +252,7 @@ def _no_ranks(case: Setting) -> dict[str, str]:
             f"{case.reference.source} has fewer than {case.spec.evidence.candidates - 1} "
             f"images of class {lacking[0]}"
         )
-    elif case.prior_saw_truth:
+    elif capture.prior_saw_truth:
         reasons["rank"] = (
             "the prior was trained on a private image itself, but not on the other candidates, "
             "so its rank by the reconstruction would be no evidence"
@@ -265,7 +264,7 @@ def _no_ranks(case: Setting) -> dict[str, str]:
     return reasons
 
 
-def _no_guarantee(case: Setting) -> str:
+def _no_guarantee(case: Case) -> str:
     if case.defense.sensitivity.guarantee() is not None:
         return (
             "a clip and noise are declared, but not whom they protect and how often: that takes "

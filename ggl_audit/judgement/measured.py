@@ -188,7 +188,7 @@ def _floors(
 def _undefended(
     declared: Declared, ledger: Ledger, canaries: Sequence[Reconstructed], chance: float
 ) -> ReconstructionRate | None:
-    """Of the control; without a defense, of the first canaries as they are."""
+    """The rate of the control; without a defense, that of the first canaries as they are."""
     hits = [one.hit for one in ledger.results(UndefendedReconstruction)]
     psnr_db = [one.psnr_db for one in ledger.results(UndefendedReconstruction)]
     if not declared.is_defended:

@@ -36,7 +36,7 @@ def why_unmeasured(
 
     controls = UndefendedReconstruction if declared.is_defended else Reconstruction
     no_control = declared.evidence.control_trials == 0 and not declared.is_defended
-    lacking: dict[str, tuple[object, type[Experiment[Result]]]] = {
+    wanted: dict[str, tuple[object, type[Experiment[Result]]]] = {
         "ceiling": (measured.ceiling, CandidateMatching),
         "floor": (measured.floors, Reconstruction),
         "membership": (measured.membership, Membership),
@@ -49,7 +49,7 @@ def why_unmeasured(
             UndefendedMatching if declared.is_defended else CandidateMatching,
         ),
     }
-    reasons = {part: reason(kind) for part, (found, kind) in lacking.items() if not found}
+    reasons = {part: reason(kind) for part, (found, kind) in wanted.items() if not found}
     if "noise" in reasons and ledger.of(Noise.name):
         reasons["noise"] = HIDDEN
     if "controls.undefended" in reasons and no_control:

@@ -23,7 +23,7 @@ FIRST_BATCHES = 2
 """Drawn evenly in the box, before there is a process."""
 
 NOISE = 1e-6
-"""Of the variance of the losses, which have none; with less the covariance is not invertible."""
+"""A share of the losses' variance, though they have none; with less nothing can be inverted."""
 
 
 @register

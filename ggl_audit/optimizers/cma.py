@@ -13,7 +13,7 @@ from ggl_audit.optimizers.family import Family, Task
 from ggl_audit.optimizers.registry import register
 
 CONVERGED = 1e-4
-"""Of the first step size: a search whose steps have become smaller starts anew."""
+"""A share of the first step size: a search whose steps have become smaller starts anew."""
 
 FLAT = 1e-7
 """A population whose losses differ by less, relative to their size, tells nothing more."""

@@ -15,7 +15,7 @@ from ggl_audit.optimizers.side_by_side import Search
 from ggl_audit.optimizers.subspace import Subspace, make_subspace
 
 FIRST_LENGTH, LEAST_LENGTH, MOST_LENGTH = 0.8, 0.5**7, 1.6
-"""Of the trust region's side, the box being 1 wide; below the least the search starts anew."""
+"""The trust region's side, the box being 1 wide; below the least the search starts anew."""
 
 SUCCESSES = 3
 """Better batches in a row that double the region; d / batch worse ones halve it."""

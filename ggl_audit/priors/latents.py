@@ -10,7 +10,7 @@ import torch
 from ggl_audit.spec import LatentSpec
 
 LEAST_VARIANCE = 1e-6
-"""Of an axis of W, as a share of the largest axis' variance: less is rounding or moves nothing."""
+"""The least variance of an axis of W, relative to the largest: less is rounding or idle."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ BEYOND = 0.1
 tanh overshoot."""
 
 SHARE_BEYOND = 0.01
-"""Of the values, on each side, that may be farther beyond."""
+"""The share of the values, on each side, that may be farther beyond."""
 
 PART_OF_RANGE = 0.525
 """Pictures in [0, 1], with a little overshoot, fill that much of a declared [-1, 1]."""

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from ggl_audit.basics.files import sha256
 from ggl_audit.basics.validation import first_problem
-from ggl_audit.case.setting import own_code
+from ggl_audit.case.input_files import own_code
 from ggl_audit.errors import AuditError, InputError, dotted
 from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec

@@ -9,7 +9,7 @@ from ggl_audit.report.model import Report
 from ggl_audit.report.wording import RateRow, rate_rows
 
 COUNTED, SEARCHED = 0.01, 0.1
-"""Of trials, which may come out otherwise on another machine: where candidates are compared, only
+"""The share of trials that may differ on another machine: where candidates are compared, only
 those that are level but for rounding; where pictures are searched for, those whose search took
 another way. Seven samples on other processors: none of 200, and up to 2 of 20."""
 

@@ -200,11 +200,8 @@ def noise(report: Report) -> str | None:
 
 def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:
     """Metrics of the reconstructions and of the null control's pictures: name, mean, mean."""
-    captured = report.captured
-    columns = [
-        [one.metrics for one in pictures if one.metrics is not None]
-        for pictures in (captured.reconstructions, captured.nulls)
-    ]
+    shown = report.captured.reconstructions, report.captured.nulls
+    columns = [[one.metrics for one in pictures if one.metrics is not None] for pictures in shown]
     if not columns[0]:
         return []
     rows = []

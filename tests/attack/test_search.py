@@ -9,7 +9,8 @@ import torch
 
 from ggl_audit.attack.search import search
 from ggl_audit.attacks.ggl import searched_by
-from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.case.case import Case
+from ggl_audit.case.preparation import prepare
 from ggl_audit.optimizers import DERIVATIVE_COST, Evaluation, Wants, start_optimizer
 from ggl_audit.spec import AttackSpec, Spec
 
@@ -192,10 +193,10 @@ def test_gauss_newton_is_left_out_where_its_steps_do_not_fit(
     evaluations: int,
     optimizer: str,
 ) -> None:
-    setting = prepare(sample("undefended", attack__evaluations=evaluations))
-    monkeypatch.setattr(Setting, "members", members)
-    assert searched_by(setting).optimizer == optimizer
+    case = prepare(sample("undefended", attack__evaluations=evaluations))
     declared = prepare(sample("undefended", attack__evaluations=100, attack__optimizer="random"))
+    monkeypatch.setattr(Case, "members", members)
+    assert searched_by(case).optimizer == optimizer
     assert searched_by(declared).optimizer == "random"
 
 

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ggl_audit.attack import layer_wise as layer_wise_module
+from ggl_audit.attack import layers
 from ggl_audit.attack.layers import slices
 from ggl_audit.attack.matching import MEMORY, Matching
 from ggl_audit.attack.objective import LatentObjective, pictures
 from ggl_audit.attack.residuals import Residuals
 from ggl_audit.basics.gradient import Gradient, each, flat, norm, stack
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import (
     Aggregation,
@@ -270,10 +271,10 @@ def test_every_way_is_the_plain_loop(
                 expected[t, n] = distance_of(replica, observed[t], distance)
     known = make in LAYER_BY_LAYER and way_of(defense, distance) is not None
     # With each weight by its gradients in one block and in many, and with each as a ghost.
-    monkeypatch.setattr(layer_wise_module, "LEAST_GHOST", 0)
+    monkeypatch.setattr(layers, "LEAST_GHOST", 0)
     for block, ghost in ((2**19, 0), (64, 0), (2**19, 10**9)):
         monkeypatch.setattr(layer_wise_module, "BLOCK", block)
-        monkeypatch.setattr(layer_wise_module, "GHOST", ghost)
+        monkeypatch.setattr(layers, "GHOST", ghost)
         matching = Matching(model, defense, distance)
         assert (matching._layer_wise is not None) == known
         found = matching.distances(images, labels, stack(observed))
@@ -284,18 +285,18 @@ def test_every_way_is_the_plain_loop(
 def test_a_search_of_single_images_holds_no_gradients(
     wants: Any, sample: Callable[..., Spec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = prepare(sample("sparsified"))
-    trials = setting.trials.first(2)
-    observed = setting.client.send(*trials.members, setting.contexts("release", range(2)))
-    matching = Matching(setting.model, setting.defense, "l2")
+    case = prepare(sample("sparsified"))
+    trials = case.trials.first(2)
+    observed = case.client.send(*trials.members, case.contexts("release", range(2)))
+    matching = Matching(case.model, case.defense, "l2")
     objective = LatentObjective(
-        matching, setting.prior, observed, trials.labels, RegularizerSpec(name="none")
+        matching, case.prior, observed, trials.labels, RegularizerSpec(name="none")
     )
     random = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 3, setting.prior.size, generator=random)
+    latents = torch.randn(2, 3, case.prior.size, generator=random)
     whole = matching._by_gradients(
         pictures(
-            setting.prior, latents.flatten(0, 1), trials.labels.repeat_interleave(3)[:, None]
+            case.prior, latents.flatten(0, 1), trials.labels.repeat_interleave(3)[:, None]
         ).unflatten(0, (2, 3)),
         trials.labels[:, None, None].expand(2, 3, 1),
         observed,

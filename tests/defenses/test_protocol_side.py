@@ -17,7 +17,7 @@ from ggl_audit.audit import run_audit
 from ggl_audit.basics.gradient import Gradient, each, flat, norm, stack, take
 from ggl_audit.case.capturing import capture_gradient
 from ggl_audit.case.loading import load_client
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.cli import app
 from ggl_audit.client.clients import DeclaredClient
 from ggl_audit.client.gradients import ClientGradients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import nn
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, each, stack, take
+from ggl_audit.case.appearance import appearance_of
+from ggl_audit.case.case import Case
 from ggl_audit.case.doubts import label_doubts
 from ggl_audit.case.loading import load_client
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.client.clients import DeclaredClient
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Clip, Context, Noise, Pipeline
@@ -75,15 +78,15 @@ def test_an_image_whose_gradient_is_another_multiple_is_told_so(sample: Declare)
 
 
 def test_a_zero_tensor_has_no_magnitude(sample: Declare) -> None:
-    setting = prepare(sample("undefended", evidence__truth=[]))
-    gradient = setting.captured.gradient
+    case = prepare(sample("undefended", evidence__truth=[]))
+    gradient = case.audited.fitted.gradient
     name = max(gradient, key=lambda name: gradient[name].numel())
     empty = {**gradient, name: torch.zeros_like(gradient[name])}
-    said = appearance(empty, setting.usual, setting.model, None, None)
+    said = appearance(empty, case.usual, case.model, None, None)
     assert any(f"Nothing is in {name}" in one for one in said)
     assert not any("like a sign" in one for one in said)
     signs = each(torch.sign, gradient)
-    said = appearance(signs, setting.usual, setting.model, None, None)
+    said = appearance(signs, case.usual, case.model, None, None)
     assert any("like a sign" in one for one in said)
 
 
@@ -140,10 +143,10 @@ def test_logits_between_zero_and_one_are_no_probabilities(
         evidence__truth=[],
         evidence__reference={"npz": str(tmp_path / "two.npz")},
     )
-    setting = prepare(spec)
-    within = setting.model.logits(setting.model.parameters, setting.reference.images)
+    case = prepare(spec)
+    within = case.model.logits(case.model.parameters, case.reference.images)
     assert bool(((within >= 0) & (within <= 1)).all())  # so images alone do not tell
-    assert any("are probabilities" in one for one in setting.appearance) == told
+    assert any("are probabilities" in one for one in appearance_of(case, case.audited)) == told
 
 
 def test_another_order_of_positive_inputs_does_not_agree(sample: Declare) -> None:
@@ -174,7 +177,10 @@ def test_labels_of_right_batches_are_rarely_in_doubt(sample: Declare, size: int)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(size))
     chosen = chosen[: CAPTURES * size].view(CAPTURES, size)
     sent = sender.send(data.images[chosen], data.labels[chosen], contexts(len(chosen)))
-    doubted = _doubted(sample("undefended"), model, sender, defense, sent, CAPTURES)
+    case = replace(
+        prepare(sample("undefended")), model=model, client=sender, defense=defense, reference=data
+    )
+    doubted = _doubted(case, sent, CAPTURES)
     assert doubted <= binom.isf(1e-4, CAPTURES, 1 / 33)
 
 
@@ -188,7 +194,10 @@ def test_labels_of_unequal_images_are_in_doubt(sample: Declare) -> None:
     first = _alone(model, data.images[chosen[:, 0]], data.labels[chosen[:, 0]])
     whole = matching.clients.gradients(data.images[chosen], data.labels[chosen])
     uneven = {n: (first[n] + (4 * whole[n] - first[n]) / 3) / 2 for n in whole}
-    assert _doubted(sample("undefended"), model, sender, defense, uneven, 10) >= 9
+    case = replace(
+        prepare(sample("undefended")), model=model, client=sender, defense=defense, reference=data
+    )
+    assert _doubted(case, uneven, 10) >= 9
 
 
 def _alone(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> Gradient:
@@ -201,14 +210,5 @@ def _alone(model: ClientModel, images: torch.Tensor, labels: torch.Tensor) -> Gr
     return stack(gradients)
 
 
-def _doubted(
-    spec: Spec,
-    model: ClientModel,
-    sender: DeclaredClient,
-    defense: Pipeline,
-    sent: Gradient,
-    count: int,
-) -> int:
-    data = digits("reference")
-    found = [label_doubts(spec, model, sender, defense, take(sent, i), data) for i in range(count)]
-    return sum(map(bool, found))
+def _doubted(case: Case, sent: Gradient, count: int) -> int:
+    return sum(bool(label_doubts(case, take(sent, i))) for i in range(count))

@@ -14,7 +14,7 @@ from torch import nn
 
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, each, take
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Clip, Noise, Pipeline
 from ggl_audit.errors import SpecError
@@ -177,13 +177,13 @@ def test_a_declared_sign_is_turned(
         "evidence__truth": None,
     }
     turned = prepare(sample("undefended", **keys, capture__sign="after_minus_before"))
-    assert turned.labels == public.labels[:1].tolist()
-    assert all(torch.equal(turned.observed[name], update[name]) for name in update)
-    assert [check.outcome for check in turned.checks] == ["agrees"]
+    assert turned.audited.labels == public.labels[:1].tolist()
+    assert all(torch.equal(turned.audited.observed[name], update[name]) for name in update)
+    assert [check.outcome for check in turned.audited.checks] == ["agrees"]
     as_it_is = prepare(sample("undefended", **keys))
-    assert OTHER in as_it_is.checks[0].detail
+    assert OTHER in as_it_is.audited.checks[0].detail
     causes = dict(other_signs(as_it_is))
-    assert [own.labels for own in causes.values()] == [turned.labels]
+    assert [own.audited.labels for own in causes.values()] == [turned.audited.labels]
     keys.pop("capture__local")
     keys["capture__kind"] = "gradient"
     with pytest.raises(SpecError, match="after_minus_before is for kind: update"):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ggl_audit.case.loading import load_client
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.beside import ELSEWHERE, STATISTICS_IN_EVAL
 from ggl_audit.inputs.capture import read_capture, read_update, write_capture
@@ -202,8 +202,8 @@ def test_parameters_that_are_not_there_are_taken_for_never_sent(
     path = tmp_path / "g.safetensors"
     save_file(kept, path)
     inferred = prepare(sample("undefended", capture__gradient=str(path), evidence__truth=None))
-    assert list(inferred.observed) == list(kept) == list(inferred.model.parameters)
-    assert inferred.captured.unsent == ["0.weight", "0.bias"]
+    assert list(inferred.audited.observed) == list(kept) == list(inferred.model.parameters)
+    assert inferred.audited.fitted.unsent == ["0.weight", "0.bias"]
     assert any("lacks 0.weight and 1 more" in doubt for doubt in inferred.doubts)
     declared = prepare(
         sample(
@@ -213,11 +213,11 @@ def test_parameters_that_are_not_there_are_taken_for_never_sent(
             evidence__truth=None,
         )
     )
-    assert list(declared.observed) == list(kept)
-    assert (declared.captured.unsent, declared.doubts) == ([], [])
+    assert list(declared.audited.observed) == list(kept)
+    assert (declared.audited.fitted.unsent, declared.doubts) == ([], [])
     for name, tensor in kept.items():
-        assert torch.equal(declared.observed[name], inferred.observed[name])
-        assert torch.equal(declared.observed[name], tensor)
+        assert torch.equal(declared.audited.observed[name], inferred.audited.observed[name])
+        assert torch.equal(declared.audited.observed[name], tensor)
 
 
 @pytest.mark.parametrize("key", ["model__frozen", "capture__unsent"])
@@ -230,7 +230,7 @@ def test_what_is_declared_to_be_missing_must_be(
     with pytest.raises(InputError, match=r"'0.weight' is not zero, but '0.weight' \(16, 1, 3, 3\)"):
         prepare(spec)
     save_file({n: t * (0 if n.startswith("0.") else 1) for n, t in good.items()}, path)
-    assert "0.weight" not in prepare(spec).observed
+    assert "0.weight" not in prepare(spec).audited.observed
 
 
 def test_a_pattern_that_names_nothing_is_refused(sample: Callable[..., Spec]) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from ggl_audit.case.loading import load_client
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import AuditError, InputError, SpecError
 from ggl_audit.inputs.capture import read_capture
 from ggl_audit.inputs.fitting import Known, fit_file, know_tensors, same_shape_hint
@@ -258,14 +258,14 @@ def test_files_without_duplicates_or_scalars_are_whole(
     own = {"model__weights": str(tmp_path / weights)}
     gradient = {"capture__gradient": str(tmp_path / "gradient.safetensors")}
     expected = prepare(spec(**own, **gradient))
-    assert (expected.captured.unsent, expected.captured.unused) == ([], {})
+    assert (expected.audited.fitted.unsent, expected.audited.fitted.unused) == ([], {})
     for after in ("after.safetensors", "after.npz"):
         update = {"capture__gradient": None, "capture__kind": "update"}
         update |= {"capture__local": {"lr": 0.1}, "capture__after": str(tmp_path / after)}
-        captured = prepare(spec(**own, **update)).captured
+        captured = prepare(spec(**own, **update)).audited.fitted
         assert captured.unsent == []
         assert not {"stage2.weight", "stage2.bias"} & captured.unused.keys()
-        for name, tensor in expected.observed.items():
+        for name, tensor in expected.audited.observed.items():
             torch.testing.assert_close(captured.gradient[name], 0.1 * tensor, rtol=1e-3, atol=1e-6)
 
 
@@ -280,11 +280,11 @@ def test_a_list_without_what_is_never_sent(spec: Callable[..., Spec], tmp_path: 
     }
     with pytest.raises(InputError, match=r"a list of 9 tensors.*where 'bn.weight' has \(4,\)"):
         prepare(spec(**update))
-    setting = prepare(spec(**update, capture__unsent=["*bn*"]))
-    assert setting.captured.how == "order of the state dict without what is not sent"
-    assert [*setting.observed] == [name for name in PARAMETERS if "bn" not in name]
-    assert setting.captured.unsent == []
-    assert setting.model.unsent == {name for name in STATE if "bn" in name}
+    case = prepare(spec(**update, capture__unsent=["*bn*"]))
+    assert case.audited.fitted.how == "order of the state dict without what is not sent"
+    assert [*case.audited.observed] == [name for name in PARAMETERS if "bn" not in name]
+    assert case.audited.fitted.unsent == []
+    assert case.model.unsent == {name for name in STATE if "bn" in name}
 
 
 def test_patterns_of_what_is_never_sent_are_of_buffers_too(

@@ -14,7 +14,7 @@ from torchvision.models import alexnet
 
 from ggl_audit.audit import run_audit
 from ggl_audit.basics.files import sha256
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.hub_cache import BACKBONES, find_backbone
 from ggl_audit.spec import Spec

@@ -12,7 +12,7 @@ from torch import nn
 
 from ggl_audit.attacks.suite import choose_attacks
 from ggl_audit.case.capturing import capture_gradient
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.evidence.square_layers import LAYOUT
 from ggl_audit.experiments.alternatives import other_layouts
@@ -166,11 +166,11 @@ def test_what_is_accepted_as_weights_is_accepted_after_training(
         "capture__local": {"lr": 0.1},
         "capture__after": str(tmp_path / "after.npz"),
     }
-    prepared = prepare(spec(**update))
-    assert [check.outcome for check in prepared.checks] == ["agrees"] * len(prepared.checks)
+    audited = prepare(spec(**update)).audited
+    assert [check.outcome for check in audited.checks] == ["agrees"] * len(audited.checks)
     before = {**update, "capture__before": str(tmp_path / "weights.npz")}
-    again = prepare(spec(**before)).observed
-    for name, tensor in prepared.observed.items():
+    again = prepare(spec(**before)).audited.observed
+    for name, tensor in audited.observed.items():
         torch.testing.assert_close(tensor, again[name], rtol=1e-3, atol=1e-6)
 
 
@@ -247,10 +247,10 @@ def test_what_the_client_s_own_code_returns_has_the_layout_of_pytorch(
         "    return dict(zip(named, torch.autograd.grad(loss, [*named.values()])))\n"
     )
     step = f"{tmp_path / 'client.py'}:step"
-    setting = prepare(spec(capture__gradient=str(tmp_path / "g.npz"), client__step=step))
-    assert setting.doubts == []
+    case = prepare(spec(capture__gradient=str(tmp_path / "g.npz"), client__step=step))
+    assert case.doubts == []
     with pytest.raises(SpecError, match="writes PyTorch's layout"):
-        capture_gradient(setting.spec, [], [])
+        capture_gradient(case.spec, [], [])
 
 
 def test_what_shapes_do_not_tell_is_tried_or_told(
@@ -261,11 +261,11 @@ def test_what_shapes_do_not_tell_is_tried_or_told(
     save(tmp_path / "g.npz", keras_gradient(keras, image, 3), "list")
     path = str(tmp_path / "g.npz")
     right = prepare(spec(capture__gradient=path))
-    assert [check.outcome for check in right.checks if check.step == LAYOUT] == ["agrees"]
+    assert [check.outcome for check in right.audited.checks if check.step == LAYOUT] == ["agrees"]
     assert not any(
         "ambiguous" in said for said in assumptions(right, choose_attacks(right)).of(None)
     )
-    own = dict(right.observed)
+    own = dict(right.audited.observed)
     # All turned, but for the order of flattening; or all but one square matrix.
     flat = {**own, "6.weight": keras_gradient(keras, image, 3)["dense/kernel:0"].T}
     square = {**own, "8.weight": own["8.weight"].T}
@@ -278,10 +278,10 @@ def test_what_shapes_do_not_tell_is_tried_or_told(
         torch.save(wrong, tmp_path / f"{number}.pt")
         plain = {"capture__layout": "channels_first", "capture__labels": [3]}
         plain["capture__gradient"] = str(tmp_path / f"{number}.pt")
-        setting = prepare(spec(**plain))
-        others = {why: other.observed for why, other in other_layouts(setting)}
+        case = prepare(spec(**plain))
+        others = {why: other.audited.observed for why, other in other_layouts(case)}
         assert all(torch.equal(others[cause][name], tensor) for name, tensor in own.items())
-        told = [check.outcome for check in setting.checks if check.step == LAYOUT]
+        told = [check.outcome for check in case.audited.checks if check.step == LAYOUT]
         assert told == (["contradicts"] if wrong is square else ["agrees"])
         noisy = prepare(spec(**plain, defense=[{"name": "noise", "std": 0.01}]))
         said = "Whether 8.weight is (out, in) or transposed is ambiguous"

@@ -18,8 +18,9 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.audit import run_audit
 from ggl_audit.basics.gradient import Gradient, norm
 from ggl_audit.case.capturing import capture_gradient
+from ggl_audit.case.case import Case
 from ggl_audit.case.loading import load_client
-from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Pipeline
 from ggl_audit.errors import AuditError, InputError, SpecError
@@ -223,7 +224,7 @@ def test_outputs_that_are_no_logits_are_no_classes(declare: Declare) -> None:
     write_capture(
         spec.folder / "capture.safetensors", plain_gradient(model, loss, image, torch.tensor([9]))
     )
-    assert prepare(spec).labels == [9]
+    assert prepare(spec).audited.labels == [9]
     few = declare("classifier", "code.py:packed", np.arange(40) % 4, None, {"outputs": 13})
     assert load_model(few, CPU).classes == 4
     with pytest.raises(SpecError, match=r"outputs \(1, 13\) and targets \(1,\) \(IndexError"):
@@ -301,7 +302,7 @@ def test_other_targets_are_each_image_s_own(dtype: Any) -> None:
     assert table.rows.dtype == (torch.int64 if dtype is np.int64 else torch.float32)
 
 
-def _audited(spec: Spec, folder: Path, labels: Sequence[int] = ()) -> Setting:
+def _audited(spec: Spec, folder: Path, labels: Sequence[int] = ()) -> Case:
     """Prepares an audit of what one of the private digits gives."""
     private = digits("private")
     count = spec.capture.batch_size
@@ -312,28 +313,28 @@ def _audited(spec: Spec, folder: Path, labels: Sequence[int] = ()) -> Setting:
     return prepare(spec)
 
 
-def _identifies(setting: Setting) -> None:
+def _identifies(case: Case) -> None:
     """Candidate matching without a defense finds every canary, among targets that are told."""
-    trials = setting.trials.first(6)
+    trials = case.trials.first(6)
     assert len(trials) == 6
-    sent = setting.client.send(*trials.members, setting.contexts("test", range(6)))
-    matching = Matching(setting.model, setting.defense)
+    sent = case.client.send(*trials.members, case.contexts("test", range(6)))
+    matching = Matching(case.model, case.defense)
     assert match(matching, trials, sent, np.zeros(6)) == [1] * 6
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_an_audit_of_more_than_a_class(task: str, declare: Declare, tmp_path: Path) -> None:
-    setting = _audited(_task(task, declare), tmp_path)
-    assert setting.spec.capture.labels is None
-    assert setting.model.targets is not None
-    assert setting.labels == list(setting.model.targets.captured)
-    _identifies(setting)
+    case = _audited(_task(task, declare), tmp_path)
+    assert case.spec.capture.labels is None
+    assert case.model.targets is not None
+    assert case.audited.labels == list(case.model.targets.captured)
+    _identifies(case)
     one_group = task != "several labels"
-    assert setting.reference.one_group == one_group
-    labels = setting.reference.labels[setting.trials.candidates]
+    assert case.reference.one_group == one_group
+    labels = case.reference.labels[case.trials.candidates]
     assert bool((labels == labels[:, :1]).all()) != one_group
     # What is told is the canary's target, for every candidate.
-    assert torch.equal(setting.trials.labels, labels[:, 0])
+    assert torch.equal(case.trials.labels, labels[:, 0])
 
 
 @pytest.mark.parametrize("task", ["several labels", "regression"])
@@ -356,7 +357,7 @@ def test_the_private_image_is_compared_under_its_target(declare: Declare, tmp_pa
     for picture, outcome in (("0.png", "agrees"), ("other.png", "contradicts")):
         to_picture(digits("private").images[7]).save(tmp_path / "other.png")
         spec = read_spec(tmp_path / "audit.yaml", [("evidence.truth", str(tmp_path / picture))])
-        checks = {check.step: check.outcome for check in prepare(spec).checks}
+        checks = {check.step: check.outcome for check in prepare(spec).audited.checks}
         assert checks[PRIVATE_IMAGE] == outcome
 
 
@@ -375,10 +376,10 @@ def test_an_audit_of_one_logit(declare: Declare, tmp_path: Path) -> None:
     labels = digits("reference").labels.numpy() % 2
     spec = declare("classifier", "binary_cross_entropy", labels, kwargs={"outputs": 1})
     for label in (0, 1):
-        setting = _audited(spec, tmp_path, [label])
-        assert setting.model.classes == 2
-        assert setting.labels == [label]  # inferred
-        _identifies(setting)
+        case = _audited(spec, tmp_path, [label])
+        assert case.model.classes == 2
+        assert case.audited.labels == [label]  # inferred
+        _identifies(case)
 
 
 def test_an_audit_of_several_inferred_labels(declare: Declare, tmp_path: Path) -> None:
@@ -386,9 +387,9 @@ def test_an_audit_of_several_inferred_labels(declare: Declare, tmp_path: Path) -
     rows = make(500)
     for own in (1, 6):
         told = declare(factory, loss, rows, rows[[own]], kwargs)
-        expected = _audited(told, tmp_path).labels
+        expected = _audited(told, tmp_path).audited.labels
         inferring = declare(factory, loss, rows, None, kwargs)
-        assert prepare(inferring).labels == expected
+        assert prepare(inferring).audited.labels == expected
     unheard = [row for row in rows if row.tolist() != rows[6].tolist()]
     with pytest.raises(SpecError, match=r"the labels 1, 2 apply, .* no image of public.npz"):
         prepare(declare(factory, loss, np.stack(unheard), None, kwargs))
@@ -448,7 +449,7 @@ def test_labels_that_a_loss_may_hide_have_to_be_declared(
 ) -> None:
     with pytest.raises(SpecError, match=r"does not tell the label.*labels: \[3\]"):
         _audited(declare("classifier", loss), tmp_path, [3])
-    assert prepare(declare("classifier", loss, labels=[3])).labels == [3]
+    assert prepare(declare("classifier", loss, labels=[3])).audited.labels == [3]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from typer.testing import CliRunner
 
 from ggl_audit.basics.gradient import Gradient, norm
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.cli import app
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.interpreter import UnsupportedError
@@ -368,11 +368,11 @@ def test_an_audit_of_a_program(
     net = load_model(sample("undefended"), CPU).module
     exported(net, torch.rand(2, *GREY), tmp_path / "program.pt2")
     shape = {"shape": [*GREY], "mean": [0.5], "std": [0.5]}
-    setting = prepare(declare(model__input=shape))
-    assert setting.labels == [2]
-    assert setting.model.module.training is False
-    assert any(path.endswith("program.pt2") for path, _ in setting.files)
-    assert all(check.outcome == "agrees" for check in setting.checks)
+    case = prepare(declare(model__input=shape))
+    assert case.audited.labels == [2]
+    assert case.model.module.training is False
+    assert any(path.endswith("program.pt2") for path, _ in case.files)
+    assert all(check.outcome == "agrees" for check in case.audited.checks)
 
 
 def test_weights_of_a_file_take_the_place_of_the_program_s(

@@ -16,7 +16,8 @@ from torch import nn
 from ggl_audit.attack.derivatives import Derivatives
 from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import stack
-from ggl_audit.case.setting import Setting, prepare
+from ggl_audit.case.case import Case
+from ggl_audit.case.preparation import prepare
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.evidence.covered_statistics import OVER_EVERYTHING
@@ -121,8 +122,8 @@ def declare(sample: Declare, tmp_path: Path) -> Callable[..., Spec]:
     return read
 
 
-def outcome(setting: Setting) -> str:
-    (check,) = [check for check in setting.checks if check.step == "the private image"]
+def outcome(case: Case) -> str:
+    (check,) = [check for check in case.audited.checks if check.step == "the private image"]
     return check.outcome
 
 
@@ -145,19 +146,19 @@ def test_candidates_give_the_statistics_of_a_plain_loop(
     before = own_model(**kwargs)
     after = trained(before, epochs, size).state_dict()
     local = {"lr": LR, "epochs": epochs, "batch_size": size}
-    setting = prepare(declare(after, kwargs, capture__local=local))
-    statistics = setting.model.statistics
+    case = prepare(declare(after, kwargs, capture__local=local))
+    statistics = case.model.statistics
     assert statistics is not None
     images, labels = private()
-    computed = ClientGradients(setting.model, setting.defense).gradients(images[None], labels[None])
+    computed = ClientGradients(case.model, case.defense).gradients(images[None], labels[None])
     for name in statistics.names:
         changed = before.state_dict()[name] - after[name]
         torch.testing.assert_close(
             computed[name][0] / statistics.unit, changed, rtol=1e-4, atol=1e-6
         )
     assert {n for n in after if "running" in n} == set(statistics.names)
-    assert outcome(setting) == "agrees"
-    assert not setting.doubts
+    assert outcome(case) == "agrees"
+    assert not case.doubts
 
 
 def test_statistics_alone_tell_who_was_there(declare: Declare, tmp_path: Path) -> None:
@@ -167,23 +168,24 @@ def test_statistics_alone_tell_who_was_there(declare: Declare, tmp_path: Path) -
     for name, _ in before.named_parameters():  # the parameters drown in noise
         after[name] = before.state_dict()[name] + torch.randn(after[name].shape, generator=noise)
     defense = [{"name": "clip", "bound": 0.1, "over": "parameters"}, {"name": "noise", "std": 1.0}]
-    setting = prepare(declare(after, {}, defense=defense))
-    assert outcome(setting) == "agrees"
+    case = prepare(declare(after, {}, defense=defense))
+    assert outcome(case) == "agrees"
     images, labels = private()
     others = digits("private").images[10:40]
     tried = images.repeat(31, 1, 1, 1, 1)
     tried[1:, 2] = others  # each in the place of the third
-    matching = Matching(setting.model, setting.defense)
-    distances = matching.distances(tried[None], labels.expand(1, 31, -1), stack([setting.observed]))
+    matching = Matching(case.model, case.defense)
+    observed = stack([case.audited.observed])
+    distances = matching.distances(tried[None], labels.expand(1, 31, -1), observed)
     assert int(distances.argmin()) == 0
 
 
 def test_attacks_follow_the_statistics(declare: Declare, tmp_path: Path) -> None:
-    setting = prepare(declare(trained(own_model()).state_dict(), {}))
+    case = prepare(declare(trained(own_model()).state_dict(), {}))
     images, labels = private()
-    derivatives = Derivatives(setting.model, setting.defense, "l2")
+    derivatives = Derivatives(case.model, case.defense, "l2")
     start, step = (0.8 * images + 0.1)[None], 1e-3
-    observed = stack([setting.observed])
+    observed = stack([case.audited.observed])
     distance, slope = derivatives(start, labels[None], observed)
     direction = torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
     ahead, behind = (
@@ -192,8 +194,8 @@ def test_attacks_follow_the_statistics(declare: Declare, tmp_path: Path) -> None
     assert float((ahead - behind) / (2 * step)) == pytest.approx(
         float((slope * direction).sum()), rel=0.02
     )
-    without = Derivatives(setting.model, setting.defense, "l2")
-    only = {n: t for n, t in observed.items() if n in setting.model.parameters}
+    without = Derivatives(case.model, case.defense, "l2")
+    only = {n: t for n, t in observed.items() if n in case.model.parameters}
     assert float(distance) != pytest.approx(float(without(start, labels[None], only)[0]), rel=1e-3)
 
 
@@ -209,8 +211,8 @@ def test_a_cohorts_statistics_are_averaged(declare: Declare, tmp_path: Path) -> 
         sent.append(module.state_dict())
     after = {name: (sent[0][name].float() + sent[1][name].float()) / 2 for name in sent[0]}
     defense = [{"name": "secure_aggregation", "clients": 2}]
-    setting = prepare(declare(after, {}, capture__batch_size=2, defense=defense))
-    assert outcome(setting) == "agrees"
+    case = prepare(declare(after, {}, capture__batch_size=2, defense=defense))
+    assert outcome(case) == "agrees"
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])
@@ -230,10 +232,10 @@ def test_a_clip_over_every_array_is_replayed_as_such(
     defense: list[dict[str, Any]] = [{"name": "clip", "bound": 0.5}]
     defense[0] |= {} if over is None else {"over": over}
     defense += [{"name": "noise", "std": noise}] if noise else []
-    setting = prepare(declare(after, {}, defense=defense))
-    assert outcome(setting) == ("contradicts" if over == "parameters" else "agrees")
-    assert setting.defense.clear.is_over_everything == (over != "parameters")
-    assert not setting.defense.clear.names or over == "parameters"
+    case = prepare(declare(after, {}, defense=defense))
+    assert outcome(case) == ("contradicts" if over == "parameters" else "agrees")
+    assert case.defense.clear.is_over_everything == (over != "parameters")
+    assert not case.defense.clear.names or over == "parameters"
 
 
 def test_what_mode_implies_and_the_file_lacks_is_asked_for(
@@ -253,10 +255,10 @@ def test_what_mode_implies_and_the_file_lacks_is_asked_for(
 def test_one_statistic_of_a_layer_is_enough(declare: Declare, tmp_path: Path) -> None:
     new = trained(own_model()).state_dict()
     kept = {name: tensor for name, tensor in new.items() if "running_mean" not in name}
-    setting = prepare(declare(kept, {}, capture__unsent=["*running_mean"]))
-    assert setting.model.statistics is not None
-    assert setting.model.statistics.names == ("0.running_var", "2.running_var")
-    assert outcome(setting) == "agrees"
+    case = prepare(declare(kept, {}, capture__unsent=["*running_mean"]))
+    assert case.model.statistics is not None
+    assert case.model.statistics.names == ("0.running_var", "2.running_var")
+    assert outcome(case) == "agrees"
 
 
 @pytest.mark.parametrize("what", ["values", "changes", "list"])
@@ -283,9 +285,9 @@ def test_a_gradient_with_statistics_beside_it(declare: Declare, tmp_path: Path, 
         "capture__kind": "gradient",
         "capture__local": None,
     }
-    setting = prepare(declare(new, {}, **keys))
-    assert setting.model.statistics is not None
-    assert outcome(setting) == "agrees"
+    case = prepare(declare(new, {}, **keys))
+    assert case.model.statistics is not None
+    assert outcome(case) == "agrees"
 
 
 @pytest.mark.parametrize(
@@ -307,9 +309,9 @@ def test_what_else_was_sent_is_a_doubt_unless_it_is_said_why_not(
     assert kind in doubt
     assert name in doubt
     ignored = [{"name": name, "reason": "it is the server's own"}]
-    setting = prepare(declare(new, {}, capture__ignored=ignored))
-    assert not setting.doubts
-    assert setting.captured.beside.ignored == [name]
+    case = prepare(declare(new, {}, capture__ignored=ignored))
+    assert not case.doubts
+    assert case.audited.fitted.beside.ignored == [name]
 
 
 @pytest.mark.parametrize(
@@ -369,21 +371,21 @@ def test_the_clients_own_code_sends_its_statistics(declare: Declare, tmp_path: P
         "capture__local": None,
         "client": {"step": f"{tmp_path / 'client.py'}:step"},
     }
-    setting = prepare(declare({"x": torch.ones(1)}, {}, **keys))
-    assert outcome(setting) == "agrees"
-    (doubt,) = setting.doubts
+    case = prepare(declare({"x": torch.ones(1)}, {}, **keys))
+    assert outcome(case) == "agrees"
+    (doubt,) = case.doubts
     assert "the client's own code sends counts ('num_examples')" in doubt
-    assert setting.model.statistics is not None
+    assert case.model.statistics is not None
 
 
 def test_statistics_that_did_not_change_tell_nothing(declare: Declare, tmp_path: Path) -> None:
     before = own_model()
     new = {**trained(before).state_dict()}
     new |= {name: t for name, t in before.state_dict().items() if "running" in name}
-    setting = prepare(declare(new, {}, capture__unsent=["*running*"]))
-    assert outcome(setting) == "agrees"
-    assert not setting.doubts
-    assert setting.model.statistics is None
+    case = prepare(declare(new, {}, capture__unsent=["*running*"]))
+    assert outcome(case) == "agrees"
+    assert not case.doubts
+    assert case.model.statistics is None
 
 
 def test_ignored_is_for_what_is_there_and_no_parameter(declare: Declare, tmp_path: Path) -> None:
@@ -445,6 +447,6 @@ def test_noise_over_everything_is_looked_for(declare: Declare, tmp_path: Path) -
     ]
     for after, expected in ((right, "hidden"), (wrong, "contradicts"), (uncounted, "contradicts")):
         keys = {"evidence__truth": []}
-        setting = prepare(declare(after, {}, defense=defense, **keys))
-        (check,) = [c for c in setting.checks if c.step == OVER_EVERYTHING]
+        case = prepare(declare(after, {}, defense=defense, **keys))
+        (check,) = [c for c in case.audited.checks if c.step == OVER_EVERYTHING]
         assert check.outcome == expected, check.detail

@@ -12,7 +12,7 @@ from scipy.stats import binom
 
 from ggl_audit.audit import run_audit
 from ggl_audit.case.capturing import capture_gradient
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import digits, write_image
@@ -142,7 +142,8 @@ def test_images_in_another_order_than_their_labels_contradict(
 ) -> None:
     paths = [str(tmp_path / f"private_{i}.png") for i in (3, 2, 1, 0)]
     spec = captured(4, [], capture__labels=private(4)[1], evidence__truth=paths)
-    (check,) = [check for check in prepare(spec).checks if check.step == "the private image"]
+    checks = prepare(spec).audited.checks
+    (check,) = [check for check in checks if check.step == "the private image"]
     assert check.outcome == "contradicts"
 
 
@@ -152,9 +153,9 @@ def test_other_images_than_the_captured_are_not_taken_for_these(
     """With inferred labels it is not decided, as another order might fit."""
     spec = captured(4, [])
     write_image(tmp_path / "private_1.png", digits("private").images[150])
-    setting = prepare(spec)
-    assert setting.truth_labels is None
-    assert not [check for check in setting.checks if check.step == "the private image"]
+    case = prepare(spec)
+    assert case.audited.truth_labels is None
+    assert not [check for check in case.audited.checks if check.step == "the private image"]
     report = run_audit(spec, Counter())
     assert {"rank", "check"} <= set(report.captured.not_measured)
     assert all(found.rank is None for found in report.captured.reconstructions)

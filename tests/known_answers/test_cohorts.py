@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ggl_audit.audit import run_audit
 from ggl_audit.basics.gradient import Gradient, each
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.defenses import Clip, Context, Noise
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.capture import write_capture

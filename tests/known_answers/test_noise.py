@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ggl_audit.audit import run_audit
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.defenses import Check
 from ggl_audit.evidence.noise_tests import NoiseTest
 from ggl_audit.experiments.noise import planned_releases, try_noise, why_no_noise_test
@@ -42,11 +42,11 @@ def own(kind: str, **more: Any) -> dict[str, Any]:
 
 
 def outcome_of(spec: Spec) -> NoiseTest | None:
-    setting, progress = prepare(spec), Counter()
-    if why_no_noise_test(setting):
+    case, progress = prepare(spec), Counter()
+    if why_no_noise_test(case):
         return None
-    found = try_noise(setting, planned_releases(setting), progress.advance)
-    assert progress.done == planned_releases(setting)
+    found = try_noise(case, planned_releases(case), progress.advance)
+    assert progress.done == planned_releases(case)
     return found
 
 
@@ -162,7 +162,7 @@ def test_wrong_noise_earns_no_pass(sample: Callable[..., Spec]) -> None:
 
 
 def seen(spec: Spec) -> list[Check]:
-    return [check for check in prepare(spec).checks if check.step == "the declared noise"]
+    return [check for check in prepare(spec).audited.checks if check.step == "the declared noise"]
 
 
 def replaced(samples: Path, folder: Path, change: Callable[[Gradient, Gradient], Gradient]) -> str:
@@ -265,8 +265,8 @@ def test_another_private_image_is_not_taken_for_wrong_noise(
     from ggl_audit.inputs.images import digits, write_image
 
     write_image(tmp_path / "other.png", digits("private").images[40])
-    setting = prepare(sample("noise", evidence__truth=str(tmp_path / "other.png")))
-    outcomes = {check.step: check.outcome for check in setting.checks}
+    case = prepare(sample("noise", evidence__truth=str(tmp_path / "other.png")))
+    outcomes = {check.step: check.outcome for check in case.audited.checks}
     assert outcomes["the declared noise"] == "agrees"
 
 

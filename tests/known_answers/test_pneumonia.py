@@ -9,7 +9,7 @@ import pytest
 
 from ggl_audit.audit import run_audit
 from ggl_audit.case.capturing import capture_gradient
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import InputError
 from ggl_audit.inputs.capture import write_capture
 from ggl_audit.inputs.images import fingerprints, read_image
@@ -41,15 +41,15 @@ def test_without_the_data_it_says_how_to_give_them() -> None:
 
 
 def test_all_that_it_names_fits(shared: Path, tmp_path: Path) -> None:
-    setting = prepare(pneumonia(shared))
-    assert setting.labels == [0]
-    assert [check.outcome for check in setting.checks] == ["agrees"] * len(setting.checks)
-    assert len(setting.checks) == 2
-    assert len(setting.reference) == 624
+    case = prepare(pneumonia(shared))
+    assert case.audited.labels == [0]
+    assert [check.outcome for check in case.audited.checks] == ["agrees"] * len(case.audited.checks)
+    assert len(case.audited.checks) == 2
+    assert len(case.reference) == 624
     radiograph = read_image(RADIOGRAPH, (1, 28, 28))[None]
-    assert not {*fingerprints(radiograph)} & {*fingerprints(setting.reference.images)}
-    assert not setting.prior_saw_truth
-    write_capture(tmp_path / "again.safetensors", capture_gradient(setting.spec, [RADIOGRAPH], [0]))
+    assert not {*fingerprints(radiograph)} & {*fingerprints(case.reference.images)}
+    assert not case.audited.prior_saw_truth
+    write_capture(tmp_path / "again.safetensors", capture_gradient(case.spec, [RADIOGRAPH], [0]))
     shipped = SAMPLES / "captures" / "pneumonia.safetensors"
     assert (tmp_path / "again.safetensors").read_bytes() == shipped.read_bytes()
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ggl_audit.audit import EXPERIMENTS, plan_experiments, run_audit
 from ggl_audit.case.capturing import capture_gradient
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.experiments.ledger import Ledger

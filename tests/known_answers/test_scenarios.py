@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from ggl_audit.audit import run_audit
 from ggl_audit.basics.gradient import Gradient
-from ggl_audit.case.setting import Setting
+from ggl_audit.case.case import Case
 from ggl_audit.defenses import Context, build_pipeline
 from ggl_audit.experiments import cause
 from ggl_audit.inputs.images import digits, write_image
@@ -514,9 +514,9 @@ def test_a_declaration_that_is_the_same_in_effect_accuses_no_capture(
     """It is tried, as the capture is explained less well than most canaries are."""
     asked = []
 
-    def the_same(setting: Setting) -> Iterator[tuple[str, Setting]]:
-        asked.append(setting)
-        yield "nothing else", setting
+    def the_same(case: Case) -> Iterator[tuple[str, Case]]:
+        asked.append(case)
+        yield "nothing else", case
 
     monkeypatch.setattr(cause, "other_models", the_same)
     scenario = next(one for one in TABLE if one.name == "sent as it is")

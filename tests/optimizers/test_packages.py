@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from ggl_audit.attacks.ggl import GenerativeGradientLeakage
 from ggl_audit.audit import plan_experiments, run_audit
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.cli import app
 from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.experiments.forecast import planned_evaluations
@@ -125,12 +125,12 @@ def test_an_audit_with_it_evaluates_what_is_planned_and_names_it(
     sample: Callable[..., Spec], added: str
 ) -> None:
     spec = sample("undefended", attack__optimizer=added, attack__evaluations=101)
-    setting = prepare(spec)
-    plans = {one.name: one.plan() for one in plan_experiments(setting)}
+    case = prepare(spec)
+    plans = {one.name: one.plan() for one in plan_experiments(case)}
     planned, counter = planned_evaluations(plans), Counter()
     report = run_audit(spec, counter)
     assert counter.done == counter.planned == planned
-    each = GenerativeGradientLeakage(setting).evaluations()
+    each = GenerativeGradientLeakage(case).evaluations()
     assert each == (100 if wants_more(added) else 101)
     assert report.spec["attack"]["optimizer"] == added
     assert any(f"the search by {added} with" in said for said in report.assumptions)
@@ -140,8 +140,8 @@ def test_an_audit_with_it_evaluates_what_is_planned_and_names_it(
 
 
 def test_a_check_counts_it(sample: Callable[..., Spec], added: str) -> None:
-    setting = prepare(sample("undefended", attack__optimizer=added))
-    plans = {one.name: one.plan() for one in plan_experiments(setting)}
+    case = prepare(sample("undefended", attack__optimizer=added))
+    plans = {one.name: one.plan() for one in plan_experiments(case)}
     planned = planned_evaluations(plans)
     settings = [f"--set={key}={value}" for key, value in SMALL.items()]
     spec = SAMPLES / "digits_undefended.yaml"

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from ggl_audit.audit import plan_experiments, run_audit
-from ggl_audit.case.setting import prepare
+from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import AuditError, InputError
 from ggl_audit.experiments.forecast import planned_evaluations
 from ggl_audit.inputs.images import read_image

@@ -101,7 +101,7 @@ def _audited(
         written, said = _opened(stack, ledger, declared, experiments)
         progress.start(planned_evaluations(declared.plans))
         progress.advance(written.evaluations)
-        for sentence in said:
+        for sentence in (*case.remarks, *said):
             progress.say(sentence)
         cut_short = conduct(experiments, declared.plans, written, schedule, progress, clock)
     memory = peak_memory_bytes(case.model.device)

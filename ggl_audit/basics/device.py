@@ -84,6 +84,18 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float64
 
 
+def lacking_operator(error: BaseException) -> str:
+    """What PyTorch says where a device lacks an operator; empty if an error is about another thing.
+
+    Args:
+        error: what was raised, maybe for people in place of it.
+    """
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, NotImplementedError):
+        found = found.__cause__ or found.__context__
+    return "" if found is None else str(found).strip().partition(". ")[0].splitlines()[0]
+
+
 def usual_memory(device: torch.device) -> int:
     """The MiB that candidates' gradients may take at a time unless told, on a device."""
     if device.type == "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class Case:
             captures of the round, which are only checked and attacked.
         doubts: why canaries' gradients may not stand for what the client of a capture sends.
         files: the files that were read, as the spec names them, with their SHA-256.
+        remarks: what there is to say of how it was loaded, in sentences.
     """
 
     spec: Spec
@@ -60,6 +61,7 @@ class Case:
     captures: tuple[Capture, ...]
     doubts: list[str]
     files: list[tuple[str, str]]
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def audited(self) -> Capture:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ggl_audit.basics.device import choose_device, settle, usual_memory
+from ggl_audit.basics.device import CPU, choose_device, lacking_operator, settle, usual_memory
 from ggl_audit.basics.environment import keep_freed_memory
 from ggl_audit.case.capture import Capture
 from ggl_audit.case.case import Case
@@ -22,7 +22,7 @@ from ggl_audit.case.perceptual import load_perceptual
 from ggl_audit.case.reading import read_captured, with_statistics
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Check, Pipeline, shipped
-from ggl_audit.errors import SpecError
+from ggl_audit.errors import AuditError, SpecError
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.declared_noise import check_shared_noise
 from ggl_audit.inputs.images import fingerprints
@@ -35,13 +35,27 @@ from ggl_audit.spec import DefenseSpec, Spec
 def prepare(spec: Spec) -> Case:
     """Loads and checks all that the spec names.
 
-    Where it is not declared what a clip is over, and running statistics were sent, it is taken to
-    be over the parameters alone, unless the capture shows that it is over everything.
+    Where ``auto`` chose an accelerator that lacks an operator, everything is on the processor, and
+    the case has a remark that says so. Where it is not declared what a clip is over, and running
+    statistics were sent, it is taken to be over the parameters alone, unless the capture shows that
+    it is over everything.
 
     Raises:
         AuditError: something is missing, broken, or does not fit the rest.
     """
-    case = _prepare(spec)
+    device = choose_device(spec.device)
+    try:
+        return _prepare(spec, device)
+    except (AuditError, NotImplementedError) as error:
+        lacking = lacking_operator(error)
+        if device.type == "cpu" or spec.device != "auto" or not lacking:
+            raise
+    remark = f"The audit computes on the processor, as {device.type} lacks something: {lacking}"
+    return replace(_prepare(spec, CPU), remarks=[remark])
+
+
+def _prepare(spec: Spec, device: torch.device) -> Case:
+    case = _loaded(spec, device)
     everything = _with_clips_over_everything(spec)
     if everything is None or not case.model.statistics:
         return case
@@ -50,7 +64,7 @@ def prepare(spec: Spec) -> Case:
     scaled = any(float(change) != round(float(change)) for change in counts)
     if not scaled and PRIVATE_IMAGE not in contradicted:
         return case
-    other = _prepare(everything)
+    other = _loaded(everything, device)
     return case if other.audited.contradicted() - contradicted else other
 
 
@@ -70,9 +84,8 @@ def _with_clips_over_everything(spec: Spec) -> Spec | None:
     return None if steps == spec.defense else spec.model_copy(update={"defense": steps})
 
 
-def _prepare(spec: Spec) -> Case:
+def _loaded(spec: Spec, device: torch.device) -> Case:
     keep_freed_memory()
-    device = choose_device(spec.device)
     settle(device)
     if spec.memory is None:
         spec = spec.model_copy(update={"memory": usual_memory(device)})

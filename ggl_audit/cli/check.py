@@ -66,6 +66,8 @@ def check(
     with options.located(declared), AuditProgress(shown=not quiet):
         case = prepare(declared)
     console = Console()
+    for remark in case.remarks:
+        console.print(escape(remark))
     console.print(_parameters(case))
     fitted = case.audited.fitted
     console.print(escape(printable(f"matched by {fitted.how}")))

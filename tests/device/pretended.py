@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 NAME = "pretended"
 EXISTS = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
+LACKING: set[str] = set()
+"""Operators that the device is without."""
+
 ACROSS = {"copy_", "_to_copy", "set_"}
 """Operators that take tensors of two devices."""
 
@@ -86,6 +89,10 @@ def computed(operator: Any, args: Any, kwargs: dict[str, Any], *, lacks_float64:
         args[0], Held
     ):
         raise RuntimeError(f"{operator}: tensors on two devices, {NAME} and cpu")
+    if there and name in LACKING:
+        raise NotImplementedError(
+            f"The operator 'aten::{name}' is not implemented for {NAME}. Wait."
+        )
     args, kwargs = tree_map_only(Held, lambda tensor: tensor.values, (args, kwargs))
     returned = operator(*args, **kwargs)
     if name == "_local_scalar_dense":

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from ggl_audit.audit import run_audit
+from ggl_audit.errors import SpecError
 from ggl_audit.priors import training as training_module
 from ggl_audit.report.model import Report
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
+from tests.device import pretended
 from tests.device.conftest import NAMED
 from tests.priors.test_training import pictures
 from tests.test_ledger import content
@@ -94,6 +96,23 @@ def test_a_prior_is_trained_and_goes_on(device: torch.device, tmp_path: Path) ->
     )
     assert whole == parts
     assert training_module.ADAM_SLOTS
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.skipif(NAMED != pretended.NAME, reason="no other device lacks what it is told to")
+def test_auto_takes_the_processor_where_an_operator_is_lacking(
+    sample: Callable[..., Spec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretended, "LACKING", {"convolution"})
+    progress = Counter()
+    report = run_audit(sample("undefended", device="auto", **FEW), progress)
+    assert report.environment["device"] == "cpu"
+    assert progress.said == [
+        "The audit computes on the processor, as pretended lacks something: The operator "
+        "'aten::convolution' is not implemented for pretended"
+    ]
+    with pytest.raises(SpecError, match="convolution"):
+        run_audit(sample("undefended", device="pretended", **FEW), Counter())
 
 
 @pytest.mark.skipif(

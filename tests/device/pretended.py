@@ -90,9 +90,7 @@ def computed(operator: Any, args: Any, kwargs: dict[str, Any], *, lacks_float64:
     ):
         raise RuntimeError(f"{operator}: tensors on two devices, {NAME} and cpu")
     if there and name in LACKING:
-        raise NotImplementedError(
-            f"The operator 'aten::{name}' is not implemented for {NAME}. Wait."
-        )
+        raise NotImplementedError(f"The operator 'aten::{name}' is not implemented for {NAME}.")
     args, kwargs = tree_map_only(Held, lambda tensor: tensor.values, (args, kwargs))
     returned = operator(*args, **kwargs)
     if name == "_local_scalar_dense":

@@ -6,14 +6,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
+import ggl_audit
 from ggl_audit.judgement.rules import ASKED, RULES, Rule
+from ggl_audit.messages import MESSAGES, Message
 
 DOCS = Path(__file__).parent
 
@@ -103,7 +109,63 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-PAGES = {"findings.md": findings, "gpu.md": gpu}
+MADE = "<!-- Made of inputs.template.md and of the program's messages by python docs/make.py. -->\n"
+
+TABLE = re.compile(r"{{ (\w+) }}")
+"""Where in the template the table of a section goes."""
+
+GLUED = re.compile(r"\w\w")
+
+
+def inputs() -> str:
+    """The page of inputs and messages."""
+    for module in pkgutil.walk_packages(ggl_audit.__path__, "ggl_audit."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    tables = {
+        section: _table(("code", "message", "what to do"), [*map(row, messages)])
+        for section, messages in groupby(sorted(MESSAGES.values(), key=_place), _section)
+    }
+    template = (DOCS / "inputs.template.md").read_text()
+    named = TABLE.findall(template)
+    if sorted(named) != sorted(tables):
+        sys.exit(f"sections of messages and of the page: {sorted({*named} ^ {*tables})}")
+    return MADE + TABLE.sub(lambda found: tables[found[1]], template)
+
+
+def row(message: Message) -> tuple[str, str, str]:
+    """A message by its code, and what to do about it."""
+    what_to_do = message.advice or plain(message.remedy)
+    return message.code, f"`{plain(message.text)}`", what_to_do
+
+
+def plain(text: str) -> str:
+    """What a message says, with a word in capitals for each value.
+
+    Words that may follow, or not, have no space of their own around them, and are shown as dots.
+    """
+    parts = [(words, value) for words, value, _, _ in Formatter().parse(text)]
+    shown = ""
+    for (words, value), (after, _) in zip(parts, [*parts[1:], ("", None)], strict=True):
+        shown += words
+        if value is None:
+            continue
+        if GLUED.search(words[-2:]) or (shown and not words):
+            shown = shown.removesuffix(" ...") + " ..."
+        else:
+            shown += "... " if GLUED.match(after) else value.upper().replace("_", " ")
+    return shown
+
+
+def _section(message: Message) -> str:
+    return message.code.partition("/")[0]
+
+
+def _place(message: Message) -> tuple[str, str]:
+    return _section(message), message.code
+
+
+PAGES = {"findings.md": findings, "gpu.md": gpu, "inputs.md": inputs}
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from ggl_audit.experiments.schedule import InThisProcess
 from ggl_audit.experiments.workers import Workers
 from ggl_audit.judgement.declared import Declared, declare
 from ggl_audit.judgement.unmeasured import unfinished
+from ggl_audit.messages import Message
 from ggl_audit.report.assembly import assemble
 from ggl_audit.report.declaration import check_inputs, declared_in
 from ggl_audit.report.model import Report
@@ -52,6 +53,13 @@ EXPERIMENTS: tuple[type[Experiment[Result]], ...] = (
     OtherDeclaration,
     OtherLayout,
     UndefendedReconstruction,
+)
+
+NO_DECLARATION = Message(
+    "ledger/no-declaration",
+    "line 2 is no declaration",
+    "The ledger is of another version of this program.",
+    advice="The file was changed, or is of another version: begin another one.",
 )
 
 
@@ -150,9 +158,7 @@ def judge_ledger(path: Path) -> Report:
         if _header_of(declared) != header:
             raise ValueError("of another audit")
     except ValueError:
-        raise InputError(
-            path, "line 2 is no declaration", "The ledger is of another version of this program."
-        ) from None
+        raise InputError(path, NO_DECLARATION()) from None
     results = {kind.name: kind.result for kind in known_experiments()}
     outcomes = read_outcomes(path, lines, results, declared.plans)
     ledger = Ledger(outcomes)

@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from ggl_audit.messages import Message, Said
+
 Key = tuple[str | int, ...]
+
+REFUSED = Message(
+    "code/refused",
+    "{reason}",
+    advice="Act on the words, which are those of the code that refused the value: a package's, or "
+    "your own.",
+)
 
 
 class AuditError(Exception):
@@ -21,16 +30,19 @@ class AuditError(Exception):
 
     Attributes:
         exit_code: of the program: 2 for bad input, 3 where nothing can be said of it.
-        problem: what was wrong and what was expected, in one sentence without a full stop.
-        remedy: what to do about it, or an empty string.
+        said: what was wrong, what was expected and what to do, with the code of its message.
     """
 
     exit_code: ClassVar[Literal[2, 3]] = 2
 
-    def __init__(self, problem: str, remedy: str = "") -> None:
+    def __init__(self, said: Said) -> None:
         # Exception.__new__ has kept all arguments, which unpickling calls the class with.
-        self.problem = problem
-        self.remedy = remedy
+        self.said = _checked(said)
+
+    @property
+    def code(self) -> str:
+        """The code of the message, by which docs/inputs.md has it."""
+        return self.said.code
 
     @property
     def where(self) -> str:
@@ -40,8 +52,8 @@ class AuditError(Exception):
     def __str__(self) -> str:
         # The one place where a message is put together, and names from files become harmless.
         where = printable(self.where).replace("\n", r"\n")
-        message = f"{where}: {self.problem}" if where else self.problem
-        return printable(f"{message}. {self.remedy}" if self.remedy else f"{message}.")
+        message = f"{where}: {self.said.text}" if where else self.said.text
+        return printable(f"{message}. {self.said.remedy}".rstrip())
 
 
 class CannotGoOnError(AuditError):
@@ -53,8 +65,8 @@ class CannotGoOnError(AuditError):
 class InputError(AuditError):
     """A file cannot be read, or what it holds does not fit."""
 
-    def __init__(self, path: Path | str, problem: str, remedy: str = "") -> None:
-        super().__init__(problem, remedy)
+    def __init__(self, path: Path | str, said: Said) -> None:
+        super().__init__(said)
         self.path = Path(path)
 
     @property
@@ -71,8 +83,8 @@ class SpecError(AuditError):
         location: the file and line that declared it, filled in by whoever knows them.
     """
 
-    def __init__(self, key: Key, problem: str, remedy: str = "") -> None:
-        super().__init__(problem, remedy)
+    def __init__(self, key: Key, said: Said) -> None:
+        super().__init__(said)
         self.key = key
         self.location = ""
 
@@ -86,6 +98,37 @@ class NothingToMeasureError(SpecError):
     """What was declared leaves nothing that could be measured: inconclusive, exit code 3."""
 
     exit_code = 3
+
+
+class ReasonError(ValueError):
+    """Something cannot be used; whoever catches it knows in which file or key.
+
+    Pydantic's validators raise it as any ValueError.
+
+    Attributes:
+        said: what is wrong with it.
+    """
+
+    def __init__(self, said: Said) -> None:
+        super().__init__(said)
+        self.said = _checked(said)
+
+
+def reason(error: ValueError) -> Said:
+    """What is wrong, by a message where it is one of ours, else in the error's own words."""
+    return error.said if isinstance(error, ReasonError) else REFUSED(reason=error)
+
+
+def raised(error: BaseException) -> str:
+    """The kind of an error and its own words: ``TypeError: expected a tensor``."""
+    words = str(error)
+    return words if isinstance(error, ReasonError) else f"{type(error).__name__}: {words}"
+
+
+def _checked(said: Said) -> Said:
+    if not isinstance(said, Said):
+        raise TypeError(f"expected what a message says, found {said!r:.80}")
+    return said
 
 
 def dotted(key: Key) -> str:

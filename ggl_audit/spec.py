@@ -22,7 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from ggl_audit.errors import Key
+from ggl_audit import spec_messages
+from ggl_audit.errors import Key, ReasonError
 
 MEMORY_OF_A_PROCESSOR = 256
 """MiB: the chunks that fit its caches are the fast ones."""
@@ -58,12 +59,13 @@ class ImageFormat(_Section):
     def _one_value_or_one_a_channel(self) -> ImageFormat:
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.shape[0]):
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values; "
-                    f"expected 1 or {self.shape[0]} (the channels of shape)"
+                raise ReasonError(
+                    spec_messages.CHANNEL_VALUES(
+                        name=name, count=len(getattr(self, name)), channels=self.shape[0]
+                    )
                 )
         if self.channels == "bgr" and self.shape[0] != 3:
-            raise ValueError(f"channels: bgr is for 3 channels; shape has {self.shape[0]}")
+            raise ReasonError(spec_messages.BGR(channels=self.shape[0]))
         return self
 
 
@@ -102,13 +104,13 @@ class LossSpec(_Section):
     @model_validator(mode="after")
     def _what_belongs_to_the_loss(self) -> LossSpec:
         if (self.name is None) == (self.factory is None):
-            raise ValueError("give either name or factory")
+            raise ReasonError(spec_messages.LOSS_NAME_OR_FACTORY())
         if self.factory is None and self.kwargs:
-            raise ValueError("kwargs are for a factory")
+            raise ReasonError(spec_messages.KWARGS_WITHOUT_FACTORY())
         if self.name != "cross_entropy" and (self.label_smoothing or self.weight):
-            raise ValueError("label_smoothing and weight are for cross_entropy")
+            raise ReasonError(spec_messages.FOR_CROSS_ENTROPY())
         if self.name != "binary_cross_entropy" and self.pos_weight:
-            raise ValueError("pos_weight is for binary_cross_entropy")
+            raise ReasonError(spec_messages.FOR_BINARY_CROSS_ENTROPY())
         return self
 
     @property
@@ -171,15 +173,15 @@ class ModelSpec(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:
         if sum(getattr(self, source) is not None for source in MODEL_SOURCES) != 1:
-            raise ValueError(f"give exactly one of {', '.join(MODEL_SOURCES)}")
+            raise ReasonError(spec_messages.ONE_MODEL(keys=", ".join(MODEL_SOURCES)))
         if self.factory is None and self.kwargs:
-            raise ValueError("kwargs are for a factory")
+            raise ReasonError(spec_messages.KWARGS_WITHOUT_FACTORY())
         return self
 
     @model_validator(mode="after")
     def _eval_modules_of_a_factory_in_train_mode(self) -> ModelSpec:
         if self.eval_modules and (self.factory is None or self.mode != "train"):
-            raise ValueError("eval_modules are for a factory in mode: train")
+            raise ReasonError(spec_messages.EVAL_MODULES())
         return self
 
     @property
@@ -213,10 +215,7 @@ def _learning_rates(value: Any) -> Any:
     except (TypeError, ValueError):
         usable = False
     if not usable:
-        raise ValueError(
-            f"expected a learning rate above zero, or a list with that of each local step, found "
-            f"{value!r:.80}"
-        )
+        raise ReasonError(spec_messages.NO_LEARNING_RATE(value=value))
     return value
 
 
@@ -287,9 +286,11 @@ class LocalTrainingSpec(_Section):
         known = {key for keys in OPTIMIZER_KEYS.values() for key in keys}
         odd = sorted(self.model_fields_set & (known - {*OPTIMIZER_KEYS[self.optimizer]}))
         if odd:
-            raise ValueError(f"{', '.join(odd)}: not for optimizer: {self.optimizer}")
+            raise ReasonError(
+                spec_messages.OTHER_OPTIMIZERS(keys=", ".join(odd), optimizer=self.optimizer)
+            )
         if self.nesterov and (not self.momentum or self.dampening):
-            raise ValueError("nesterov needs momentum, and no dampening")
+            raise ReasonError(spec_messages.NESTEROV())
         return self
 
     def steps(self, images: int) -> int:
@@ -381,19 +382,19 @@ class CaptureSpec(_Section):
     @model_validator(mode="after")
     def _labels_or_targets(self) -> CaptureSpec:
         if (self.labels is None) == (self.targets is None):
-            raise ValueError("give labels or targets, not both")
+            raise ReasonError(spec_messages.LABELS_OR_TARGETS())
         return self
 
     @model_validator(mode="after")
     def _one_source(self) -> CaptureSpec:
         if (self.gradient is None) == (self.after is None):
-            raise ValueError("give gradient, or after (a checkpoint) for kind: update")
+            raise ReasonError(spec_messages.ONE_CAPTURE())
         if self.after is not None and self.kind != "update":
-            raise ValueError("after is for kind: update")
+            raise ReasonError(spec_messages.AFTER())
         if self.before is not None and self.after is None:
-            raise ValueError("before is for after, the checkpoint after training")
+            raise ReasonError(spec_messages.BEFORE())
         if self.others and (self.gradient is None or self.kind == "moments" or self.targets):
-            raise ValueError("others are for captures that gradient names, without targets")
+            raise ReasonError(spec_messages.OTHERS())
         return self
 
     @model_validator(mode="after")
@@ -401,29 +402,27 @@ class CaptureSpec(_Section):
         if isinstance(self.labels, list) and (
             not self.labels or len(self.labels) % self.batch_size
         ):
-            raise ValueError(
-                f"labels has {len(self.labels)} entries; expected {self.batch_size} "
-                "(capture.batch_size) for each client, or 'infer'"
+            raise ReasonError(
+                spec_messages.LABELS_COUNT(count=len(self.labels), batch_size=self.batch_size)
             )
         return self
 
     @model_validator(mode="after")
     def _what_belongs_to_the_kind(self) -> CaptureSpec:
         if self.kind == "update" and self.local is None:
-            raise ValueError("kind: update needs local: {lr: ...}, how the client trained")
+            raise ReasonError(spec_messages.NEEDS_LOCAL())
         if self.kind != "update" and self.local is not None:
-            raise ValueError("local is for kind: update")
+            raise ReasonError(spec_messages.LOCAL())
         if self.local is not None and isinstance(self.local.lr, list):
             steps = self.local.steps(self.batch_size)
             if len(self.local.lr) != steps:
-                raise ValueError(
-                    f"local.lr has {len(self.local.lr)} entries; expected one for each of "
-                    f"{steps} local steps"
+                raise ReasonError(
+                    spec_messages.LEARNING_RATES(count=len(self.local.lr), steps=steps)
                 )
         if self.sign == "after_minus_before" and (self.kind != "update" or self.gradient is None):
-            raise ValueError("sign: after_minus_before is for kind: update, of a gradient file")
+            raise ReasonError(spec_messages.SIGN())
         if self.kind != "moments" and (self.previous or "beta1" in self.model_fields_set):
-            raise ValueError("previous and beta1 are for kind: moments")
+            raise ReasonError(spec_messages.MOMENTS())
         return self
 
 
@@ -440,7 +439,7 @@ class DefenseSpec(BaseModel):
     @model_validator(mode="after")
     def _one_source(self) -> DefenseSpec:
         if (self.name is None) == (self.factory is None):
-            raise ValueError("a step needs either name or factory")
+            raise ReasonError(spec_messages.STEP_NAME_OR_FACTORY())
         return self
 
 
@@ -498,9 +497,9 @@ class LatentSpec(_Section):
     @model_validator(mode="after")
     def _can_be_drawn(self) -> LatentSpec:
         if "truncation" in self.model_fields_set and self.distribution != "truncated":
-            raise ValueError("truncation is for distribution: truncated")
+            raise ReasonError(spec_messages.TRUNCATION())
         if math.prod(self.shape) > LARGEST_LATENT:
-            raise ValueError(f"shape has more values than {LARGEST_LATENT:,}, too many to search")
+            raise ReasonError(spec_messages.LATENT_TOO_LARGE(limit=LARGEST_LATENT))
         return self
 
 
@@ -517,9 +516,9 @@ class ImageSetSpec(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> ImageSetSpec:
         if sum(source is not None for source in (self.bundled, self.npz, self.folder)) != 1:
-            raise ValueError("give exactly one of bundled, npz and folder")
+            raise ReasonError(spec_messages.ONE_IMAGE_SET())
         if self.split is not None and self.npz is None:
-            raise ValueError("split is for an npz")
+            raise ReasonError(spec_messages.SPLIT())
         return self
 
 
@@ -575,25 +574,25 @@ class PriorSpec(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> PriorSpec:
         if sum(getattr(self, source) is not None for source in PRIOR_SOURCES) != 1:
-            raise ValueError(f"give exactly one of {', '.join(PRIOR_SOURCES)}")
+            raise ReasonError(spec_messages.ONE_PRIOR(keys=", ".join(PRIOR_SOURCES)))
         if self.bundled is not None or self.trained is not None:
             given = self.model_fields_set - {"bundled", "trained", "colour", "resize"}
             if given:
-                raise ValueError(f"{', '.join(sorted(given))}: only for one's own generator")
+                raise ReasonError(spec_messages.FOR_OWN_GENERATOR(keys=", ".join(sorted(given))))
         elif self.latent is None:
-            raise ValueError("one's own generator needs latent: {shape: [...]}")
+            raise ReasonError(spec_messages.NEEDS_LATENT())
         if self.factory is None and (self.kwargs or self.weights):
-            raise ValueError("kwargs and weights are for a factory")
+            raise ReasonError(spec_messages.KWARGS_AND_WEIGHTS())
         return self
 
     @model_validator(mode="after")
     def _labels_and_range(self) -> PriorSpec:
         if (self.labels == "embedding") != (self.embedding is not None):
-            raise ValueError("labels: embedding and embedding: FILE need each other")
+            raise ReasonError(spec_messages.EMBEDDING())
         if self.classes is not None and self.labels not in ("index", "one_hot"):
-            raise ValueError("classes is for labels: index or one_hot")
+            raise ReasonError(spec_messages.CLASSES())
         if self.output_range[0] >= self.output_range[1]:
-            raise ValueError("output_range must go from black to white, low to high")
+            raise ReasonError(spec_messages.OUTPUT_RANGE())
         return self
 
     @property
@@ -666,9 +665,13 @@ class AttackSpec(_Section):
     def _budget_is_possible(self) -> AttackSpec:
         least = self.restarts * (self.population + 1)  # and the point that each recommends
         if self.evaluations < least:
-            raise ValueError(
-                f"evaluations is {self.evaluations}, but {self.restarts} restarts with a "
-                f"population of {self.population} take at least {least}"
+            raise ReasonError(
+                spec_messages.TOO_FEW_EVALUATIONS(
+                    evaluations=self.evaluations,
+                    restarts=self.restarts,
+                    population=self.population,
+                    least=least,
+                )
             )
         return self
 
@@ -689,7 +692,7 @@ class LpipsSpec(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> LpipsSpec:
         if self.weights is not None and self.download:
-            raise ValueError("weights are given, so there is nothing to download")
+            raise ReasonError(spec_messages.NOTHING_TO_DOWNLOAD())
         return self
 
 
@@ -782,10 +785,7 @@ class Spec(_Section):
         if self.client is None or self.client.batch_size == 1:
             return self
         if self.guarantee is None or self.guarantee.unit != "sample":
-            raise ValueError(
-                "client.batch_size above 1 needs guarantee: {unit: sample, reduction: ...}: a "
-                "batch is taken apart by what each sample may add to it"
-            )
+            raise ReasonError(spec_messages.NEEDS_GUARANTEE())
         return self
 
     _folder: Path = PrivateAttr(default=Path())

@@ -148,11 +148,11 @@ def test_the_clients_code_is_compared_with_the_declaration(sample: Callable[...,
     right = {**step_as, "kwargs": {"bound": 1.0, "std": 1.0}}
     assert prepare(sample("dp", client=right)).doubts == []
     wrong = {**step_as, "kwargs": {"bound": 1.0, "std": 0.5}}
-    assert "own code contradicts" in prepare(sample("dp", client=wrong)).doubts[0]
+    assert "own code contradicts" in prepare(sample("dp", client=wrong)).doubts[0].text
     batch = {**right, "batch_size": 3}
     mean = {**GUARANTEE, "reduction": "mean"}
     doubts = prepare(sample("dp", client=batch, guarantee=mean)).doubts
-    assert "a mean over 3 images" in doubts[0]
+    assert "a mean over 3 images" in doubts[0].text
 
 
 def test_what_else_a_capture_may_be_is_tried_as_far_as_it_can_be(
@@ -185,7 +185,7 @@ def test_what_else_a_capture_may_be_is_tried_as_far_as_it_can_be(
         )
         case = prepare(spec)
         tried = [*other_models(case), *other_layouts(case)]
-        names.append([cause for cause, _ in tried])
+        names.append([cause.text for cause, _ in tried])
     assert names[0] == ["the model was in train mode", *names[1]]
     assert any("mean [0.1307]" in cause for cause in names[1])
     assert not any("mean [0.5]" in cause for cause in names[1])

@@ -326,7 +326,7 @@ def test_one_step_of_adam_is_recognised_and_fits_no_other_optimizer(
         said = appearance_of(wrong, wrong.audited)[0]
         assert "like one step of Adam with that learning rate" in said
     assert "0.001 in size" in appearance_of(right, right.audited)[0]
-    causes = {cause: other.model.local for cause, other in other_trainings(checked())}
+    causes = {cause.text: other.model.local for cause, other in other_trainings(checked())}
     assert list(causes) == [
         f"the client trained by another optimizer: {name}" for name in ("adam", "adamw", "rmsprop")
     ]
@@ -351,10 +351,10 @@ def test_labels_of_several_images_are_asked_for_where_magnitudes_are_gone(
     client: Callable[..., Client],
 ) -> None:
     _, model = client(2, optimizer="adam", lr=0.001)
-    assert "adam divides each value by its own size" in why_not_inferred(model, 2)
-    assert why_not_inferred(model, 1) == ""
+    assert "adam divides each value by its own size" in str(why_not_inferred(model, 2))
+    assert why_not_inferred(model, 1) is None
     _, model = client(2, lr=0.001)
-    assert why_not_inferred(model, 2) == ""
+    assert why_not_inferred(model, 2) is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ggl_audit.basics.gradient import Gradient, unstack
 from ggl_audit.defenses import Pipeline
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel, Head
+from ggl_audit.messages import Message, Said
 from ggl_audit.optimizers import Array
 
 PUBLIC_IMAGES = 256
@@ -25,9 +26,37 @@ CLEARLY = 0.8
 
 ROUNDING = 1e-12
 
+MORE_THAN_A_CLASS = Message(
+    "labels/more-than-a-class",
+    "what the images were to give is more than a class, and cannot be inferred",
+    advice="Declare `capture.targets`.",
+)
+DECLARE_LABELS = "Declare `capture.labels`; the attacker is then taken to know them."
+LOSS_HIDES_LABEL = Message(
+    "labels/loss-hides-label",
+    "a gradient of the declared loss does not tell the label for sure",
+    advice=DECLARE_LABELS,
+)
+NO_LAST_LAYER = Message(
+    "labels/no-last-layer",
+    "the model does not end in a trained linear layer, so the label cannot be inferred",
+    advice=DECLARE_LABELS,
+)
+LOSS_HIDES_LABELS = Message(
+    "labels/loss-hides-labels",
+    "a gradient of the declared loss does not tell the labels of several images",
+    advice=DECLARE_LABELS,
+)
+OPTIMIZER_HIDES_LABELS = Message(
+    "labels/optimizer-hides-labels",
+    "{optimizer} divides each value by its own size, so an update does not tell the labels of "
+    "several images",
+    advice=DECLARE_LABELS,
+)
 
-def why_not_inferred(model: ClientModel, members: int) -> str:
-    """Why labels cannot be inferred from a gradient; empty where they can.
+
+def why_not_inferred(model: ClientModel, members: int) -> Said | None:
+    """Why labels cannot be inferred from a gradient; None where they can.
 
     Args:
         model: with its loss.
@@ -35,19 +64,16 @@ def why_not_inferred(model: ClientModel, members: int) -> str:
     """
     criterion = model.criterion
     if model.targets is not None and criterion.shows != "negative":
-        return "what the images were to give is more than a class, and cannot be inferred"
+        return MORE_THAN_A_CLASS()
     if criterion.shows is None:
-        return "a gradient of the declared loss does not tell the label for sure"
+        return LOSS_HIDES_LABEL()
     if model.head is None:
-        return "the model does not end in a trained linear layer, so the label cannot be inferred"
+        return NO_LAST_LAYER()
     if members > 1 and not criterion.counts:
-        return "a gradient of the declared loss does not tell the labels of several images"
+        return LOSS_HIDES_LABELS()
     if members > 1 and model.local is not None and model.local.optimizer != "sgd":
-        return (
-            f"{model.local.optimizer} divides each value by its own size, so an update does not "
-            "tell the labels of several images"
-        )
-    return ""
+        return OPTIMIZER_HIDES_LABELS(optimizer=model.local.optimizer)
+    return None
 
 
 def infer_labels(observed: Gradient, head: Head) -> torch.Tensor:

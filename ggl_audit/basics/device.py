@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ggl_audit.errors import SpecError
+from ggl_audit.messages import Message
 from ggl_audit.spec import MEMORY_OF_A_PROCESSOR
 
 CPU = torch.device("cpu")
@@ -19,6 +20,18 @@ SHARE_OF_MEMORY = 8
 
 REPEATABLE_PRODUCTS = ":4096:8"
 """For ``CUBLAS_WORKSPACE_CONFIG``: with buffers of a fixed size, sums are in a fixed order."""
+
+UNKNOWN_DEVICE = Message(
+    "spec/unknown-device",
+    "unknown device {name!r}; expected auto, cpu, cuda, xpu or mps",
+    advice="Give one of these as `device`; `cuda:1` is the second of several.",
+)
+NO_DEVICE = Message(
+    "spec/no-device",
+    "there is no {name} here",
+    "`--device auto` takes a GPU if there is one.",
+    advice="Use `--device auto`, which takes a GPU if PyTorch finds one.",
+)
 
 
 def choose_device(name: str) -> torch.device:
@@ -33,15 +46,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise SpecError(
-            ("device",), f"unknown device {name!r}; expected auto, cpu, cuda, xpu or mps"
-        ) from None
+        raise SpecError(("device",), UNKNOWN_DEVICE(name=name)) from None
     if device.type == "cpu":
         return CPU
     if found is None or device.type != found.type or not _is_there(device):
-        raise SpecError(
-            ("device",), f"there is no {name} here", "`--device auto` takes a GPU if there is one."
-        )
+        raise SpecError(("device",), NO_DEVICE(name=name))
     return device
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ggl_audit.errors import AuditError
+from ggl_audit.messages import Message
 
 ASKED = "OMP_NUM_THREADS"
 
@@ -26,6 +27,14 @@ WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 POLICY = "OMP_WAIT_POLICY"
 """OpenMP's own name for the same choice, for all of them."""
+
+TOO_MANY_THREADS = Message(
+    "spec/too-many-threads",
+    "--threads {asked}, but this process may use {allowed}",
+    "More threads than processors only wait for each other.",
+    advice="Ask for no more threads than the process may use (its affinity and its container's "
+    "quota).",
+)
 
 
 def limit_threads(asked: int | None = None) -> None:
@@ -40,10 +49,7 @@ def limit_threads(asked: int | None = None) -> None:
     """
     allowed = allowed_threads()
     if asked is not None and asked > allowed:
-        raise AuditError(
-            f"--threads {asked}, but this process may use {allowed}",
-            "More threads than processors only wait for each other.",
-        )
+        raise AuditError(TOO_MANY_THREADS(asked=asked, allowed=allowed))
     threads = asked or min(_given() or cores(), allowed)
     os.environ[ASKED] = str(threads)
     if POLICY not in os.environ:

@@ -6,12 +6,29 @@ from collections.abc import Callable, Iterable
 
 from pydantic import ValidationError
 
-from ggl_audit.errors import Key, nearest
+from ggl_audit.errors import Key, nearest, reason
+from ggl_audit.messages import Message, Said
+
+UNKNOWN_KEY = Message(
+    "spec/unknown-key",
+    "unknown key",
+    "{nearest}",
+    advice="Correct the key; the message names the nearest known ones, and `ggl-audit schema spec` "
+    "lists all.",
+)
+MISSING = Message(
+    "spec/missing", "missing", advice="Add the key, or give its flag or `--set KEY=VALUE`."
+)
+OTHER_VALUE = Message(
+    "spec/other-value",
+    "{expected}, found {value!r:.80}",
+    advice="Give a value of the type and range that the message asks for.",
+)
 
 
 def first_problem(
     error: ValidationError, known: Callable[[Key], Iterable[str]]
-) -> tuple[Key, str, str]:
+) -> tuple[Key, Said]:
     """Picks the problem that a user should mend first.
 
     A misspelt key is also a missing one; the misspelling is the better thing to say.
@@ -21,16 +38,17 @@ def first_problem(
         known: the keys that a section has, by the key of the section.
 
     Returns:
-        The key, the problem, and a remedy or an empty string.
+        The key, and what is wrong with it.
     """
     problems = error.errors()
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = tuple(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return key, "unknown key", nearest(str(key[-1]), known(key[:-1]))
+        return key, UNKNOWN_KEY(nearest=nearest(str(key[-1]), known(key[:-1])))
     if problem["type"] == "missing":
-        return key, "missing", ""
+        return key, MISSING()
     if problem["type"] == "value_error":
-        return key, str(problem["ctx"]["error"]), ""
+        return key, reason(problem["ctx"]["error"])
     message = problem["msg"]
-    return key, f"{message[0].lower()}{message[1:]}, found {problem['input']!r:.80}", ""
+    expected = f"{message[0].lower()}{message[1:]}"
+    return key, OTHER_VALUE(expected=expected, value=problem["input"])

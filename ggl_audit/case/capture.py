@@ -9,6 +9,7 @@ import torch
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses import Check
 from ggl_audit.inputs.capture import FittedGradient
+from ggl_audit.messages import Said
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Capture:
     checks: list[Check]
     labels: list[int]
     inferred: bool
-    labels_in_doubt: list[str]
+    labels_in_doubt: list[Said]
     truths: torch.Tensor
     truth_labels: list[int] | None
     prior_saw_truth: bool

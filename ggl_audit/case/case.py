@@ -22,6 +22,7 @@ from ggl_audit.evidence.guarantee import Guarantee
 from ggl_audit.evidence.identification import Trials, draw_trials
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Said
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import Spec
 
@@ -59,7 +60,7 @@ class Case:
     left_out: int
     lpips: Perceptual | str
     captures: tuple[Capture, ...]
-    doubts: list[str]
+    doubts: list[Said]
     files: list[tuple[str, str]]
     remarks: list[str] = field(default_factory=list)
 

@@ -16,7 +16,7 @@ from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import Check, Pipeline
 from ggl_audit.errors import AuditError
 from ggl_audit.evidence.assignment import assign_labels
-from ggl_audit.evidence.consistency import check_truth
+from ggl_audit.evidence.consistency import WOULD_AGREE, check_truth
 from ggl_audit.evidence.covered_statistics import check_covered
 from ggl_audit.evidence.declarations import other_declarations
 from ggl_audit.evidence.declared_noise import (
@@ -119,7 +119,7 @@ def _hinted(
             if seen is None:
                 continue
             if check_truth(matching, defense, seen, truth, images, labels).outcome == "agrees":
-                return replace(check, detail=f"{check.detail}; it would agree if {cause}")
+                return replace(check, said=WOULD_AGREE(detail=check.detail, cause=cause))
     return check
 
 

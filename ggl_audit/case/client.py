@@ -11,7 +11,25 @@ from ggl_audit.errors import SpecError
 from ggl_audit.inputs.factories import find_callable
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message
 from ggl_audit.spec import Spec
+
+NOT_ONE_STEP = Message(
+    "client/not-one-step",
+    "a cohort or an update is not made by one step of the client's own code",
+    advice="Leave out `client`, or audit the gradient of one client's step.",
+)
+OTHER_BATCH_SIZE = Message(
+    "client/other-batch-size",
+    "{batch_size}, but the capture is of {images} images",
+    advice="Set `client.batch_size` to `capture.batch_size`, or leave it out.",
+)
+COMPANIONS_STAY_IN = Message(
+    "client/companions-stay-in",
+    "{batch_size}, but {defense} ends in a step after the noise, and what the companions add "
+    "cannot be taken out again",
+    advice="Set `client.batch_size` to 1.",
+)
 
 
 def client_of(spec: Spec, model: ClientModel, defense: Pipeline, reference: ImageSet) -> Client:
@@ -24,13 +42,11 @@ def client_of(spec: Spec, model: ClientModel, defense: Pipeline, reference: Imag
     if spec.client is None:
         return DeclaredClient(clients, defense, reference)
     if defense.aggregation.clients > 1 or spec.capture.kind == "update":
-        raise SpecError(
-            ("client",), "a cohort or an update is not made by one step of the client's own code"
-        )
+        raise SpecError(("client",), NOT_ONE_STEP())
     if spec.capture.batch_size > 1 and spec.client.batch_size not in (1, spec.capture.batch_size):
         raise SpecError(
             ("client", "batch_size"),
-            f"{spec.client.batch_size}, but the capture is of {spec.capture.batch_size} images",
+            OTHER_BATCH_SIZE(batch_size=spec.client.batch_size, images=spec.capture.batch_size),
         )
     step = find_callable(spec.client.step, spec.folder, ("client", "step"))
     several = spec.capture.batch_size > 1
@@ -48,7 +64,6 @@ def client_of(spec: Spec, model: ClientModel, defense: Pipeline, reference: Imag
     if not several and client.batch_size > 1 and not defense.randomness.leaves_only_noise():
         raise SpecError(
             ("client", "batch_size"),
-            f"{client.batch_size}, but {defense} ends in a step after the noise, and what the "
-            "companions add cannot be taken out again",
+            COMPANIONS_STAY_IN(batch_size=client.batch_size, defense=defense),
         )
     return client

@@ -9,11 +9,32 @@ from ggl_audit.basics.randomness import stream
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.images import ImageSet, read_image, read_image_set
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message
 from ggl_audit.priors.loading import sample_images
 from ggl_audit.priors.prior import Prior
 from ggl_audit.spec import Spec
 
 SAMPLED_CLASSES = 10
+
+SAMPLES_HAVE_NO_TARGETS = Message(
+    "loss/samples-have-no-targets",
+    "not given, but what images are to give is more than a class, and the prior's samples have no "
+    "such targets",
+    "Give an npz whose labels are such targets.",
+    advice="Give an `evidence.reference` whose labels are such targets.",
+)
+NO_CLASS_OF_MODEL = Message(
+    "image/no-class-of-model",
+    "{source} has the label {label}; the model has {classes} classes, 0 to {last}",
+    advice="Leave out images of other classes, or correct the model.",
+)
+NOT_ALL_PRIVATE_IMAGES = Message(
+    "image/not-all-private-images",
+    "names {count} images; the capture is made of {members}",
+    "Give all of them, in the order of capture.labels and client by client, or none.",
+    advice="Give all private images in `evidence.truth`, in the order of `capture.labels` and "
+    "client by client, or none.",
+)
 
 
 def read_reference(spec: Spec, model: ClientModel, prior: Prior) -> ImageSet:
@@ -26,12 +47,7 @@ def read_reference(spec: Spec, model: ClientModel, prior: Prior) -> ImageSet:
     if evidence.reference is None:
         others = np.linspace(0, model.classes - 1, min(SAMPLED_CLASSES, model.classes)).round()
         if model.targets is not None:
-            raise SpecError(
-                ("evidence", "reference"),
-                "not given, but what images are to give is more than a class, and the prior's "
-                "samples have no such targets",
-                "Give an npz whose labels are such targets.",
-            )
+            raise SpecError(("evidence", "reference"), SAMPLES_HAVE_NO_TARGETS())
         declared = spec.capture.labels if isinstance(spec.capture.labels, list) else []
         classes = sorted({*declared, *map(int, others)})
         trials = max(evidence.matching_trials, evidence.reconstruction_trials)
@@ -49,8 +65,12 @@ def read_reference(spec: Spec, model: ClientModel, prior: Prior) -> ImageSet:
     if reference.classes > model.classes:
         raise SpecError(
             ("evidence", "reference"),
-            f"{reference.source} has the label {reference.classes - 1}; the model has "
-            f"{model.classes} classes, 0 to {model.classes - 1}",
+            NO_CLASS_OF_MODEL(
+                source=reference.source,
+                label=reference.classes - 1,
+                classes=model.classes,
+                last=model.classes - 1,
+            ),
         )
     return reference
 
@@ -64,9 +84,7 @@ def read_truths(spec: Spec, model: ClientModel, members: int) -> torch.Tensor:
     paths = spec.evidence.truth
     if len(paths) not in (0, members):
         raise SpecError(
-            ("evidence", "truth"),
-            f"names {len(paths)} images; the capture is made of {members}",
-            "Give all of them, in the order of capture.labels and client by client, or none.",
+            ("evidence", "truth"), NOT_ALL_PRIVATE_IMAGES(count=len(paths), members=members)
         )
     images = [read_image(spec.resolve(path), model.shape) for path in paths]
     return torch.stack(images).to(model.device) if images else torch.zeros(0, *model.shape)

@@ -18,6 +18,32 @@ from ggl_audit.basics.gradient import Gradient, stack
 from ggl_audit.case.case import Case
 from ggl_audit.errors import Key, SpecError
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message
+
+LABELS_OF_NO_IMAGE = Message(
+    "labels/of-no-image",
+    "the capture gives away that of the labels {labels} apply, which is so for no image of "
+    "{source}",
+    "{what_to_declare}",
+    advice="Declare `capture.targets`, or give reference images that have these labels.",
+)
+INDICES_BESIDE_TARGETS = Message(
+    "loss/indices-beside-targets",
+    "class indices, but reference labels are not",
+    "{what_to_declare}",
+    advice="Declare `capture.targets` in place of `capture.labels`.",
+)
+BEYOND_CLASSES = Message(
+    "labels/beyond-classes",
+    "{label}; the model has {classes} classes, 0 to {last}",
+    advice="Count classes from 0, or correct the model.",
+)
+OTHER_NUMBER = Message(
+    "labels/other-number",
+    "{key} has {count} entries; the capture is made of {members} images",
+    advice="Declare a label for each image, `capture.batch_size` for each client, in the order of "
+    "the clients.",
+)
 
 
 def labels_of(
@@ -36,9 +62,9 @@ def labels_of(
     model, members, targets = case.model, case.members, case.model.targets
     key: Key = ("capture", "targets" if declared is None else "labels")
     if declared == "infer":
-        reason = why_not_inferred(model, members)
-        if reason:
-            raise SpecError(key, reason, _declare_labels(model))
+        hidden = why_not_inferred(model, members)
+        if hidden is not None:
+            raise SpecError(key, hidden.advising(_declare_labels(model)))
         labels = infer(case, stack([observed])).flatten().tolist()
         if targets is not None and model.head is not None:
             ones = infer_ones(stack([observed]), model.head)[0]
@@ -46,29 +72,28 @@ def labels_of(
                 shown = ", ".join(map(str, ones.nonzero().flatten().tolist())) or "none"
                 raise SpecError(
                     key,
-                    f"the capture gives away that of the labels {shown} apply, which is so for no "
-                    f"image of {case.reference.source}",
-                    _declare_labels(model),
+                    LABELS_OF_NO_IMAGE(
+                        labels=shown,
+                        source=case.reference.source,
+                        what_to_declare=_declare_labels(model),
+                    ),
                 )
         return labels
     if declared is None:
         assert targets is not None
         labels = list(targets.captured)
     elif targets is not None:
-        raise SpecError(key, "class indices, but reference labels are not", _declare_labels(model))
+        raise SpecError(key, INDICES_BESIDE_TARGETS(what_to_declare=_declare_labels(model)))
     else:
         labels = declared
     for index, label in enumerate(labels):
         if label >= model.classes:
             raise SpecError(
                 (*key, index),
-                f"{label}; the model has {model.classes} classes, 0 to {model.classes - 1}",
+                BEYOND_CLASSES(label=label, classes=model.classes, last=model.classes - 1),
             )
     if len(labels) != members:
-        raise SpecError(
-            key,
-            f"{key[1]} has {len(labels)} entries; the capture is made of {members} images",
-        )
+        raise SpecError(key, OTHER_NUMBER(key=key[1], count=len(labels), members=members))
     return labels
 
 

@@ -14,12 +14,61 @@ from ggl_audit.basics.gradient import Gradient, each, take
 from ggl_audit.client.randomness import client_context
 from ggl_audit.defenses import Context, Pipeline, build_pipeline, is_own, known
 from ggl_audit.defenses.capabilities import rounds_remembered
-from ggl_audit.errors import Key, SpecError, nearest
+from ggl_audit.errors import Key, SpecError, nearest, raised, reason
+from ggl_audit.inputs.factories import FAILS
 from ggl_audit.inputs.fitting import tied_names
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.statistics import Statistics
+from ggl_audit.messages import Message
 from ggl_audit.spec import Spec
+
+NOTHING_LEFT = Message(
+    "capture/nothing-left",
+    "no parameter is left that is trained and sent",
+    advice="Take patterns out of `model.frozen` and `capture.unsent`.",
+)
+RAW_BUT_NOT_A_GRADIENTS = Message(
+    "capture/raw-but-not-a-gradients",
+    "raw, but {defense} acts on images, on the model, on each sample or on a cohort, and cannot "
+    "be applied to one gradient afterwards",
+    "Declare stage: defended, or make the capture with `ggl-audit capture`.",
+    advice="Declare `stage: defended` with a capture of what is sent, or make the capture with "
+    "`ggl-audit capture`.",
+)
+NO_SUCH_PARAMETER = Message(
+    "model/no-such-parameter",
+    "{pattern!r} is no trained parameter of the model",
+    "{nearest}",
+    advice="Correct the name or pattern in `model.frozen`; what the code freezes need not be "
+    "named.",
+)
+NO_SUCH_TENSOR = Message(
+    "model/no-such-tensor",
+    "{pattern!r} is no parameter or buffer of the model",
+    "{nearest}",
+    advice="Correct the name or pattern in `capture.unsent`: it is of entries of the state dict.",
+)
+NOISE_IN_EVERY_STEP = Message(
+    "defense/noise-in-every-step",
+    "{recipe} adds noise in every local step, which an update is not audited for",
+    "Audit one step's gradient, or declare what is done to the update (dp_fedavg).",
+    advice="Audit one step's gradient, or declare what is done to the update (`dp_fedavg`).",
+)
+DIVIDES_BY_BATCH = Message(
+    "defense/divides-by-batch",
+    "{batch_size}, but {recipe} divides its noise by capture.batch_size, 1",
+    "Declare the clip and the noise as separate steps, or capture a batch.",
+    advice="Declare the clip (`unit: sample`) and the noise as steps of their own, or capture a "
+    "batch.",
+)
+OTHER_NAMES_OR_SHAPES = Message(
+    "defense/other-names-or-shapes",
+    "{name} does not keep the names and the shapes of a gradient",
+    advice="Write the class as in [the "
+    "README](../README.md#what-a-client-can-do-and-what-is-captured): a `Defense` with a `name`, "
+    "whose `apply` and `replicate` return tensors by the same names and shapes.",
+)
 
 
 def load_client(
@@ -47,7 +96,7 @@ def load_client(
     defense = build_pipeline(spec.defense, spec.folder, samples)
 
     def misfit(error: ValueError) -> SpecError:
-        return SpecError(("defense",), f"{defense}: {error}")
+        return SpecError(("defense",), reason(error).after(f"{defense}: "))
 
     def wrap(module: nn.Module) -> nn.Module:
         try:
@@ -59,7 +108,7 @@ def load_client(
     model = replace(model, unsent=_unsent(spec.capture.unsent, model))
     fixed = {*_frozen(spec.model.frozen, model), *_never_sent(model), *unsent}
     if len(fixed) == len(model.parameters):
-        raise SpecError(("capture", "unsent"), "no parameter is left that is trained and sent")
+        raise SpecError(("capture", "unsent"), NOTHING_LEFT())
     if fixed:
         model = model.without(fixed)
     try:
@@ -68,12 +117,7 @@ def load_client(
         raise misfit(error) from None
     _try_own_steps(defense, model, spec)
     if spec.capture.stage == "raw" and not defense.acts_on_a_gradient():
-        raise SpecError(
-            ("capture", "stage"),
-            f"raw, but {defense} acts on images, on the model, on each sample or on a cohort, and "
-            "cannot be applied to one gradient afterwards",
-            "Declare stage: defended, or make the capture with `ggl-audit capture`.",
-        )
+        raise SpecError(("capture", "stage"), RAW_BUT_NOT_A_GRADIENTS(defense=defense))
     return defense, model
 
 
@@ -129,28 +173,20 @@ def _named(
     for index, pattern in enumerate(patterns):
         own = fnmatch.filter(names, pattern)
         if not own:
-            raise SpecError(
-                (*key, index),
-                f"{pattern!r} is no {'parameter or buffer' if buffers else 'trained parameter'} of "
-                "the model",
-                nearest(pattern, names),
-            )
+            none = NO_SUCH_TENSOR if buffers else NO_SUCH_PARAMETER
+            said = none(pattern=pattern, nearest=nearest(pattern, names))
+            raise SpecError((*key, index), said)
         named += own
     return named
 
 
 def _check_batch(recipe: str, spec: Spec) -> None:
     if spec.capture.kind == "update":
-        raise SpecError(
-            ("defense",),
-            f"{recipe} adds noise in every local step, which an update is not audited for",
-            "Audit one step's gradient, or declare what is done to the update (dp_fedavg).",
-        )
+        raise SpecError(("defense",), NOISE_IN_EVERY_STEP(recipe=recipe))
     if spec.client is not None and spec.client.batch_size > 1 and spec.capture.batch_size == 1:
         raise SpecError(
             ("client", "batch_size"),
-            f"{spec.client.batch_size}, but {recipe} divides its noise by capture.batch_size, 1",
-            "Declare the clip and the noise as separate steps, or capture a batch.",
+            DIVIDES_BY_BATCH(batch_size=spec.client.batch_size, recipe=recipe),
         )
 
 
@@ -173,14 +209,10 @@ def _try_own_steps(defense: Pipeline, model: ClientModel, spec: Spec) -> None:
             )
         except (Exception, SystemExit) as error:
             # Whatever the user's own code raises is a fault in the input.
-            raise SpecError(
-                ("defense", index), f"{step.name} failed with {type(error).__name__}: {error}"
-            ) from error
+            failed = FAILS(callable=step.name, error=raised(error), how="")
+            raise SpecError(("defense", index), failed) from error
         if not fits:
-            raise SpecError(
-                ("defense", index),
-                f"{step.name} does not keep the names and the shapes of a gradient",
-            )
+            raise SpecError(("defense", index), OTHER_NAMES_OR_SHAPES(name=step.name))
 
 
 def _sent_and_replicated(

@@ -14,6 +14,19 @@ from ggl_audit.errors import InputError, SpecError
 from ggl_audit.evidence.declared_noise import check_noise
 from ggl_audit.inputs.capture import FittedGradient
 from ggl_audit.inputs.images import fingerprints
+from ggl_audit.messages import Message
+
+LACKS_OTHERS = Message(
+    "capture/lacks-others",
+    "has no {name!r}, which the first capture has",
+    "Captures that lack different parameters are audits of their own.",
+    advice="The captures of a round lack the same parameters, or are audits of their own.",
+)
+OTHER_STATISTICS = Message(
+    "capture/other-statistics",
+    "holds other running statistics than the first capture",
+    "Captures that hold different tensors are audits of their own.",
+)
 
 
 def observe_audited(case: Case, fitted: FittedGradient, truths: torch.Tensor) -> Capture:
@@ -68,17 +81,9 @@ def observe_other(case: Case, audited: Capture, number: int) -> Capture:
     file = spec.capture.others[number]
     fitted = read_captured(spec, case.model, defense, file)
     if fitted.unsent:
-        raise InputError(
-            spec.resolve(file),
-            f"has no {fitted.unsent[0]!r}, which the first capture has",
-            "Captures that lack different parameters are audits of their own.",
-        )
+        raise InputError(spec.resolve(file), LACKS_OTHERS(name=fitted.unsent[0]))
     if fitted.beside.statistics.keys() != audited.fitted.beside.statistics.keys():
-        raise InputError(
-            spec.resolve(file),
-            "holds other running statistics than the first capture",
-            "Captures that hold different tensors are audits of their own.",
-        )
+        raise InputError(spec.resolve(file), OTHER_STATISTICS())
     observed, checks = observe(case, fitted)
     if spec.capture.stage == "defended":
         checks += check_noise(defense, observed, case.model, spec.capture, fitted.rounding)
@@ -87,8 +92,9 @@ def observe_other(case: Case, audited: Capture, number: int) -> Capture:
     except SpecError as error:
         raise SpecError(
             ("capture", "others", number),
-            error.problem,
-            "Labels of the others are always inferred; audit this capture by itself.",
+            error.said.advising(
+                "Labels of the others are always inferred; audit this capture by itself."
+            ),
         ) from None
     return Capture(
         file=str(file),

@@ -8,6 +8,7 @@ from ggl_audit.basics.files import sha256
 from ggl_audit.errors import SpecError
 from ggl_audit.evidence.fidelity import Perceptual, load_lpips
 from ggl_audit.inputs.hub_cache import find_backbone
+from ggl_audit.messages import Said
 from ggl_audit.spec import LpipsSpec, Spec
 
 
@@ -26,8 +27,8 @@ def load_perceptual(
     if declared.weights is not None:
         return load_lpips(declared.net, spec.resolve(declared.weights), device), []
     found = find_backbone(declared.net, download=declared.download)
-    if isinstance(found, str):
+    if isinstance(found, Said):
         if evidence.distance == "lpips":
-            raise SpecError(("evidence", "distance"), f"lpips, but {found}")
-        return found, []
+            raise SpecError(("evidence", "distance"), found.after("lpips, but "))
+        return found.text, []
     return load_lpips(declared.net, found, device), [(found.name, sha256([found]))]

@@ -27,9 +27,30 @@ from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.declared_noise import check_shared_noise
 from ggl_audit.inputs.images import fingerprints
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message, Said
 from ggl_audit.optimizers import start_optimizer
 from ggl_audit.priors.loading import load_prior
 from ggl_audit.spec import DefenseSpec, Spec
+
+NO_REPRESENTATION = Message(
+    "image/no-representation",
+    "representation, but the model does not end in a trained linear layer that takes one",
+    "Declare pixels, or lpips with its weights.",
+    advice="Declare `evidence.distance: pixels`, or `lpips` with its weights.",
+)
+ONLY_SEEN_IMAGES = Message(
+    "image/only-seen-images",
+    "{source} holds only images that {prior} was trained on",
+    "On these the prior does better than on private images. Give others.",
+    advice="Give reference images that the prior has not seen: it draws those it has seen too "
+    "well.",
+)
+SAME_AS_ANOTHER = Message(
+    "capture/same-as-another",
+    "{file} holds the same values as another capture",
+    "Name each client's capture once.",
+    advice="Name each client's capture once, in `capture.gradient` or in `capture.others`.",
+)
 
 
 def prepare(spec: Spec) -> Case:
@@ -110,11 +131,7 @@ def _loaded(spec: Spec, device: torch.device) -> Case:
 def _load(spec: Spec, model: ClientModel, defense: Pipeline, truths: torch.Tensor) -> Case:
     """All of a case but its captures, and the doubts about them."""
     if spec.evidence.distance == "representation" and model.head is None:
-        raise SpecError(
-            ("evidence", "distance"),
-            "representation, but the model does not end in a trained linear layer that takes one",
-            "Declare pixels, or lpips with its weights.",
-        )
+        raise SpecError(("evidence", "distance"), NO_REPRESENTATION())
     prior = load_prior(spec, model)
     start_optimizer(spec.attack, prior.size)  # refuses what cannot be used before all else
     seen = prior.seen or frozenset()
@@ -123,9 +140,7 @@ def _load(spec: Spec, model: ClientModel, defense: Pipeline, truths: torch.Tenso
     reference = public.without(seen | frozenset(fingerprints(truths)))
     if len(reference) == 0:
         raise SpecError(
-            ("evidence", "reference"),
-            f"{public.source} holds only images that {prior.source} was trained on",
-            "On these the prior does better than on private images. Give others.",
+            ("evidence", "reference"), ONLY_SEEN_IMAGES(source=public.source, prior=prior.source)
         )
     lpips, backbone = load_perceptual(spec, model.device, shown=len(truths) > 0)
     return Case(
@@ -149,9 +164,7 @@ def _refuse_repetitions(spec: Spec, captures: Sequence[Capture]) -> None:
         for earlier in captures[:number]:
             if all(torch.equal(capture.observed[n], earlier.observed[n]) for n in capture.observed):
                 raise SpecError(
-                    ("capture", "others", number - 1),
-                    f"{capture.file} holds the same values as another capture",
-                    "Name each client's capture once.",
+                    ("capture", "others", number - 1), SAME_AS_ANOTHER(file=capture.file)
                 )
 
 
@@ -161,7 +174,7 @@ def _shared_noise(case: Case, captures: Sequence[Capture]) -> list[Check]:
     return check_shared_noise(case.defense, observed, case.model, case.spec.capture, rounding)
 
 
-def _doubts(case: Case, captures: Sequence[Capture]) -> list[str]:
+def _doubts(case: Case, captures: Sequence[Capture]) -> list[Said]:
     audited, *others = captures
     return [
         *capture_doubts(audited.fitted, case.spec, case.model, case.defense),

@@ -14,10 +14,25 @@ from ggl_audit.defenses.sec_adam import last_gradient
 from ggl_audit.errors import InputError, NothingToMeasureError
 from ggl_audit.inputs.capture import FittedGradient, read_capture, read_update
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message
 from ggl_audit.spec import Spec
 
 SAME_CHANGES = 2
 """In roundings of the file."""
+
+KEY_IS_HELD = Message(
+    "inconclusive/key-is-held",
+    "the capture is a ciphertext and {holder} holds the key: without it there is nothing to "
+    "measure, which is not the same as safe",
+    "Audit what {holder} sees: view: key_holder, with the decrypted gradient.",
+    advice="Audit what the holder of the key sees: `view: key_holder`, with the decrypted "
+    "gradient.",
+)
+ONLY_IN_ONE_ROUND = Message(
+    "capture/only-in-one-round",
+    "{name!r} is only in one of capture.previous and the capture",
+    advice="Give both files in the same form, from the same client.",
+)
 
 
 def read_captured(
@@ -38,12 +53,7 @@ def read_captured(
     ignored = [one.name for one in capture.ignored]
     holder = defense.effect.ciphertext_of()
     if holder is not None:
-        raise NothingToMeasureError(
-            ("defense",),
-            f"the capture is a ciphertext and {holder} holds the key: without it there is nothing "
-            "to measure, which is not the same as safe",
-            f"Audit what {holder} sees: view: key_holder, with the decrypted gradient.",
-        )
+        raise NothingToMeasureError(("defense",), KEY_IS_HELD(holder=holder))
     if capture.after is not None:
         before = None if capture.before is None else spec.resolve(capture.before)
         return read_update(before, spec.resolve(capture.after), model, ignored)
@@ -59,7 +69,7 @@ def read_captured(
         previous = earlier.gradient
         if previous.keys() != captured.gradient.keys():
             odd = min(previous.keys() ^ captured.gradient.keys())
-            raise InputError(path, f"{odd!r} is only in one of capture.previous and the capture")
+            raise InputError(path, ONLY_IN_ONE_ROUND(name=odd))
         captured = replace(captured, beside=captured.beside.after(earlier.beside))
     gradient = last_gradient(captured.gradient, previous, capture.beta1)
     return replace(captured, gradient=gradient)

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from ggl_audit import __version__
 from ggl_audit.cli import capture, check, init, listing, prior, report, reproduce, run, schema
+from ggl_audit.cli.endings import ENDED_BY_CODE, INTERRUPTED, OWN_FAULT, end
 from ggl_audit.errors import AuditError
 
 
@@ -21,13 +22,13 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except AuditError as error:
-            typer.echo(f"ggl-audit: {error}", err=True)
+            end(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            typer.echo("ggl-audit: interrupted before anything was measured", err=True)
+            end(INTERRUPTED())
             raise typer.Exit(3) from None
         except SystemExit:
-            typer.echo("ggl-audit: the model or the prior ended the program", err=True)
+            end(ENDED_BY_CODE())
             raise typer.Exit(3) from None
 
 
@@ -75,5 +76,5 @@ def main() -> None:
         app()
     except Exception:
         traceback.print_exc()
-        typer.echo("ggl-audit: a fault of this program; nothing can be concluded", err=True)
+        end(OWN_FAULT())
         sys.exit(3)

@@ -8,6 +8,14 @@ from typing import Annotated
 import typer
 
 from ggl_audit.cli import options
+from ggl_audit.messages import Message
+
+NO_OUTPUT = Message(
+    "capturing/no-output",
+    "not declared",
+    "Say where to with --output.",
+    advice="Say where to write by `--output`.",
+)
 
 
 def capture(
@@ -46,6 +54,6 @@ def capture(
         if path is None and declared.capture.gradient is not None:
             path = declared.resolve(declared.capture.gradient)
         if path is None:
-            raise SpecError(("capture", "gradient"), "not declared", "Say where to with --output.")
+            raise SpecError(("capture", "gradient"), NO_OUTPUT())
         write_capture(path, gradient)
     typer.echo(f"wrote {path}", err=True)

@@ -87,9 +87,10 @@ def check(
         label = f"label {labels}, {how}" if case.model.targets is None else f"targets {how}"
         console.print(f"{label}; device {case.model.device}")
         for doubt in one.labels_in_doubt:
-            console.print(escape(doubt))
+            console.print(escape(doubt.text))
         for step in one.checks:
-            console.print(f"{escape(step.step)}: {step.outcome} ({escape(step.detail)})")
+            code = f" [{step.said.code}]" if step.outcome == "contradicts" else ""
+            console.print(escape(f"{step.step}: {step.outcome} ({step.detail}){code}"))
     guarantee = case.guarantee
     promise = (
         "none declared"

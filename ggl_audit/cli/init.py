@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ggl_audit.messages import Message
+
 TEMPLATE = """\
 # What is audited. Paths are relative to this file.
 version: 1
@@ -44,6 +46,13 @@ gate: {fail_on: C}                      # exit 1 at this grade or a worse one
 seed: 0
 """
 
+EXISTS_ALREADY = Message(
+    "spec/exists-already",
+    "exists already",
+    "Give another name.",
+    advice="Give `ggl-audit init` another name; it overwrites nothing.",
+)
+
 
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("audit.yaml"),
@@ -53,6 +62,6 @@ def init(
     from ggl_audit.errors import InputError
 
     if path.exists():
-        raise InputError(path, "exists already", "Give another name.")
+        raise InputError(path, EXISTS_ALREADY())
     write_whole(path, TEMPLATE.encode())
     typer.echo(f"wrote {path}", err=True)

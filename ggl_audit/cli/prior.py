@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ggl_audit.cli import options
+from ggl_audit.cli.endings import TRAINING_INTERRUPTED, end
 
 if TYPE_CHECKING:
     from ggl_audit.inputs.images import ImageSet, Part
@@ -139,7 +140,7 @@ def train(
         except KeyboardInterrupt:
             checkpoint = output / CHECKPOINT_NAME
             how = "the same command with --resume goes on" if checkpoint.is_file() else "start anew"
-            typer.echo(f"ggl-audit: interrupted; {how}", err=True)
+            end(TRAINING_INTERRUPTED(how=how))
             raise typer.Exit(3) from None
     typer.echo(f"wrote {output}", err=True)
     if card.inversion is not None:

@@ -7,6 +7,14 @@ from typing import Annotated
 
 import typer
 
+from ggl_audit.messages import Message
+
+TWO_REPORTS = Message(
+    "report/two-reports",
+    "-o converts one report; two are only compared on the terminal",
+    advice="Leave out `-o`, or the second report.",
+)
+
 
 def report(
     first: Annotated[
@@ -34,7 +42,7 @@ def report(
     check_outputs(outputs)
     shown = judge_ledger(first) if is_ledger(first) else read_report(first)
     if second is not None and outputs:
-        raise AuditError("-o converts one report; two are only compared on the terminal")
+        raise AuditError(TWO_REPORTS())
     if second is not None:
         render_comparison(shown, read_report(second), Console())
         return

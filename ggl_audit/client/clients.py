@@ -16,12 +16,42 @@ from ggl_audit.basics.device import CPU, seed_device
 from ggl_audit.basics.gradient import Gradient, concatenate, each, stack, take, unstack
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Context, Pipeline
-from ggl_audit.errors import AuditError, SpecError
+from ggl_audit.errors import AuditError, SpecError, raised
 from ggl_audit.inputs.capture import FittedGradient, fit_capture
 from ggl_audit.inputs.images import ImageSet
+from ggl_audit.messages import Message, Said
 
 Step = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]
 """The client's own training step: from (model, images, labels or targets) to what it sends."""
+
+REFERENCE_IS_NOT_FINITE = Message(
+    "client/reference-is-not-finite",
+    "the gradient of {name} on a reference image is NaN or infinite",
+    "Look at the model's weights and at model.input.mean and std.",
+    advice="Look at the weights and at `model.input.mean` and `std`.",
+)
+LACKS_STATISTICS = Message(
+    "client/lacks-statistics",
+    "returned no {name!r}, which the capture has",
+    advice="Return the running statistics after the step too, as the client sends them.",
+)
+STEP_FAILS = Message(
+    "client/step-fails",
+    "failed with {error}",
+    advice="Mend the step; it is called as `step(model, images, labels, **client.kwargs)`, with "
+    "normalized images.",
+)
+NO_TENSORS = Message(
+    "client/no-tensors",
+    "returned a {kind}; expected tensors by parameter name",
+    advice="Return a dict from the names of `model.named_parameters()` to tensors.",
+)
+LACKS_PARAMETERS = Message(
+    "client/lacks-parameters",
+    "returned no {name!r}",
+    "Declare capture.unsent where some parameters are never sent.",
+    advice="Return every trained parameter, or declare `capture.unsent`.",
+)
 
 
 class Client(Protocol):
@@ -94,10 +124,7 @@ class DeclaredClient:
         )
         for name, tensor in sent.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise AuditError(
-                    f"the gradient of {name} on a reference image is NaN or infinite",
-                    "Look at the model's weights and at model.input.mean and std.",
-                )
+                raise AuditError(REFERENCE_IS_NOT_FINITE(name=name))
         return sent
 
     def _earlier(self, context: Context) -> list[Gradient]:
@@ -184,7 +211,7 @@ class OwnClient:
         changes = {**fitted.beside.statistics, **fitted.beside.counts}
         for name in statistics.names:
             if name not in changes:
-                raise _fault(f"returned no {name!r}, which the capture has")
+                raise _fault(LACKS_STATISTICS(name=name))
         sent = {name: statistics.unit * changes[name] for name in statistics.names}
         return {**fitted.gradient, **sent}
 
@@ -202,20 +229,17 @@ class OwnClient:
                 sent = self.step(model.as_received(), model.normalize(images), targets)
             except (Exception, SystemExit) as error:
                 # Whatever the user's own code raises is a fault in the input.
-                raise _fault(f"failed with {type(error).__name__}: {error}") from error
+                raise _fault(STEP_FAILS(error=raised(error))) from error
         if not isinstance(sent, dict) or not all(
             isinstance(t, torch.Tensor) for t in sent.values()
         ):
-            raise _fault(f"returned a {type(sent).__name__}; expected tensors by parameter name")
+            raise _fault(NO_TENSORS(kind=type(sent).__name__))
         # What the client's code returns is of this model; capture.layout is of a file.
         here = replace(model, arrangements=None)
         ignored = [pattern for pattern in self.ignored if fnmatch.filter(sent, pattern)]
         fitted = fit_capture({n: t.detach() for n, t in sent.items()}, here, _fault, ignored)
         if fitted.unsent:
-            raise _fault(
-                f"returned no {fitted.unsent[0]!r}",
-                "Declare capture.unsent where some parameters are never sent.",
-            )
+            raise _fault(LACKS_PARAMETERS(name=fitted.unsent[0]))
         return fitted
 
 
@@ -233,9 +257,7 @@ def _other_randomness(seed: int) -> Iterator[None]:
         np.random.set_state(theirs)  # noqa: NPY002
 
 
-def _fault(problem: str, hint: str = "") -> SpecError:
-    return SpecError(
-        ("client", "step"),
-        f"the client's code {problem}",
-        hint or "It is called as step(model, images, labels, **client.kwargs), images normalized.",
-    )
+def _fault(said: Said) -> SpecError:
+    call = "It is called as step(model, images, labels, **client.kwargs), images normalized."
+    told = said if said.remedy else said.advising(call)
+    return SpecError(("client", "step"), told.after("the client's code "))

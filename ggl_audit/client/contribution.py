@@ -17,9 +17,18 @@ from ggl_audit.defenses import Context, Drawn, Pipeline
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.statistics import Batch, batches_seen
+from ggl_audit.messages import Message
 from ggl_audit.spec import LocalTrainingSpec
 
 ORDER = "local.order"
+
+CHANGES_UNKNOWN_TARGETS = Message(
+    "defense/changes-unknown-targets",
+    "{defense} changes images and may change what they are to give, which is not known for a loss "
+    "of one's own or a target for each pixel",
+    advice="Declare a loss that is known by its name, or leave out the step that mixes or "
+    "transforms images.",
+)
 
 
 class Contribution:
@@ -36,11 +45,7 @@ class Contribution:
     def __init__(self, model: ClientModel, defense: Pipeline) -> None:
         first = torch.zeros(1, dtype=torch.long, device=model.device)
         if defense.training.changes_images and model.mixable_targets_of(first) is None:
-            raise SpecError(
-                ("defense",),
-                f"{defense} changes images and may change what they are to give, which is not "
-                "known for a loss of one's own or a target for each pixel",
-            )
+            raise SpecError(("defense",), CHANGES_UNKNOWN_TARGETS(defense=defense))
         self._model = model
         self._defense = defense
         self._reduced: Callable[..., tuple[Gradient, Batch]] = grad(self._loss, has_aux=True)

@@ -15,6 +15,7 @@ from ggl_audit.client.contribution import Contribution
 from ggl_audit.defenses import Context, Drawn, Pipeline, relative_l2
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message
 
 MEMORY = 256 * 2**20
 """Bytes held at a time; what takes more is taken in chunks."""
@@ -28,6 +29,15 @@ ROUNDING = 1e-6
 """The rounding of a sum of gradients on any hardware, squared and relative."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+NOT_FOR_MANY = Message(
+    "model/not-for-many",
+    "the model cannot be evaluated for many candidates at a time ({reason})",
+    "torch.func.vmap needs a forward pass without data-dependent branches, random draws, or "
+    "buffers that it changes.",
+    advice="Write the forward pass without branches on values, `.item()` and changes in place, "
+    "which `torch.func.vmap` cannot map.",
+)
 
 
 def in_less_memory(method: Method) -> Method:
@@ -162,9 +172,4 @@ class ClientGradients:
             # The forward pass is the user's own code.
             raised = error.__cause__ or error if isinstance(error, SpecError) else error
             reason = (str(raised).strip() or type(raised).__name__).splitlines()[0]
-            raise SpecError(
-                ("model", "factory"),
-                f"the model cannot be evaluated for many candidates at a time ({reason})",
-                "torch.func.vmap needs a forward pass without data-dependent branches, random "
-                "draws, or buffers that it changes.",
-            ) from None
+            raise SpecError(("model", "factory"), NOT_FOR_MANY(reason=reason)) from None

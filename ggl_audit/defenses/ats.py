@@ -14,6 +14,8 @@ from pydantic import Field, field_validator
 
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, DataDefense, Drawn
+from ggl_audit.errors import ReasonError
+from ggl_audit.messages import Message
 
 POLICY, SIGNS = "ats.policy", "ats.signs"
 
@@ -25,6 +27,25 @@ LONGEST = 3
 
 Transformation = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 """From images (n, c, h, w) in [0, 1], a share of the largest magnitude, and signs (n, 1, 1, 1)."""
+
+POLICIES = (
+    "Write each policy of `ats` as up to three names with levels: `translate_x 9, contrast 6`."
+)
+POLICY_TOO_LONG = Message(
+    "defense/policy-too-long",
+    "{policy!r} has {count} transformations; expected {most} at most",
+    advice=POLICIES,
+)
+NO_TRANSFORMATION = Message(
+    "defense/no-transformation",
+    "{text!r} is no transformation; expected a name and a level, such as 'contrast 6', of {known}",
+    advice=POLICIES,
+)
+NO_LEVEL = Message(
+    "defense/no-level",
+    "{name} has the level {level!r}; expected a whole number, 0 to 9",
+    advice=POLICIES,
+)
 
 
 def _resampled(images: torch.Tensor, matrix: tuple[float, ...], fill: float) -> torch.Tensor:
@@ -235,16 +256,15 @@ class Ats(DataDefense):
 def _steps(policy: str) -> list[Step]:
     parts = [part.split() for part in policy.split(",")]
     if len(parts) > LONGEST:
-        raise ValueError(f"{policy!r} has {len(parts)} transformations; expected {LONGEST} at most")
+        raise ReasonError(POLICY_TOO_LONG(policy=policy, count=len(parts), most=LONGEST))
     steps = []
     for part in parts:
         if len(part) != 2 or part[0] not in TRANSFORMATIONS:
-            raise ValueError(
-                f"{' '.join(part)!r} is no transformation; expected a name and a level, such as "
-                f"'contrast 6', of {', '.join(TRANSFORMATIONS)}"
+            raise ReasonError(
+                NO_TRANSFORMATION(text=" ".join(part), known=", ".join(TRANSFORMATIONS))
             )
         name, level = part
         if level not in {str(number) for number in range(LEVELS + 1)}:
-            raise ValueError(f"{name} has the level {level!r}; expected a whole number, 0 to 9")
+            raise ReasonError(NO_LEVEL(name=name, level=level))
         steps.append(Step(name, int(level)))
     return steps

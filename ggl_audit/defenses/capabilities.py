@@ -16,6 +16,7 @@ from ggl_audit.basics.factors import Factors
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, Drawn, NoiseBound, Step
 from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
+from ggl_audit.messages import Said
 
 
 @runtime_checkable
@@ -205,8 +206,10 @@ class BoundsSensitivity(Protocol):
 class HasCheck(Protocol):
     """Can be compared with a capture, as far as later steps leave its trace."""
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said | str]:
         """Whether the capture cannot have come out of this step, and the measured figure.
+
+        The figure is a message of the step, or just words, as a sentence without a full stop.
 
         A capture that did come out of it is accused with a probability of 1e-6 at most.
 

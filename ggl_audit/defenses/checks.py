@@ -12,6 +12,28 @@ from ggl_audit.defenses.base import Place, Step
 from ggl_audit.defenses.capabilities import HasCheck, HasHint
 from ggl_audit.defenses.chain import Chain
 from ggl_audit.defenses.randomness import noise_norm
+from ggl_audit.messages import Message, Said
+
+HIDDEN_BY_LOCAL_STEPS = Message(
+    "doubt/hidden-by-local-steps",
+    "the local steps hide its trace",
+    advice="The check says so for each such step; what to do is the line before.",
+)
+OWN_WORDS = Message(
+    "check/own-words",
+    "{words}",
+    advice="They are of a step of your own, whose code says so in its `contradiction`.",
+)
+LEAVES_NO_TRACE = Message(
+    "doubt/leaves-no-trace",
+    "it leaves nothing that could be checked",
+    advice="The check says so for each such step; what to do is the line before.",
+)
+HIDDEN_BY_STEP = Message(
+    "doubt/hidden-by-step",
+    "{step} after it hides its trace",
+    advice="The check says so for each such step; what to do is the line before.",
+)
 
 
 @dataclass(frozen=True)
@@ -21,12 +43,17 @@ class Check:
     Attributes:
         step: the step, as ``name(parameters)``.
         outcome: ``agrees``, ``contradicts``, or ``hidden`` when later steps cover its trace.
-        detail: the measured figure beside the declared one, as a sentence without a full stop.
+        said: the measured figure beside the declared one.
     """
 
     step: str
     outcome: Literal["agrees", "contradicts", "hidden"]
-    detail: str
+    said: Said
+
+    @property
+    def detail(self) -> str:
+        """The figures in words, as a sentence without a full stop."""
+        return self.said.text
 
 
 class Checks:
@@ -58,15 +85,16 @@ class Checks:
                 return noise_norm(later, size, confidence)
 
             if step.place is Place.SAMPLE and self._trains:
-                checks.append(Check(str(step), "hidden", "the local steps hide its trace"))
+                checks.append(Check(str(step), "hidden", HIDDEN_BY_LOCAL_STEPS()))
             elif step.trace == "none" or not isinstance(step, HasCheck):
-                checks.append(Check(str(step), "hidden", "it leaves nothing that could be checked"))
+                checks.append(Check(str(step), "hidden", LEAVES_NO_TRACE()))
             elif self._chain.visible[index]:
-                contradicts, detail = step.contradiction(observed, bound)
+                contradicts, figure = step.contradiction(observed, bound)
+                said = figure if isinstance(figure, Said) else OWN_WORDS(words=figure)
                 if contradicts and isinstance(step, HasHint):
-                    detail += step.hint(observed, self.factors)
-                checks.append(Check(str(step), "contradicts" if contradicts else "agrees", detail))
+                    said = said.followed_by(step.hint(observed, self.factors))
+                checks.append(Check(str(step), "contradicts" if contradicts else "agrees", said))
             else:
                 hiding = next(s for s in later if not s.leaves(step.trace))
-                checks.append(Check(str(step), "hidden", f"{hiding} after it hides its trace"))
+                checks.append(Check(str(step), "hidden", HIDDEN_BY_STEP(step=hiding)))
         return checks

@@ -22,11 +22,28 @@ from ggl_audit.defenses.base import (
     Trace,
 )
 from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
+from ggl_audit.errors import ReasonError
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message, Said
 
 ROUNDING = 1e-4
 FACTOR_TOLERANCE = 1e-3
 """The relative error of a norm that was clipped to another bound."""
+
+SAMPLES_ARE_MIXED = Message(
+    "defense/samples-are-mixed",
+    "clips each sample, but the model mixes the samples, as batch norm in train mode does",
+    advice="Use a model without batch norm, as Opacus asks for too, or declare `mode: eval` if "
+    "the client trains so.",
+)
+
+NORM = Message(
+    "contradiction/norm",
+    "the norm of {name} is {norm:.4g}; the bound is {bound:g}{with_noise}",
+    advice="Look for a clip that is left out, at another bound, or of each tensor in place of the "
+    "whole; a batch whose samples are clipped is a `unit: sample`, and its sum "
+    "`model.loss.reduction: sum`.",
+)
 
 
 class Clip(Defense):
@@ -68,10 +85,7 @@ class Clip(Defense):
         if model.batch_size == 1 and model.local is None:
             return self.model_copy(update={"unit": "client"})
         if model.mixes:
-            raise ValueError(
-                "clips each sample, but the model mixes the samples, as batch norm in train mode "
-                "does"
-            )
+            raise ReasonError(SAMPLES_ARE_MIXED())
         bound = self.model_copy()
         bound._shares = model.batch_size if model.loss_sum else 1
         return bound
@@ -93,7 +107,7 @@ class Clip(Defense):
         """min(1, bound / norm), if it is over the whole gradient."""
         return self._factor if self.scope == "global" else None
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds a norm above the bound, or above what bound and later noise can reach together."""
         parts = {"the gradient": flat(observed)} if self.scope == "global" else observed
         confidence = 1 - FALSE_ACCUSATION / len(parts)
@@ -106,10 +120,10 @@ class Clip(Defense):
         where = max(parts, key=lambda name: float(parts[name].norm()) / most(parts[name]))
         largest, allowed = float(parts[where].norm()), most(parts[where])
         bound = self._shares * self.bound
-        detail = f"the norm of {where} is {largest:.4g}; the bound is {bound:g}"
-        if later_noise(1, confidence):
-            detail += f", with the noise after it at most {allowed:.4g}"
-        return largest > allowed, detail
+        noise = later_noise(1, confidence)
+        with_noise = f", with the noise after it at most {allowed:.4g}" if noise else ""
+        said = NORM(name=where, norm=largest, bound=bound, with_noise=with_noise)
+        return largest > allowed, said
 
     def hint(self, observed: Gradient, factors: Factors) -> str:
         """The bound that the norm is at, where the factor is known."""

@@ -13,9 +13,49 @@ from ggl_audit.basics.validation import first_problem
 from ggl_audit.defenses.base import Declared, Place, Step
 from ggl_audit.defenses.pipeline import Pipeline
 from ggl_audit.defenses.registry import known
-from ggl_audit.errors import SpecError, nearest
-from ggl_audit.inputs.factories import find_callable
+from ggl_audit.errors import SpecError, nearest, raised
+from ggl_audit.inputs.factories import FAILS, find_callable
+from ggl_audit.messages import Message
 from ggl_audit.spec import DefenseSpec
+
+UNKNOWN_DEFENSE = Message(
+    "defense/unknown-defense",
+    "there is no defense {name!r}",
+    "{nearest}",
+    advice="Choose one of `ggl-audit list defenses`, or name your own by `factory`.",
+)
+WRITE_THE_CLASS = (
+    "Write the class as in [the README](../README.md#what-a-client-can-do-and-what-is-captured): "
+    "a `Defense` with a `name`, whose `apply` and `replicate` return tensors by the same names "
+    "and shapes."
+)
+NO_DEFENSE = Message(
+    "defense/no-defense",
+    "{factory} returned a {kind}; expected a ggl_audit.defenses.Defense",
+    advice=WRITE_THE_CLASS,
+)
+DEFENSE_WITHOUT_NAME = Message(
+    "defense/without-name",
+    "{factory} has no name",
+    'Give it: name: ClassVar[str] = "own".',
+    advice=WRITE_THE_CLASS,
+)
+CLIENTS_ORDER = (
+    "Declare the steps in the client's order: images and model, each sample, the client's "
+    "gradient, the aggregation, the mean."
+)
+OUT_OF_ORDER = Message(
+    "defense/out-of-order",
+    "{later} cannot come after {earlier}",
+    "First what changes images and model, then what is done to each sample's gradient, then to "
+    "the client's, then the aggregation, then to the mean.",
+    advice=CLIENTS_ORDER,
+)
+AGGREGATES_TWICE = Message(
+    "defense/aggregates-twice",
+    "aggregates twice; declare the whole cohort in one step",
+    advice=CLIENTS_ORDER,
+)
 
 
 def build_pipeline(
@@ -44,8 +84,7 @@ def build_pipeline(
         if kind is None:
             raise SpecError(
                 ("defense", index, "name"),
-                f"there is no defense {step.name!r}",
-                nearest(step.name, kinds),
+                UNKNOWN_DEFENSE(name=step.name, nearest=nearest(step.name, kinds)),
             )
         try:
             steps += kind.model_validate(parameters).as_steps(samples)
@@ -114,18 +153,15 @@ def _own(index: int, factory: str, parameters: dict[str, Any], folder: Path) -> 
     except SpecError:
         raise
     except ValidationError as error:
-        place, problem, remedy = first_problem(error, lambda _: [])
-        raise SpecError(("defense", index, *place), problem, remedy) from None
+        place, said = first_problem(error, lambda _: [])
+        raise SpecError(("defense", index, *place), said) from None
     except (Exception, SystemExit) as error:
         # Whatever the user's own code raises is a fault in the input, told without a traceback.
-        raise SpecError(key, f"{factory} failed with {type(error).__name__}: {error}") from error
+        raise SpecError(key, FAILS(callable=factory, error=raised(error), how="")) from error
     if not isinstance(step, Step):
-        raise SpecError(
-            key,
-            f"{factory} returned a {type(step).__name__}; expected a ggl_audit.defenses.Defense",
-        )
+        raise SpecError(key, NO_DEFENSE(factory=factory, kind=type(step).__name__))
     if not isinstance(getattr(step, "name", None), str):
-        raise SpecError(key, f"{factory} has no name", 'Give it: name: ClassVar[str] = "own".')
+        raise SpecError(key, DEFENSE_WITHOUT_NAME(factory=factory))
     return step
 
 
@@ -135,16 +171,13 @@ def _check_order(steps: Sequence[Step]) -> None:
         on_mean = first is Place.AGGREGATE and second is Place.GRADIENT
         if first > second and not on_mean:
             raise SpecError(
-                ("defense",),
-                f"{steps[index + 1]} cannot come after {steps[index]}",
-                "First what changes images and model, then what is done to each sample's "
-                "gradient, then to the client's, then the aggregation, then to the mean.",
+                ("defense",), OUT_OF_ORDER(later=steps[index + 1], earlier=steps[index])
             )
     if places.count(Place.AGGREGATE) > 1:
-        raise SpecError(("defense",), "aggregates twice; declare the whole cohort in one step")
+        raise SpecError(("defense",), AGGREGATES_TWICE())
 
 
 def _wrong_parameter(index: int, kind: type[Declared], error: ValidationError) -> SpecError:
-    key, problem, remedy = first_problem(error, lambda _: kind.model_fields)
+    key, said = first_problem(error, lambda _: kind.model_fields)
     takes = f"{kind.name} takes {', '.join(kind.model_fields) or 'no parameters'}."
-    return SpecError(("defense", index, *key), problem, remedy or takes)
+    return SpecError(("defense", index, *key), said if said.remedy else said.advising(takes))

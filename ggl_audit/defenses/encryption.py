@@ -16,6 +16,13 @@ from ggl_audit.defenses.base import (
     ReplicaKind,
     Trace,
 )
+from ggl_audit.messages import Message, Said
+
+HOLDER_SEES = Message(
+    "check/holder-sees",
+    "{holder} holds the key and sees what is audited here",
+    advice="Nothing.",
+)
 
 
 class Encryption(Defense):
@@ -48,9 +55,9 @@ class Encryption(Defense):
         """Nothing."""
         return gradient
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Nothing that is decrypted tells of the encryption."""
-        return False, f"{self.key_holder} holds the key and sees what is audited here"
+        return False, HOLDER_SEES(holder=self.key_holder)
 
     def norm_bound(self, before: float | None) -> float | None:
         """Unchanged."""

@@ -15,10 +15,53 @@ from typing_extensions import Self
 
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, Drawn, Effect, ModelDefense, NoiseBound, Trace
+from ggl_audit.errors import ReasonError
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message, Said
 
 MASK = "kept_units"
 """The buffer of a layer that says which units feed it, ones and zeros."""
+
+USE_A_CHAIN = (
+    "Use a chain of linear layers and convolutions; for another model declare your own defense by "
+    "`factory`."
+)
+NO_HIDDEN_LAYERS = Message(
+    "defense/no-hidden-layers",
+    "federated_dropout leaves out units of hidden layers, but the model has none: {count} linear "
+    "layers and convolutions, expected 2 or more",
+    advice=USE_A_CHAIN,
+)
+NO_CHAIN = Message(
+    "defense/no-chain",
+    "federated_dropout needs layers that follow one another, but {layer} takes {inputs} inputs, "
+    "in groups or not those of {before} before it, which has {units} units",
+    advice=USE_A_CHAIN,
+)
+DECAYS_WHAT_IS_LEFT_OUT = Message(
+    "defense/decays-what-is-left-out",
+    "federated_dropout with local weight_decay, which would also move the units that are left out "
+    "and are not sent",
+    advice="Declare no `weight_decay`, if the client has none.",
+)
+UNITS_CANNOT_BE_SEEN = Message(
+    "defense/units-cannot-be-seen",
+    "federated_dropout cannot be seen before {layer}: neither this layer nor the one before it is "
+    "trained",
+    advice="Take one of the two layers out of `model.frozen` or `capture.unsent`.",
+)
+OTHER_WAYS = Message(
+    "defense/other-ways",
+    "federated_dropout needs a model whose layers form a chain, but units before {layer} also act "
+    "by another way, such as a residual connection",
+    advice=USE_A_CHAIN,
+)
+
+UNITS = Message(
+    "contradiction/units",
+    "{count} of {units} units before {layer} have a gradient; {kept} were declared",
+    advice="Correct `kept`, or capture the gradient of the sub-model.",
+)
 
 
 @dataclass(frozen=True)
@@ -92,10 +135,7 @@ class FederatedDropout(ModelDefense):
         """
         layers = _layers(module)
         if len(layers) < 2:
-            raise ValueError(
-                "federated_dropout leaves out units of hidden layers, but the model has none: "
-                f"{len(layers)} linear layers and convolutions, expected 2 or more"
-            )
+            raise ReasonError(NO_HIDDEN_LAYERS(count=len(layers)))
         for (before, giver), (name, taker) in pairwise(layers):
             units = giver.weight.shape[0]
             if isinstance(taker, nn.Linear):
@@ -103,11 +143,7 @@ class FederatedDropout(ModelDefense):
             else:
                 taken, follows = taker.in_channels, taker.weight.shape[1] == units
             if not follows:
-                raise ValueError(
-                    "federated_dropout needs layers that follow one another, but "
-                    f"{name} takes {taken} inputs, in groups or not those of {before} before it, "
-                    f"which has {units} units"
-                )
+                raise ReasonError(NO_CHAIN(layer=name, inputs=taken, before=before, units=units))
             taker.register_buffer(MASK, torch.ones(units), persistent=False)
             taker.register_forward_pre_hook(_leave_out)
         return module
@@ -120,10 +156,7 @@ class FederatedDropout(ModelDefense):
                 another way than through the next layer; or none of its parameters is trained.
         """
         if model.local is not None and model.local.weight_decay:
-            raise ValueError(
-                "federated_dropout with local weight_decay, which would also move the units that "
-                "are left out and are not sent"
-            )
+            raise ReasonError(DECAYS_WHAT_IS_LEFT_OUT())
         hidden = tuple(_hidden(model))
         random = torch.Generator().manual_seed(0)
         images = torch.rand(4, *model.shape, generator=random).to(model.mean)
@@ -141,15 +174,9 @@ class FederatedDropout(ModelDefense):
         for layer in hidden:
             where = layer.mask.removesuffix(f".{MASK}")
             if not layer.rows and layer.columns is None:
-                raise ValueError(
-                    f"federated_dropout cannot be seen before {where}: neither this layer nor the "
-                    "one before it is trained"
-                )
+                raise ReasonError(UNITS_CANNOT_BE_SEEN(layer=where))
             if bool(layer.entries(gradient)[masks[layer.mask] == 0].any()):
-                raise ValueError(
-                    "federated_dropout needs a model whose layers form a chain, but units before "
-                    f"{where} also act by another way, such as a residual connection"
-                )
+                raise ReasonError(OTHER_WAYS(layer=where))
         bound = self.model_copy()
         bound._layers = hidden
         return bound
@@ -184,15 +211,15 @@ class FederatedDropout(ModelDefense):
                 gradient = layer.zeroed(gradient, kept)
         return gradient
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds a hidden layer with fewer units without gradient than were declared."""
         details = []
         for layer in self._layers:
             kept = int((layer.entries(observed) != 0).any(1).sum())
             allowed = self._kept(layer)
             before = layer.mask.removesuffix(f".{MASK}")
-            detail = f"{kept} of {layer.units} units before {before} have a gradient"
-            details.append((kept - allowed, f"{detail}; {allowed} were declared"))
+            said = UNITS(count=kept, units=layer.units, layer=before, kept=allowed)
+            details.append((kept - allowed, said))
         excess, worst = max(details, key=lambda detail: detail[0])
         return excess > 0, worst
 

@@ -11,6 +11,7 @@ from ggl_audit.basics.gradient import Gradient, each, largest_magnitude
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.capabilities import ByValues
 from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
+from ggl_audit.messages import Message, Said
 
 SMALLEST_SCALE = 1e-30
 ROUNDING = 1e-5
@@ -21,6 +22,12 @@ FORMATS = {
     "float8_e4m3": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
 }
+
+OFF_FORMAT = Message(
+    "contradiction/off-format",
+    "{count} of {total} values of {name} are not of {format}",
+    advice="Correct `format` and `scale`, or capture after the rounding.",
+)
 
 
 class FloatFormat(Defense):
@@ -67,18 +74,15 @@ class FloatFormat(Defense):
             on_values=lambda values, _: self._rounded(values),
         )
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds values that the format does not have."""
         counts = {}
         for name, tensor in observed.items():
             off = (self._rounded(tensor) - tensor).abs() > ROUNDING * tensor.abs()
             counts[name] = int(off.sum())
         where = max(counts, key=lambda name: counts[name] / observed[name].numel())
-        detail = (
-            f"{counts[where]} of {observed[where].numel()} values of {where} are not of "
-            f"{self.format}"
-        )
-        return counts[where] > 0, detail
+        count, total = counts[where], observed[where].numel()
+        return count > 0, OFF_FORMAT(count=count, total=total, name=where, format=self.format)
 
     def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """The sum of log P(value plus noise is rounded to what was observed).

@@ -21,10 +21,19 @@ from ggl_audit.defenses.base import (
     Trace,
 )
 from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
+from ggl_audit.messages import Message, Said
 
 THRESHOLDS = (0.01, 0.1, 0.3, 0.6745, 1.0)  # in standard deviations
 FACTOR_TOLERANCE = 0.05
 """The relative error of a deviation told by a capture, since the gradient is in there too."""
+
+MEDIAN_TOO_SMALL = Message(
+    "contradiction/median-too-small",
+    "half of the values of {name} are within {median:.3g} of zero; noise of standard deviation "
+    "{std:g} leaves half of them within {limit:.3g} at the most",
+    advice="Look for noise that is left out, weaker, or divided by the batch size, and for a "
+    "capture before it.",
+)
 
 
 class Noise(Defense):
@@ -71,7 +80,7 @@ class Noise(Defense):
         """Nothing: fresh noise on a candidate would only blur the comparison."""
         return gradient
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds too many values near zero, in the whole gradient or in one tensor.
 
         Symmetric unimodal noise around any value puts at most P(|noise| <= t) of them within t of
@@ -90,11 +99,9 @@ class Noise(Defense):
                 if excess > worst and (excess > 0 or name == "the gradient"):
                     worst, where = excess, name
         median, half = float(parts[where].abs().double().median()), self._half
-        detail = (
-            f"half of the values of {where} are within {median:.3g} of zero; noise of standard "
-            f"deviation {self.std:g} leaves half of them within {half * self.std:.3g} at the most"
-        )
-        return worst > 0, detail
+        limit = half * self.std
+        said = MEDIAN_TOO_SMALL(name=where, median=median, std=self.std, limit=limit)
+        return worst > 0, said
 
     def hint(self, observed: Gradient, factors: Factors) -> str:
         """The deviation that the median of the capture is that of, where the factor is known."""

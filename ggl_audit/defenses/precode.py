@@ -13,10 +13,40 @@ from typing_extensions import Self
 
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, Drawn, ModelDefense, NoiseBound, Trace
+from ggl_audit.errors import ReasonError
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message, Said
 
 ROUNDING = 1e-3
 """Half precision, which a client may train in, rounds by half of this."""
+
+END_IN_A_LINEAR_LAYER = (
+    "Use a model that ends in a trained `nn.Linear`, and do not name it in `model.frozen` or "
+    "`capture.unsent`."
+)
+NO_LINEAR_LAYER = Message(
+    "defense/no-linear-layer",
+    "precode puts a bottleneck before the last linear layer, but the model has none",
+    advice=END_IN_A_LINEAR_LAYER,
+)
+LAST_LAYER_GIVES_NO_LOGITS = Message(
+    "defense/last-layer-gives-no-logits",
+    "precode puts a bottleneck before the last linear layer, which has to give the logits; "
+    "{layer} does not",
+    advice=END_IN_A_LINEAR_LAYER,
+)
+
+BEYOND_SPAN = Message(
+    "contradiction/beyond-span",
+    "{share:.1%} of {name} is beyond what {images} images span",
+    advice="Correct `capture.batch_size`; check that the model has the bottleneck and the weights "
+    "are of it.",
+)
+BOTTLENECKS_NOISE = Message(
+    "check/bottlenecks-noise",
+    "the noise of the bottleneck leaves nothing in the capture to check",
+    advice="Nothing.",
+)
 
 
 class Bottleneck(nn.Module):
@@ -93,9 +123,7 @@ class Precode(ModelDefense):
         """
         linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
         if not linear:
-            raise ValueError(
-                "precode puts a bottleneck before the last linear layer, but the model has none"
-            )
+            raise ReasonError(NO_LINEAR_LAYER())
         head = module.get_submodule(linear[-1])
         assert isinstance(head, nn.Linear)
         bottleneck = Bottleneck(head.in_features, self.size)
@@ -116,10 +144,7 @@ class Precode(ModelDefense):
         place = places[0]
         layer = place.removesuffix("bottleneck")
         if model.head is None or model.head.module != f"{layer}head":
-            raise ValueError(
-                "precode puts a bottleneck before the last linear layer, which has to give the "
-                f"logits; {layer.removesuffix('.')} does not"
-            )
+            raise ReasonError(LAST_LAYER_GIVES_NO_LOGITS(layer=layer.removesuffix(".")))
         bound = self.model_copy()
         bound._place = place
         bound._random = frozenset(n for n in model.parameters if n.startswith(layer))
@@ -163,13 +188,12 @@ class Precode(ModelDefense):
         span = torch.linalg.qr((self._probe @ gradient[weight]).T).Q
         return {**observed, weight: observed[weight] @ span @ span.T}
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds rows of the encoder that no batch of the declared size spans."""
         if self._probe is None:
-            return False, "the noise of the bottleneck leaves nothing in the capture to check"
+            return False, BOTTLENECKS_NOISE()
         images = len(self._probe)
         name = f"{self._place}.encoder.weight"
         values = torch.linalg.svdvals(observed[name].double())
         beyond = float(values[images:].norm() / values.norm().clamp(min=1e-300))
-        detail = f"{beyond:.1%} of {name} is beyond what {images} images span"
-        return beyond > ROUNDING, detail
+        return beyond > ROUNDING, BEYOND_SPAN(share=beyond, name=name, images=images)

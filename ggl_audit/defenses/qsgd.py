@@ -9,11 +9,28 @@ from pydantic import Field
 
 from ggl_audit.basics.gradient import Gradient, each, flat, largest_magnitude
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
+from ggl_audit.messages import Message, Said
 
 SMALLEST_NORM = 1e-30
 LEAST_PROBABILITY = 1e-12
 ROUNDING = 1e-3
 OFF_THE_GRID = 1e6
+
+CORRECT_LEVELS = (
+    "Correct `levels`, `norm` and `scope` (for TernGrad: nothing but three values a tensor), or "
+    "capture what is sent."
+)
+MAGNITUDES = Message(
+    "contradiction/magnitudes",
+    "{name} has {count} magnitudes but zero; {levels} were declared",
+    advice=CORRECT_LEVELS,
+)
+NO_MULTIPLES = Message(
+    "contradiction/no-multiples",
+    "the {count} magnitudes of {name}, from {least:.4g} to {most:.4g}, are not multiples of one, "
+    "up to {levels} times it",
+    advice=CORRECT_LEVELS,
+)
 
 
 class Qsgd(Defense):
@@ -51,7 +68,7 @@ class Qsgd(Defense):
         """Nothing but the length: what is sent is the gradient itself on average."""
         return gradient if observed is None else lengthened(gradient, observed)
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds values that are not the declared multiples of one magnitude."""
         return off_grid(
             observed if self.scope == "layer" else {"the gradient": flat(observed)},
@@ -134,7 +151,7 @@ def log_probability(tensor: torch.Tensor, seen: torch.Tensor, unit: torch.Tensor
     return logs
 
 
-def off_grid(parts: Gradient, levels: int, reaches_the_highest: bool) -> tuple[bool, str]:
+def off_grid(parts: Gradient, levels: int, reaches_the_highest: bool) -> tuple[bool, Said]:
     """Whether magnitudes are not multiples of one, up to ``levels`` times it; and what was found.
 
     Args:
@@ -148,12 +165,12 @@ def off_grid(parts: Gradient, levels: int, reaches_the_highest: bool) -> tuple[b
         if len(magnitudes) > levels:
             continue
         if len(magnitudes) and not _on_a_grid(magnitudes, levels, reaches_the_highest):
-            return True, (
-                f"the {len(magnitudes)} magnitudes of {name}, from {float(magnitudes[0]):.4g} to "
-                f"{float(magnitudes[-1]):.4g}, are not multiples of one, up to {levels} times it"
+            least, largest = float(magnitudes[0]), float(magnitudes[-1])
+            return True, NO_MULTIPLES(
+                count=len(magnitudes), name=name, least=least, most=largest, levels=levels
             )
     count = len(_magnitudes(parts[most]))
-    return count > levels, f"{most} has {count} magnitudes but zero; {levels} were declared"
+    return count > levels, MAGNITUDES(name=most, count=count, levels=levels)
 
 
 def _magnitudes(tensor: torch.Tensor) -> torch.Tensor:

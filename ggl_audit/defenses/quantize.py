@@ -11,12 +11,20 @@ from ggl_audit.basics.gradient import Gradient, flat
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
 from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
 from ggl_audit.defenses.sign import WIDTH
+from ggl_audit.messages import Message, Said
 
 SMALLEST_STEP = 1e-30
 MIDWAY = 1e-3
 
 WIDEST = 0.5
 """A slope, in steps: nearly a straight line."""
+
+LEVELS = Message(
+    "contradiction/levels",
+    "{name} has {count} levels; {bits} bits allow {levels}",
+    advice="Correct `bits` and `scope`, or capture after the quantization and before anything "
+    "else.",
+)
 
 
 class Quantize(Defense):
@@ -71,13 +79,13 @@ class Quantize(Defense):
             smoothed[name] = low + step * (below + (1 + rise) / 2)
         return smoothed
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds more levels than bits allow."""
         parts = {"the gradient": flat(observed)} if self.scope == "global" else observed
         counts = {name: _levels(tensor) for name, tensor in parts.items()}
         where = max(counts, key=lambda name: counts[name])
-        detail = f"{where} has {counts[where]} levels; {self.bits} bits allow {2**self.bits}"
-        return counts[where] > 2**self.bits, detail
+        count, allowed = counts[where], 2**self.bits
+        return count > allowed, LEVELS(name=where, count=count, bits=self.bits, levels=allowed)
 
     def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """The sum of log P(value plus noise is rounded to what was observed), on its own grid.

@@ -11,6 +11,22 @@ from pathlib import Path
 from ggl_audit.basics.plugins import added_by_packages
 from ggl_audit.defenses.base import Declared, Step
 from ggl_audit.errors import AuditError
+from ggl_audit.messages import Message
+
+PACKAGE_ADDS_NO_DEFENSE = Message(
+    "code/package-adds-no-defense",
+    "what a package adds as {name!r} to defenses is none: expected a class with a name, of "
+    "ggl_audit.defenses.Defense or another kind of step",
+    "Mend or uninstall it.",
+    advice="Let the entry point name the class of a defense, as in [the "
+    "README](../README.md#what-a-client-can-do-and-what-is-captured).",
+)
+DEFENSES_NAMED_ALIKE = Message(
+    "code/defenses-named-alike",
+    "two defenses are called {name!r}: {first} and {second}",
+    "Uninstall the package that adds one of them, or rename that one.",
+    advice="Uninstall the package that adds one of them, or give its class another `name`.",
+)
 
 
 @functools.cache
@@ -43,11 +59,7 @@ def known() -> dict[str, type[Declared]]:
     for point, kind in added.items():
         fits = isinstance(kind, type) and issubclass(kind, Declared) and hasattr(kind, "name")
         if not fits:
-            raise AuditError(
-                f"what a package adds as {point!r} to defenses is none: expected a class with a "
-                "name, of ggl_audit.defenses.Defense or another kind of step",
-                "Mend or uninstall it.",
-            )
+            raise AuditError(PACKAGE_ADDS_NO_DEFENSE(name=point))
     return _by_name([*shipped().values(), *added.values()])
 
 
@@ -62,9 +74,9 @@ def _by_name(kinds: Iterable[type[Declared]]) -> dict[str, type[Declared]]:
         other = found.setdefault(kind.name, kind)
         if other is not kind:
             raise AuditError(
-                f"two defenses are called {kind.name!r}: {_whole_name(other)} and "
-                f"{_whole_name(kind)}",
-                "Uninstall the package that adds one of them, or rename that one.",
+                DEFENSES_NAMED_ALIKE(
+                    name=kind.name, first=_whole_name(other), second=_whole_name(kind)
+                )
             )
     return found
 

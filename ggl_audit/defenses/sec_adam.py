@@ -11,10 +11,18 @@ from pydantic import Field
 
 from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import Aggregation, NoiseBound, Trace
+from ggl_audit.messages import Message, Said
 
 MEAN, VARIANCE = "m:", "v:"
 ROUNDING = 1e-3
 SIGN, SMALL_EPS = 0.99, 1e-6
+
+RATIOS = Message(
+    "contradiction/ratios",
+    "values up to {largest:.4g}; the moments allow {limit:.4g}",
+    advice="Correct `round`, `clients`, `beta1` and `beta2`, or capture the ratio that the server "
+    "sees.",
+)
 
 
 class SecAdam(Aggregation):
@@ -69,7 +77,7 @@ class SecAdam(Aggregation):
         names = [name.removeprefix(MEAN) for name in mean if name.startswith(MEAN)]
         return {n: (mean[MEAN + n] / mean[VARIANCE + n].sqrt()).float() for n in names}
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds a value beyond what the moments allow, or with fresh moments between the signs.
 
         By the Cauchy-Schwarz inequality |m| <= sqrt(v sum_i w_i^2 / u_i), w and u the weights that
@@ -77,13 +85,13 @@ class SecAdam(Aggregation):
         """
         largest = float(flat(observed).abs().max())
         limit = self._limit()
-        detail = f"values up to {largest:.4g}; the moments allow {limit:.4g}"
+        said = RATIOS(largest=largest, limit=limit)
         if largest > limit * (1 + ROUNDING):
-            return True, detail
+            return True, said
         if self.round == 1 and self.clients == 1 and self.eps <= SMALL_EPS:
             # Below 1 only if the whole gradient is about as small as eps.
-            return largest < SIGN, f"{detail}; fresh moments of one client give signs"
-        return False, detail
+            return largest < SIGN, said.followed_by("; fresh moments of one client give signs")
+        return False, said
 
     def _limit(self) -> float:
         t = self.round

@@ -8,6 +8,13 @@ from pydantic import Field
 
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Aggregation, Effect, NoiseBound, Trace
+from ggl_audit.messages import Message, Said
+
+CLIENTS_UNSEEN = Message(
+    "check/clients-unseen",
+    "a mean shows nothing of its {clients} clients; taken for granted",
+    advice="Nothing.",
+)
 
 
 class SecureAggregation(Aggregation):
@@ -32,9 +39,9 @@ class SecureAggregation(Aggregation):
 
     clients: int = Field(ge=1, description="in the cohort")
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Nothing in a mean tells of how many it is."""
-        return False, f"a mean shows nothing of its {self.clients} clients; taken for granted"
+        return False, CLIENTS_UNSEEN(clients=self.clients)
 
     def norm_bound(self, before: float | None) -> float | None:
         """The share of one client."""

@@ -13,11 +13,27 @@ from ggl_audit.defenses.base import Context, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.capabilities import ByValues
 from ggl_audit.defenses.error_feedback import ErrorFeedback
 from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
+from ggl_audit.errors import ReasonError
+from ggl_audit.messages import Message, Said
 
 ROUNDING, TINY = 1e-5, 1e-30
 
 WIDTH = 0.3
 """A smooth sign's, in root mean squares of the tensor; 0.1, 1 and 3 lead a search less far."""
+
+FEEDBACK_NEEDS_SCALE = Message(
+    "defense/feedback-needs-scale",
+    "error_feedback needs scale: mean or scale: layer_mean, as a magnitude of 1 would leave out "
+    "more than the gradient holds",
+    advice="Give `sign` one of these scales, or no error feedback.",
+)
+
+SIGN_MAGNITUDES = Message(
+    "contradiction/sign-magnitudes",
+    "the values of {name} that are not zero have magnitudes from {least:.4g} to {most:.4g}",
+    advice="Correct `scale`, or capture after the sign is taken.",
+)
+ALL_ZERO_SIGNS = Message("check/all-zero-signs", "all values are zero", advice="Nothing.")
 
 
 class Sign(ErrorFeedback):
@@ -43,10 +59,7 @@ class Sign(ErrorFeedback):
     @model_validator(mode="after")
     def _check_scale(self) -> Self:
         if self.error_feedback and self.scale == "none":
-            raise ValueError(
-                "error_feedback needs scale: mean or scale: layer_mean, as a magnitude of 1 would "
-                "leave out more than the gradient holds"
-            )
+            raise ReasonError(FEEDBACK_NEEDS_SCALE())
         return self
 
     def compressed(self, gradient: Gradient, context: Context) -> Gradient:
@@ -74,7 +87,7 @@ class Sign(ErrorFeedback):
             for name, tensor in gradient.items()
         }
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds two values of different magnitude."""
         parts = observed if self.scale == "layer_mean" else {"the gradient": flat(observed)}
         spans = {}
@@ -83,14 +96,11 @@ class Sign(ErrorFeedback):
             if len(magnitudes):
                 spans[name] = float(magnitudes.min()), float(magnitudes.max())
         if not spans:
-            return False, "all values are zero"
+            return False, ALL_ZERO_SIGNS()
         where = max(spans, key=lambda name: spans[name][1] / spans[name][0])
         least, most = spans[where]
-        detail = (
-            f"the values of {where} that are not zero have magnitudes from {least:.4g} to "
-            f"{most:.4g}"
-        )
-        return most > least * (1 + ROUNDING), detail
+        said = SIGN_MAGNITUDES(name=where, least=least, most=most)
+        return most > least * (1 + ROUNDING), said
 
     def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """The sum of log P(sign of value plus noise); zeros say nothing of the noise.

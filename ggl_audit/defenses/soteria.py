@@ -11,10 +11,26 @@ from typing_extensions import Self
 
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, Defense, Effect, NoiseBound, Trace
+from ggl_audit.errors import ReasonError
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message, Said
 
 FEATURES_AT_A_TIME = 64
 """Derivatives of features with respect to the images that are held at a time."""
+
+LOGITS_OF_NO_LINEAR_LAYER = Message(
+    "defense/logits-of-no-linear-layer",
+    "soteria prunes what the last linear layer takes, but the model's logits are not the output "
+    "of a linear layer that is trained",
+    advice="Use a model that ends in a trained `nn.Linear`, and do not name it in `model.frozen` "
+    "or `capture.unsent`.",
+)
+
+PRUNED_COLUMNS = Message(
+    "contradiction/pruned-columns",
+    "{share:.1%} of the columns of {name} are zero; {fraction:.1%} was declared",
+    advice="Correct `fraction`, or capture after the pruning.",
+)
 
 
 class Soteria(Defense):
@@ -49,10 +65,7 @@ class Soteria(Defense):
             ValueError: no linear layer gives the logits.
         """
         if model.head is None:
-            raise ValueError(
-                "soteria prunes what the last linear layer takes, but the model's logits are not "
-                "the output of a linear layer that is trained"
-            )
+            raise ReasonError(LOGITS_OF_NO_LINEAR_LAYER())
         bound = self.model_copy()
         bound._model = model
         return bound
@@ -74,14 +87,12 @@ class Soteria(Defense):
             return gradient
         return self._masked(gradient, (observed[self._weight] != 0).any(0))
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds fewer columns of zeros than were declared."""
         pruned = (observed[self._weight] == 0).all(0)
-        detail = (
-            f"{float(pruned.double().mean()):.1%} of the columns of {self._weight} are zero; "
-            f"{self.fraction:.1%} was declared"
-        )
-        return int(pruned.sum()) < self._removed(len(pruned)), detail
+        share = float(pruned.double().mean())
+        said = PRUNED_COLUMNS(share=share, name=self._weight, fraction=self.fraction)
+        return int(pruned.sum()) < self._removed(len(pruned)), said
 
     @property
     def acts_on_a_gradient(self) -> bool:

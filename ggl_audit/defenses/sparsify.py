@@ -12,6 +12,14 @@ from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import NoiseBound, Trace
 from ggl_audit.defenses.masking import Masking
 from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
+from ggl_audit.messages import Message, Said
+
+ZERO_SHARE = Message(
+    "contradiction/zero-share",
+    "{share:.1%} of {name} is zero; {fraction:.1%} was declared",
+    advice="Correct `fraction` and `scope`, or capture after the sparsification; error feedback "
+    "has to be declared.",
+)
 
 
 class Sparsify(Masking):
@@ -39,7 +47,7 @@ class Sparsify(Masking):
         """Its largest values."""
         return self._restricted(gradient, _largest)
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds fewer zeros than were declared."""
         parts = observed if self.scope == "layer" else {"the gradient": flat(observed)}
         lacking = {
@@ -50,9 +58,9 @@ class Sparsify(Masking):
         if lacking:
             name = max(lacking, key=lambda n: lacking[n] / parts[n].numel())
             share = float((parts[name] == 0).double().mean())
-            return True, f"{share:.1%} of {name} is zero; {self.fraction:.1%} was declared"
+            return True, ZERO_SHARE(share=share, name=name, fraction=self.fraction)
         share = float((flat(observed) == 0).double().mean())
-        return False, f"{share:.1%} of the values are zero; {self.fraction:.1%} was declared"
+        return False, ZERO_SHARE(share=share, name="the gradient", fraction=self.fraction)
 
     def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """Kept values by their density, removed ones by P(below the least that was kept)."""

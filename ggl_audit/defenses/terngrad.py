@@ -10,6 +10,7 @@ from pydantic import Field
 from ggl_audit.basics.gradient import Gradient, each, largest_magnitude
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
 from ggl_audit.defenses.qsgd import lengthened, log_probability, off_grid, rounded_at_random
+from ggl_audit.messages import Said
 
 
 class TernGrad(Defense):
@@ -45,7 +46,7 @@ class TernGrad(Defense):
         clipped = self._clipped(gradient)
         return clipped if observed is None else lengthened(clipped, observed)
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds a tensor with two values of different magnitude."""
         return off_grid(observed, 1, reaches_the_highest=True)
 

@@ -11,8 +11,20 @@ from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import NoiseBound, Trace
 from ggl_audit.defenses.masking import Masking
 from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
+from ggl_audit.messages import Message, Said
 
 ROUNDING = 1e-6
+
+SMALLEST_MAGNITUDE = Message(
+    "contradiction/smallest-magnitude",
+    "the smallest magnitude but zero is {least:.6g}; the threshold is {threshold:g}",
+    advice="Correct the threshold, or capture after it.",
+)
+ALL_BELOW = Message(
+    "check/all-below",
+    "all values are zero; the threshold is {threshold:g}",
+    advice="Nothing.",
+)
 
 
 class Threshold(Masking):
@@ -39,15 +51,15 @@ class Threshold(Masking):
 
         return each(kept, gradient)
 
-    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, str]:
+    def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds a value below the threshold that is not zero."""
         magnitudes = flat(observed).abs()
         magnitudes = magnitudes[magnitudes > 0]
         if not len(magnitudes):
-            return False, f"all values are zero; the threshold is {self.least:g}"
+            return False, ALL_BELOW(threshold=self.least)
         least = float(magnitudes.min())
-        detail = f"the smallest magnitude but zero is {least:.6g}; the threshold is {self.least:g}"
-        return least < self.least * (1 - ROUNDING), detail
+        said = SMALLEST_MAGNITUDE(least=least, threshold=self.least)
+        return least < self.least * (1 - ROUNDING), said
 
     def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
         """Kept values by their density, removed ones by P(value plus noise is below)."""

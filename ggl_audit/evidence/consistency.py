@@ -9,6 +9,7 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient, flat, norm, stack, take, unstack
 from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline, noise_norm
 from ggl_audit.evidence.signs import negated
+from ggl_audit.messages import Message
 
 PRIVATE_IMAGE = "the private image"
 DECLARED = "the declaration"
@@ -22,6 +23,47 @@ DEVIATIONS = 5
 """The deviations of the noise's measured strength within which a factor is named."""
 
 MOST_TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
+
+DISTANCE = Message(
+    "contradiction/distance",
+    "{its} own defended gradient is at a relative distance of {distance:.2g}; at most {limit:.2g} "
+    "is {its} own{times}",
+    advice="Check that `evidence.truth` is the very picture (of a batch all of them, in the order "
+    "of their labels), then `mode`, `mean` and `std`, the order of channels, the weights' round "
+    "and `capture.local`: one of them is not the client's.",
+)
+PRIVATE_IMAGE_NEGATED = Message(
+    "contradiction/private-image-negated",
+    "{detail}; negated it agrees: declare the other capture.sign, or negate the file",
+    advice="The file holds weights after training minus those before: declare `capture.sign: "
+    "after_minus_before`, and `kind: update` with `local` if it is one.",
+)
+WOULD_AGREE = Message(
+    "contradiction/would-agree",
+    "{detail}; it would agree if {cause}",
+    advice="Declare what the cause says, if it is the client's: see the [likely "
+    "causes](#likely-causes).",
+)
+STATISTICS = Message(
+    "contradiction/statistics",
+    "its own running statistics are at a relative distance of {distance:.2g} from those that were "
+    "sent",
+    advice="Check the picture, the statistics before (`model.weights`), `momentum`, the number of "
+    "local steps, and what the clip is over.",
+)
+DECLARED_DEFENSE = Message(
+    "contradiction/declared-defense",
+    "the declared defense is at a relative distance of {distance:.2g} from what it sends{times}",
+    advice="Compare the client's own code with the declared steps, their order and their "
+    "parameters.",
+)
+REMAINDER = Message(
+    "contradiction/remainder",
+    "its own gradient leaves a remainder of norm {norm:.4g}; the declared noise is between "
+    "{low:.4g} and {high:.4g}",
+    advice="Check the picture, `mode`, `mean` and `std`, the order of channels and the weights' "
+    "round; if the remainder is near the bounds, the noise has another strength than declared.",
+)
 
 
 def check_truth(
@@ -90,13 +132,9 @@ def check_truth(
     near = SHARE_OF_OTHERS * float(around.quantile(NEAR_OTHERS))
     limit = max(SMALLEST_LIMIT, min(LARGEST_DISTANCE, near))
     whose = "its" if len(truths) == 1 else "their"
-    detail = (
-        f"{whose} own defended gradient is at a relative distance of {distance:.2g}; "
-        f"at most {limit:.2g} is {whose} own"
-    )
-    check = Check(PRIVATE_IMAGE, "agrees", detail)
-    if distance > limit:
-        check = Check(PRIVATE_IMAGE, "contradicts", detail + off)
+    agrees = distance <= limit
+    said = DISTANCE(its=whose, distance=distance, limit=limit, times="" if agrees else off)
+    check = Check(PRIVATE_IMAGE, "agrees" if agrees else "contradicts", said)
     mirrored_distance = float((mirrored.min() / size) ** 2)
     nearer = mirrored_distance < SHARE_OF_OTHERS * distance
     return _with_sign(check, mirrored_distance <= limit and nearer)
@@ -106,11 +144,7 @@ def _with_sign(check: Check, negated_fits: bool) -> Check:
     """Names the sign as what is wrong, where it is."""
     if not negated_fits:
         return check
-    return Check(
-        check.step,
-        "contradicts",
-        f"{check.detail}; negated it agrees: declare the other capture.sign, or negate the file",
-    )
+    return Check(check.step, "contradicts", PRIVATE_IMAGE_NEGATED(detail=check.detail))
 
 
 def check_remainder(
@@ -130,18 +164,14 @@ def check_remainder(
         _, shown = defense.clear.parted(observed)
         away = float((norm(clear) / norm(shown)) ** 2) if clear else 0.0
         if not away <= max(SMALLEST_LIMIT, defense.clear.rounding):
-            detail = (
-                "its own running statistics are at a relative distance of "
-                f"{away:.2g} from those that were sent"
-            )
-            return Check(step, "contradicts", detail)
+            return Check(step, "contradicts", STATISTICS(distance=away))
         return _noise_check(defense, float(norm(noisy)), flat(noisy).numel(), step)
     difference = norm(left)
     distance = float((difference / norm(observed)) ** 2)
-    detail = f"the declared defense is at a relative distance of {distance:.2g} from what it sends"
     if distance <= SMALLEST_LIMIT:
-        return Check(step, "agrees", detail)
-    return Check(step, "contradicts", detail + _times(defense, replica, observed))
+        return Check(step, "agrees", DECLARED_DEFENSE(distance=distance, times=""))
+    times = _times(defense, replica, observed)
+    return Check(step, "contradicts", DECLARED_DEFENSE(distance=distance, times=times))
 
 
 def _times(defense: Pipeline, replica: Gradient, observed: Gradient) -> str:
@@ -158,16 +188,13 @@ def _noise_check(defense: Pipeline, remainder: float, count: int, step: str) -> 
     noise = defense.randomness.total_noise()
     gaussian = noise is not None and noise.distribution == "gaussian"
     low = noise.std * chdtri(count, 1 - FALSE_ACCUSATION / 2) ** 0.5 if noise and gaussian else 0
-    detail = (
-        f"its own gradient leaves a remainder of norm {remainder:.4g}; "
-        f"the declared noise is between {low:.4g} and {high:.4g}"
-    )
+    said = REMAINDER(norm=remainder, low=low, high=high)
     if low <= remainder <= high:
-        return Check(step, "agrees", detail)
+        return Check(step, "agrees", said)
     if noise is not None:
         std = remainder / count**0.5
         tolerance = min(MOST_TOLERANCE, LEAST_TOLERANCE + DEVIATIONS * (2 * count) ** -0.5)
         name = defense.checks.factors.name(std / noise.std, tolerance)
-        detail += f"; it is {std / noise.std:.3g} of the declared{name}"
-        detail += f": a std of {std:.3g} would fit" if name else ""
-    return Check(step, "contradicts", detail)
+        fits = f": a std of {std:.3g} would fit" if name else ""
+        said = said.followed_by(f"; it is {std / noise.std:.3g} of the declared{name}{fits}")
+    return Check(step, "contradicts", said)

@@ -11,10 +11,38 @@ from scipy.special import chdtri
 from ggl_audit.basics.gradient import Gradient, flat
 from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline
 from ggl_audit.inputs.fitting import COUNTER
+from ggl_audit.messages import Message
 
 OVER_EVERYTHING = "what the clip and the noise are over"
 WHOLE = 1e-4
 """The rounding of a count of batches, as single precision leaves it in a file."""
+
+SENT_WITHOUT_NOISE = (
+    "The statistics were sent without the noise that `over: everything` declares: declare `over: "
+    "parameters`, or mend the client."
+)
+WHOLE_COUNTS = Message(
+    "contradiction/whole-counts",
+    "all counts of batches are whole numbers, which noise of standard deviation {std:g} would not "
+    "leave",
+    advice=SENT_WITHOUT_NOISE,
+)
+STATISTICS_WITHOUT_NOISE = Message(
+    "contradiction/statistics-without-noise",
+    "{name} is at a distance of {distance:.4g} from what public images give, and noise of "
+    "standard deviation {std:g} on {count} values keeps at least {least:.4g}",
+    advice=SENT_WITHOUT_NOISE,
+)
+STATISTICS_TOO_SMALL = Message(
+    "contradiction/statistics-too-small",
+    "{name} may have been sent without noise, as it is too small to show any",
+    advice=SENT_WITHOUT_NOISE,
+)
+STATISTICS_NOISED = Message(
+    "check/statistics-noised",
+    "{count} tensors beside the parameters are noised",
+    advice="Nothing.",
+)
 
 
 def check_covered(
@@ -47,30 +75,26 @@ def check_covered(
     by_chance = (2 * WHOLE / (noise.std * math.sqrt(2 * math.pi))) ** len(counts)
     whole = all(abs(float(count) - round(float(count))) <= WHOLE for count in counts)
     if counts and whole and by_chance <= FALSE_ACCUSATION / 2:
-        detail = (
-            f"all counts of batches are whole numbers, which noise of standard deviation "
-            f"{noise.std:g} would not leave"
-        )
-        return Check(OVER_EVERYTHING, "contradicts", detail)
+        return Check(OVER_EVERYTHING, "contradicts", WHOLE_COUNTS(std=noise.std))
     parts = [{name: observed[name] - one[name] for name in names} for one in usual]
     tried = [{"the running statistics": flat(part), **part} for part in parts]
     confidence = 1 - FALSE_ACCUSATION / 2 / sum(map(len, tried))
     for name, away in (pair for one in tried for pair in one.items()):
         least = noise.std * math.sqrt(chdtri(away.numel(), confidence))
         if float(away.norm()) < least:
-            detail = (
-                f"{name} is at a distance of {float(away.norm()):.4g} from what public images "
-                f"give, and noise of standard deviation {noise.std:g} on {away.numel()} values "
-                f"keeps at least {least:.4g}"
+            said = STATISTICS_WITHOUT_NOISE(
+                name=name,
+                distance=float(away.norm()),
+                std=noise.std,
+                count=away.numel(),
+                least=least,
             )
-            return Check(OVER_EVERYTHING, "contradicts", detail)
+            return Check(OVER_EVERYTHING, "contradicts", said)
     for name in names:
         if name.rpartition(".")[2] == COUNTER:
             continue
         values = torch.stack([one[name].flatten() for one in usual[::2]])
         apart = torch.cdist(values, values).fill_diagonal_(torch.inf).amin(1).max()
         if not float(apart) < noise.std * math.sqrt(chdtri(values.shape[1], confidence)):
-            detail = f"{name} may have been sent without noise, as it is too small to show any"
-            return Check(OVER_EVERYTHING, "hidden", detail)
-    detail = f"{len(names)} tensors beside the parameters are noised"
-    return Check(OVER_EVERYTHING, "agrees", detail)
+            return Check(OVER_EVERYTHING, "hidden", STATISTICS_TOO_SMALL(name=name))
+    return Check(OVER_EVERYTHING, "agrees", STATISTICS_NOISED(count=len(names)))

@@ -10,6 +10,7 @@ from torch import nn
 
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.weights import NORMALIZATIONS
+from ggl_audit.messages import Message, Said
 from ggl_audit.spec import ImageFormat, ModelSpec, Spec
 
 USUAL_NORMALIZATIONS = {
@@ -27,8 +28,30 @@ RUNNING = "running_mean"
 MOST_PARTS = 6
 """The most parts of a model of which the first may be in eval mode."""
 
+OTHER_NORMALIZATION = Message(
+    "cause/other-normalization",
+    "the images were normalized with mean {mean} and std {std}",
+    advice="Declare this `mean` and `std`, if it is the client's.",
+)
+OTHER_CHANNELS = Message(
+    "cause/other-channels",
+    "the channels are in the order {order}",
+    advice="Declare `model.input.channels`.",
+)
+OTHER_MODE = Message(
+    "cause/other-mode",
+    "the model was in {mode} mode",
+    advice="Declare the other `model.mode`.",
+)
+OTHER_EVAL_MODULES = Message(
+    "cause/other-eval-modules",
+    "the model was in train mode, with eval_modules: [{names}]",
+    advice="Declare `mode: train` and these `model.eval_modules`, if the client leaves the batch "
+    "norm in them in eval mode.",
+)
 
-def other_declarations(spec: Spec, model: ClientModel) -> Iterator[tuple[str, Spec]]:
+
+def other_declarations(spec: Spec, model: ClientModel) -> Iterator[tuple[Said, Spec]]:
     """Yields the spec with one declared thing of the model changed at a time, and which, in words.
 
     Args:
@@ -45,29 +68,28 @@ def other_declarations(spec: Spec, model: ClientModel) -> Iterator[tuple[str, Sp
     own = declared.input
     for mean, std in USUAL_NORMALIZATIONS.get(own.shape[0], ()):
         if not (np.allclose(mean, own.mean) and np.allclose(std, own.std)):
-            cause = f"the images were normalized with mean {mean} and std {std}"
+            cause = OTHER_NORMALIZATION(mean=mean, std=std)
             yield cause, other(input=own.model_copy(update={"mean": mean, "std": std}))
     if own.shape[0] == COLOURS:
         order = "bgr" if own.channels == "rgb" else "rgb"
         changed: ImageFormat = own.model_copy(update={"channels": order})
-        yield f"the channels are in the order {order}", other(input=changed)
+        yield OTHER_CHANNELS(order=order), other(input=changed)
 
 
-def _modes(declared: ModelSpec, model: ClientModel) -> Iterator[tuple[str, str, list[str]]]:
+def _modes(declared: ModelSpec, model: ClientModel) -> Iterator[tuple[Said, str, list[str]]]:
     """Other modes: of all of the model, of what is frozen, or of all but its first parts."""
     if not any(name.endswith(RUNNING) for name in model.state):
         return  # no statistics that a mode makes a difference to
     for mode in ("eval", "train"):
         if declared.mode != mode or declared.eval_modules:
-            yield f"the model was in {mode} mode", mode, []
+            yield OTHER_MODE(mode=mode), mode, []
     if declared.factory is None:
         return  # a saved program has its mode for good
     tried = [declared.eval_modules]
     for apart in (_frozen(model), *_first_parts(model.module)):
         if apart and apart not in tried:
             tried.append(apart)
-            shown = ", ".join(apart)
-            yield f"the model was in train mode, with eval_modules: [{shown}]", "train", apart
+            yield OTHER_EVAL_MODULES(names=", ".join(apart)), "train", apart
 
 
 def _frozen(model: ClientModel) -> list[str]:

@@ -13,11 +13,25 @@ from ggl_audit.defenses import Check, Pipeline
 from ggl_audit.evidence.noise_residuals import Residuals, Violation, grain_of, residuals_of
 from ggl_audit.evidence.noise_tests import MOST_SAID, find_violations, same_in_several
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message
 from ggl_audit.spec import CaptureSpec
 
 DECLARED_NOISE = "the declared noise"
 MOST_LABELS = 20
 SINGLE = torch.finfo(torch.float32).eps
+
+SHARED_NOISE = Message(
+    "contradiction/shared-noise",
+    "of the captures of the round, {detail}",
+    advice="Seed the generator once, from the system, and never again; draw anew for each "
+    "release. Noise that is meant to correlate between rounds (DP-FTRL, matrix factorization) "
+    "needs an accounting of its own, which is not made here.",
+)
+NOISE_AGREES = Message(
+    "check/noise-agrees",
+    "{count:,} values of it are as fresh and independent as declared{as_far_as_it_shows}",
+    advice="Nothing; with `evidence.truth` the noise itself is tested.",
+)
 
 
 def check_noise(
@@ -105,8 +119,7 @@ def check_shared_noise(
     residuals = _residuals(defense, captures, model, capture, rounding)
     violations = [] if residuals is None else same_in_several(residuals)
     return [
-        Check(DECLARED_NOISE, "contradicts", f"of the captures of the round, {one.detail}")
-        for one in violations
+        Check(DECLARED_NOISE, "contradicts", SHARED_NOISE(detail=one.detail)) for one in violations
     ]
 
 
@@ -139,8 +152,9 @@ def _residuals(
 
 def _judged(violations: Sequence[Violation], residuals: Residuals) -> Check:
     if violations:
-        found = "; ".join(violation.detail for violation in violations[:MOST_SAID])
-        return Check(DECLARED_NOISE, "contradicts", found)
+        first, *others = violations[:MOST_SAID]
+        said = first.said.followed_by("".join(f"; {other.detail}" for other in others))
+        return Check(DECLARED_NOISE, "contradicts", said)
     beside = "" if residuals.exact else ", as far as it shows beside an unknown gradient"
-    agreed = f"{residuals.count:,} values of it are as fresh and independent as declared{beside}"
+    agreed = NOISE_AGREES(count=residuals.count, as_far_as_it_shows=beside)
     return Check(DECLARED_NOISE, "agrees", agreed)

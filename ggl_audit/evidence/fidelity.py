@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from ggl_audit.errors import InputError
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.tensors import read_tensors
+from ggl_audit.messages import Message
 
 SSIM_WINDOW = 7
 LPIPS_SMALLEST = 64
@@ -21,6 +22,17 @@ FEATURES_TOGETHER = 256
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """LPIPS of pairs: from images (n, channels, height, width) twice to (n,)."""
+
+LACKS_BACKBONE = Message(
+    "image/lacks-backbone",
+    "has no {name!r}: not torchvision's {net} backbone",
+    advice="Give torchvision's ImageNet weights of the network in `evidence.lpips.net`.",
+)
+OTHER_BACKBONE = Message(
+    "image/other-backbone",
+    "does not fit torchvision's {net} backbone",
+    advice="Give torchvision's ImageNet weights of the network in `evidence.lpips.net`.",
+)
 
 
 class Fidelity(BaseModel):
@@ -186,11 +198,11 @@ def load_lpips(
     backbone = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}
     missing = [name for name in backbone.values() if name not in weights]
     if missing:
-        raise InputError(path, f"has no {missing[0]!r}: not torchvision's {net} backbone")
+        raise InputError(path, LACKS_BACKBONE(name=missing[0], net=net))
     try:
         network.net.load_state_dict({name: weights[key] for name, key in backbone.items()})
     except RuntimeError:
-        raise InputError(path, f"does not fit torchvision's {net} backbone") from None
+        raise InputError(path, OTHER_BACKBONE(net=net)) from None
     network.to(device).eval()
 
     def prepared(images: torch.Tensor) -> torch.Tensor:

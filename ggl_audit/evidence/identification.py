@@ -19,10 +19,26 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.images import ImageSet
+from ggl_audit.messages import Message
 
 Distances = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 Lots = Sequence[float] | NDArray[np.float64]
+
+TOO_FEW_OF_A_CLASS = Message(
+    "image/too-few-of-a-class",
+    "{candidates} candidates of one class are wanted, but no class of {source} has more than "
+    "{most} images",
+    "Lower it, or give a larger evidence.reference.",
+    advice="Lower `evidence.candidates`, or give more images of a class.",
+)
+TOO_FEW_IMAGES = Message(
+    "image/too-few-images",
+    "{source} has {count} images; {candidates} candidates and {companions} other members of a "
+    "release are wanted",
+    "Give a larger one.",
+    advice="Give a larger `evidence.reference`.",
+)
 
 
 @dataclass(frozen=True)
@@ -115,9 +131,7 @@ def draw_trials(
         most = max(map(len, members.values()))
         raise SpecError(
             ("evidence", "candidates"),
-            f"{candidates} candidates of one class are wanted, but no class of "
-            f"{reference.source} has more than {most} images",
-            "Lower it, or give a larger evidence.reference.",
+            TOO_FEW_OF_A_CLASS(candidates=candidates, source=reference.source, most=most),
         )
     canaries = random.permutation(eligible)[:trials]
     # A stream for each, so that a trial does not depend on how many there are.
@@ -130,9 +144,12 @@ def draw_trials(
     if len(reference) < candidates + companions:
         raise SpecError(
             ("evidence", "reference"),
-            f"{reference.source} has {len(reference)} images; {candidates} candidates and "
-            f"{companions} other members of a release are wanted",
-            "Give a larger one.",
+            TOO_FEW_IMAGES(
+                source=reference.source,
+                count=len(reference),
+                candidates=candidates,
+                companions=companions,
+            ),
         )
     others_of = [
         own.permutation(np.setdiff1d(np.arange(len(reference)), row))[:companions]

@@ -20,6 +20,7 @@ from ggl_audit.client.local_training import rate_of_one_step
 from ggl_audit.defenses import Check, Pipeline
 from ggl_audit.defenses.capabilities import BoundsNorm
 from ggl_audit.inputs.model import ClientModel, has_batch_norm
+from ggl_audit.messages import Message
 
 MODEL_AND_LOSS = "the declared model and loss"
 ROUNDINGS = 25
@@ -54,6 +55,55 @@ FOCAL_GAMMAS, FOCAL_ALPHAS = (1, 2, 3, 5), (1, 0.25, 0.75)
 
 ERROR_ROUNDING = 1e-6
 """The rounding of p - y in single precision, absolute."""
+
+RANK = Message(
+    "contradiction/rank",
+    "its last layer's gradient has the rank {rank}, so it is of {rank} images or more, of more "
+    "than one step, or of none; of {images} by the declaration, and cross-entropy gives {most} at "
+    "most",
+    advice="Declare the number of images in `capture.batch_size`, or `kind: update` with `local`; "
+    "call `zero_grad()` before each backward pass.",
+)
+RANK_AGREES = Message(
+    "check/rank-agrees",
+    "its last layer's gradient has the rank {rank}",
+    advice="Nothing.",
+)
+SMOOTHING = Message(
+    "contradiction/smoothing",
+    "its last layer's gradient is {share:.0%} off the prediction that the layer's weights make: "
+    "model.loss.label_smoothing {smoothing:.2g} would fit",
+    advice="Declare `model.loss.label_smoothing`, if the client's loss has it.",
+)
+OFF_PREDICTION = Message(
+    "contradiction/off-prediction",
+    "its last layer's gradient is {share:.0%} off the prediction that the layer's weights make, "
+    "so they are of another model or round, or the loss is another",
+    advice="Give the weights that the client began the step with, and its loss with label "
+    "smoothing and class weights.",
+)
+SCALE_AGREES = Message(
+    "check/scale-agrees",
+    "its last layer's gradient is {times:.3g} times that of the declared loss",
+    advice="Nothing.",
+)
+SCALE = Message(
+    "contradiction/scale",
+    "its last layer's gradient is {times:.3g} times that of the declared loss{which_is}: "
+    "{focal_loss}model.loss.scale {scale:.3g} would fit; or {rate}, or are the weights of another "
+    "round?",
+    advice="Find the factor in the client's code: a loss weight, `GradScaler`, gradient "
+    "accumulation, a learning rate, a mean taken twice; then declare it.",
+)
+SCALE_BELOW_CLIP = Message(
+    "contradiction/scale-below-clip",
+    "its last layer's gradient is {times:.3g} times that of the declared loss{which_is}, and its "
+    "norm is below the bound, so that nothing was clipped: {focal_loss}model.loss.scale "
+    "{scale:.3g} would fit; or {rate}, or are the weights of another round?",
+    advice="Find the factor: a power of two is a gradient scaler that was not taken out "
+    "(`scaler.unscale_` before the capture); a clip over more than is sent would act below its "
+    "bound too.",
+)
 
 
 @dataclass(frozen=True)
@@ -199,53 +249,38 @@ def check_last_layer(
     if seen is None:
         return None
     if seen.rank > min(images, seen.full):
-        return Check(
-            MODEL_AND_LOSS,
-            "contradicts",
-            f"its last layer's gradient has the rank {seen.rank}, so it is of {seen.rank} images "
-            f"or more, of more than one step, or of none; of {images} by the declaration, and "
-            f"cross-entropy gives {seen.full} at most",
-        )
+        said = RANK(rank=seen.rank, images=images, most=seen.full)
+        return Check(MODEL_AND_LOSS, "contradicts", said)
     if images > 1 and images >= seen.full:
         return None
     if images > 1 or seen.scale is None or seen.misfit is None:
-        return Check(
-            MODEL_AND_LOSS, "agrees", f"its last layer's gradient has the rank {seen.rank}"
-        )
-    off = (
-        f"its last layer's gradient is {seen.misfit:.0%} off the prediction that the layer's "
-        "weights make"
-    )
+        return Check(MODEL_AND_LOSS, "agrees", RANK_AGREES(rank=seen.rank))
     if seen.smoothing is not None:
-        detail = f"{off}: model.loss.label_smoothing {seen.smoothing:.2g} would fit"
-        return Check(MODEL_AND_LOSS, "contradicts", detail)
+        said = SMOOTHING(share=seen.misfit, smoothing=seen.smoothing)
+        return Check(MODEL_AND_LOSS, "contradicts", said)
     if seen.misfit > seen.rounding:
-        return Check(
-            MODEL_AND_LOSS,
-            "contradicts",
-            f"{off}, so they are of another model or round, or the loss is another",
-        )
+        return Check(MODEL_AND_LOSS, "contradicts", OFF_PREDICTION(share=seen.misfit))
     times = seen.scale / (model.loss_scale * rate_of_step)
     clips = local is not None and local.clip_norm is not None
     clips = clips or _may_be_clipped(model, defense, observed)
     too_small = times < 1 - seen.rounding and not clips
-    wrong = times > 1 + seen.rounding or too_small
-    detail = f"its last layer's gradient is {times:.3g} times that of the declared loss"
-    if wrong:
-        tolerance = min(seen.precision, LEAST_ROUNDING)
-        detail += defense.checks.factors.name(times, tolerance)
-        if too_small and defense.steps:
-            detail += ", and its norm is below the bound, so that nothing was clipped"
-        rate = (
-            "is it an update with that learning rate"
-            if local is None
-            else f"capture.local.lr {local.lr_of(0) * times:.3g}"
-        )
-        detail += (
-            f": {_focal(seen, times, tolerance)}model.loss.scale {model.loss_scale * times:.3g} "
-            f"would fit; or {rate}, or are the weights of another round?"
-        )
-    return Check(MODEL_AND_LOSS, "contradicts" if wrong else "agrees", detail)
+    if not (times > 1 + seen.rounding or too_small):
+        return Check(MODEL_AND_LOSS, "agrees", SCALE_AGREES(times=times))
+    tolerance = min(seen.precision, LEAST_ROUNDING)
+    rate = (
+        "is it an update with that learning rate"
+        if local is None
+        else f"capture.local.lr {local.lr_of(0) * times:.3g}"
+    )
+    scale = SCALE_BELOW_CLIP if too_small and defense.steps else SCALE
+    said = scale(
+        times=times,
+        which_is=defense.checks.factors.name(times, tolerance),
+        focal_loss=_focal(seen, times, tolerance),
+        scale=model.loss_scale * times,
+        rate=rate,
+    )
+    return Check(MODEL_AND_LOSS, "contradicts", said)
 
 
 def _may_be_clipped(model: ClientModel, defense: Pipeline, observed: Gradient) -> bool:

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from ggl_audit.messages import Message, Said
+
 FEWEST_CANARIES = 5
 CLEAR, HALFWAY = 0.9, 0.5
 MUCH_LOWER = 0.5
@@ -27,6 +29,62 @@ NONE, SOME = 1e-10, 1e-7
 ROUNDINGS = 25
 """The roundings of a file's numbers that may be all that a tensor holds."""
 
+REACHED = Message(
+    "cause/reached",
+    "the loss: the client's reaches what the declared one leaves out, as an auxiliary head",
+    advice="Declare the client's whole loss (`model.loss.factory`), auxiliary outputs included.",
+)
+FROZEN = Message(
+    "cause/frozen",
+    "the client froze it, or its loss leaves it out",
+    advice="Freeze it in the model's code, or declare `capture.unsent`.",
+)
+BATCH_NORM_MODE = Message(
+    "cause/batch-norm-mode",
+    "the mode: a bias before batch norm has a gradient in eval mode only",
+    advice="Declare the other `model.mode`.",
+)
+ZEROS = Message(
+    "cause/zeros",
+    "it holds {something} in {names}, where every canary's gradient holds {nothing}",
+    advice="Declare the other `model.mode`, or compare what of the model is frozen with the "
+    "client.",
+)
+COSINES = Message(
+    "cause/cosines",
+    "in {name} its best picture's gradient has a cosine of {cosine:.2f} with it; all canaries but "
+    "one reach {worst:.2f} or more, random gradients {best:.2f} or less",
+    advice="Begin with the named tensor: a wrong layer points to its weights or order, all of "
+    "them to the image, the loss or the mode.",
+)
+ORDER = Message(
+    "cause/order",
+    "the order or layout of the values in {names}",
+    advice="Save the tensors by name, in PyTorch's layout: (out, in, height, width).",
+)
+ANOTHER = Message(
+    "cause/another",
+    "the weights are of another model or round, the loss, mode or normalization is another, or it "
+    "is no gradient of such an image",
+    advice="Check these one after the other; give `evidence.truth`, if you hold the private "
+    "image, to see each effect in `ggl-audit check`.",
+)
+SEARCH_MORE = (
+    "Raise `evidence.reconstruction_trials` and `attack.evaluations`, or give a better prior; "
+    "behind strong noise give `evidence.truth`."
+)
+TOO_FEW_CANARIES = Message(
+    "doubt/too-few-canaries",
+    "fewer than {count} canaries were reconstructed",
+    advice=SEARCH_MORE,
+)
+NO_BETTER_THAN_RANDOM = Message(
+    "doubt/no-better-than-random",
+    "the best pictures of canaries explain their gradients no better than those of random "
+    "gradients do",
+    advice=SEARCH_MORE,
+)
+
 
 class Likeness(BaseModel):
     """What became of the comparison.
@@ -34,7 +92,7 @@ class Likeness(BaseModel):
     Attributes:
         outcome: ``like`` the canaries' gradients, ``unlike`` them, ``undecided`` between these, or
             ``hidden`` where even theirs cannot be told from random ones, or there were too few.
-        detail: the figures, as a sentence without a full stop.
+        said: the figures.
         place: of the tensor that agrees least: 1 where the worst canary is, but for the one whose
             search failed most, 0 where the best random gradient is.
         cause: what is likely wrong with a capture that is unlike.
@@ -45,10 +103,15 @@ class Likeness(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     outcome: Literal["like", "undecided", "unlike", "hidden"]
-    detail: str
+    said: Said
     place: float | None = None
-    cause: str | None = None
+    cause: Said | None = None
     rules_out_larger: bool = False
+
+    @property
+    def detail(self) -> str:
+        """The figures in words, as a sentence without a full stop."""
+        return self.said.text
 
 
 def judge_zeros(
@@ -77,26 +140,17 @@ def judge_zeros(
     if len(canaries) < FEWEST_CANARIES:
         return None
     some = max(SOME, (ROUNDINGS * rounding) ** 2)
-    reached = (
-        "the loss: the client's reaches what the declared one leaves out, as an auxiliary head"
-    )
-    frozen = "the client froze it, or its loss leaves it out"
     pairs = (
-        (captured > some, (canaries < NONE).all(0), "something", "nothing", reached),
-        (captured < NONE, (canaries > some).all(0), "nothing", "something", frozen),
+        (captured > some, (canaries < NONE).all(0), "something", "nothing", REACHED),
+        (captured < NONE, (canaries > some).all(0), "nothing", "something", FROZEN),
     )
     for own, theirs, has, have, cause in pairs:
         different = torch.nonzero(own & theirs).flatten().tolist()
         if different:
             listed = [names[i] for i in different]
-            return Likeness(
-                outcome="unlike",
-                detail=f"it holds {has} in {', '.join(listed)}, where every canary's gradient "
-                f"holds {have}",
-                cause="the mode: a bias before batch norm has a gradient in eval mode only"
-                if set(listed) <= set(before_norm)
-                else cause,
-            )
+            said = ZEROS(something=has, names=", ".join(listed), nothing=have)
+            why = BATCH_NORM_MODE if set(listed) <= set(before_norm) else cause
+            return Likeness(outcome="unlike", said=said, cause=why())
     return None
 
 
@@ -130,10 +184,7 @@ def judge(
         told: (k - 1,), whether a tensor holds more than rounding; all do unless given.
     """
     if len(canaries) < FEWEST_CANARIES:
-        return Likeness(
-            outcome="hidden",
-            detail=f"fewer than {FEWEST_CANARIES} canaries were reconstructed",
-        )
+        return Likeness(outcome="hidden", said=TOO_FEW_CANARIES(count=FEWEST_CANARIES))
     succeeded = canaries[losses.argsort()[:-1]]
     worst, best = succeeded.amin(0), nulls.amax(0)
     gap = worst - best
@@ -142,35 +193,26 @@ def judge(
     if told is not None:
         counted[:-1] &= told
     if not bool(counted.any()):
-        return Likeness(
-            outcome="hidden",
-            detail="the best pictures of canaries explain their gradients no better than those of "
-            "random gradients do",
-        )
+        return Likeness(outcome="hidden", said=NO_BETTER_THAN_RANDOM())
     place = torch.where(counted, (captured - best) / gap.clamp(min=1e-9), torch.inf)
     named = [*names, WHOLE]
     lowest = int(place.argmin())
-    detail = (
-        f"in {named[lowest]} its best picture's gradient has a cosine of {captured[lowest]:.2f} "
-        f"with it; all canaries but one reach {worst[lowest]:.2f} or more, random gradients "
-        f"{best[lowest]:.2f} "
-        "or less"
+    said = COSINES(
+        name=named[lowest],
+        cosine=float(captured[lowest]),
+        worst=float(worst[lowest]),
+        best=float(best[lowest]),
     )
     if bool(place[lowest] >= HALFWAY):
         like = bool(place[lowest] >= CLEAR)
         return Likeness(
             outcome="like" if like else "undecided",
-            detail=detail,
+            said=said,
             place=float(place[lowest]),
             rules_out_larger=like and bool(counted[-1]),
         )
     low = [name for name, at in zip(named, place.tolist(), strict=True) if at < HALFWAY]
     right = int(counted.sum()) - len(low)
-    if WHOLE not in low and right >= len(low):
-        cause = f"the order or layout of the values in {', '.join(low)}"
-    else:
-        cause = (
-            "the weights are of another model or round, the loss, mode or normalization is "
-            "another, or it is no gradient of such an image"
-        )
-    return Likeness(outcome="unlike", detail=detail, place=float(place[lowest]), cause=cause)
+    tells = WHOLE not in low and right >= len(low)
+    cause = ORDER(names=", ".join(low)) if tells else ANOTHER()
+    return Likeness(outcome="unlike", said=said, place=float(place[lowest]), cause=cause)

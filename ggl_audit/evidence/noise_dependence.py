@@ -20,6 +20,7 @@ from scipy.fft import next_fast_len
 from scipy.special import bdtrc, betainc, chdtri, fdtrc
 
 from ggl_audit.evidence.noise_residuals import AWAY_FROM_ZERO, Fault, Residuals, Violation
+from ggl_audit.messages import Message
 
 CHAINED = 6.0
 """The sum of squared weights of pairs in which values occur twice is at most 1.5 times their
@@ -53,6 +54,89 @@ FEWEST_PAIRS = 8
 NEARLY_ALL = 0.99
 SMALLEST_CORRELATION = 0.9
 """A share of the strongest: what is weaker may follow from that one."""
+
+DRAW_AS_MANY = (
+    "Draw as many values as the tensor has; look for `repeat`, `expand`, broadcasting and filters."
+)
+REPEATS = Message(
+    "contradiction/repeats",
+    "the noise repeats along {name}: every value is the one {count} places before it, with a "
+    "correlation of {rho:.2f} over {pairs:,} pairs",
+    advice=DRAW_AS_MANY,
+)
+CORRELATES = Message(
+    "contradiction/correlates",
+    "the noise of values of {name} that are {count} apart has a correlation of {rho:.3f} over "
+    "{pairs:,} pairs; fresh noise has none",
+    advice=DRAW_AS_MANY,
+)
+MIRRORED = Message(
+    "contradiction/mirrored",
+    "the noise along {name} is mirrored about place {place:g}, with a correlation of {rho:.2f} "
+    "over {pairs:,} pairs",
+    advice=DRAW_AS_MANY,
+)
+BETWEEN_TENSORS = Message(
+    "contradiction/between-tensors",
+    "{first} and {second} {begin_with} {the_same_noise} (correlation {rho:.2f} over {count:,} "
+    "values){and_more}",
+    advice="Draw the noise of all tensors from one generator, without seeding it in between.",
+)
+SEED_ONCE = (
+    "Seed the generator once, from the system, and never again; draw anew for each release. Noise "
+    "that is meant to correlate between rounds (DP-FTRL, matrix factorization) needs an "
+    "accounting of its own, which is not made here."
+)
+SAME_IN_RELEASES = Message(
+    "contradiction/same-in-releases",
+    "{the_noise} {is_the_same} in releases {first} and {second}; {count:,} of {pairs:,} pairs of "
+    "releases share noise",
+    advice=SEED_ONCE,
+)
+CORRELATED_RELEASES = Message(
+    "contradiction/correlated-releases",
+    "the noise of {name} in releases that are {count} apart has a correlation of {rho:.3f}; fresh "
+    "noise has none",
+    advice=SEED_ONCE,
+)
+SHIFTED = Message(
+    "contradiction/shifted",
+    "the noise of releases {first} and {second} is the same, {shifted} (correlation {rho:.2f} "
+    "over {count:,} values)",
+    advice=SEED_ONCE,
+)
+DRAWN_TWICE = Message(
+    "contradiction/drawn-twice",
+    "{share:.1%} of the values of the noise occur twice {in_a_release}, up to {width:.1g} "
+    "standard deviations; of fresh noise at most {fresh:.1%}",
+    advice="Look for noise that is drawn from a table, or reused in another order.",
+)
+LOOK_FOR_PROJECTIONS = (
+    "Look for projections and products of narrow matrices in what draws the noise."
+)
+FEW_DIMENSIONS = Message(
+    "contradiction/few-dimensions",
+    "{the_noise} has {rank} dimensions, where {count} fresh vectors have {count}",
+    advice=LOOK_FOR_PROJECTIONS,
+)
+AS_FEW_DIMENSIONS = Message(
+    "contradiction/as-few-dimensions",
+    "{the_noise} correlates as if it had {count:.3g} dimensions in place of {size:,}",
+    advice=LOOK_FOR_PROJECTIONS,
+)
+OFFSET = Message(
+    "contradiction/offset",
+    "{share:.2%} of the energy of the noise of {name} is the same in all {releases} "
+    "releases{with_alternating_signs}; of fresh noise {fresh:.2%}",
+    advice="Look for a constant that is added (weight decay is a gradient of its own), and for "
+    "noise that is partly kept.",
+)
+NOT_WHITE = Message(
+    "contradiction/not-white",
+    "the noise along {name} is not white: {count:,} of {frequencies:,} frequencies hold too much "
+    "or too little, that of {waves} waves {times:.3g} times the mean",
+    advice=DRAW_AS_MANY,
+)
 
 
 @dataclass(frozen=True)
@@ -118,23 +202,15 @@ def along_tensors(residuals: Residuals, level: float) -> list[Violation]:
         if apart is not None:
             (way,), _ = apart
             rho, pairs = lags.correlation((way,)), int(lags.counts[way])
-            sentence = (
-                f"the noise repeats along {name}: every value is the one {way + 1} places before "
-                f"it, with a correlation of {rho:.2f} over {pairs:,} pairs"
-                if rho > NEARLY_ALL
-                else f"the noise of values of {name} that are {way + 1} apart has a correlation of "
-                f"{rho:.3f} over {pairs:,} pairs; fresh noise has none"
-            )
-            found.append((pairs, Violation(_fault(rho), sentence, abs(rho))))
+            how = REPEATS if rho > NEARLY_ALL else CORRELATES
+            said = how(name=name, count=way + 1, rho=rho, pairs=pairs)
+            found.append((pairs, Violation(_fault(rho), said, abs(rho))))
         about = mirrored.strongest(level / (2 * len(parts)))
         if about is not None:
             (way,), _ = about
             rho, pairs = mirrored.correlation((way,)), int(mirrored.counts[way])
-            sentence = (
-                f"the noise along {name} is mirrored about place {way / 2:g}, with a correlation "
-                f"of {rho:.2f} over {pairs:,} pairs"
-            )
-            found.append((pairs, Violation(_fault(rho), sentence, abs(rho))))
+            said = MIRRORED(name=name, place=way / 2, rho=rho, pairs=pairs)
+            found.append((pairs, Violation(_fault(rho), said, abs(rho))))
     # The whole says less of what a tensor shows by itself.
     return [one for _, one in sorted(found, key=lambda pair: (WHOLE in pair[1].detail, -pair[0]))]
 
@@ -211,8 +287,15 @@ def between_tensors(residuals: Residuals, level: float) -> Iterator[Violation]:
         noise = "the same noise" if rho > NEARLY_ALL else "noise that correlates"
         yield Violation(
             _fault(rho),
-            f"{names[first]} and {names[second]} {how} {noise} (correlation {rho:.2f} over "
-            f"{int(pairs.counts[first, second]):,} values){more}",
+            BETWEEN_TENSORS(
+                first=names[first],
+                second=names[second],
+                begin_with=how,
+                the_same_noise=noise,
+                rho=rho,
+                count=int(pairs.counts[first, second]),
+                and_more=more,
+            ),
             abs(rho),
         )
 
@@ -242,8 +325,14 @@ def _between(name: str, values: torch.Tensor, level: float) -> Iterator[Violatio
         how = "is the same" if rho > NEARLY_ALL else f"has a correlation of {rho:.2f}"
         yield Violation(
             _fault(rho),
-            f"{whose} {how} in releases {first + 1} and {second + 1}; {many:,} of "
-            f"{releases * (releases - 1) // 2:,} pairs of releases share noise",
+            SAME_IN_RELEASES(
+                the_noise=whose,
+                is_the_same=how,
+                first=first + 1,
+                second=second + 1,
+                count=many,
+                pairs=releases * (releases - 1) // 2,
+            ),
             abs(rho),
         )
         return
@@ -260,8 +349,7 @@ def _between(name: str, values: torch.Tensor, level: float) -> Iterator[Violatio
         rho = chains.correlation(way)
         yield Violation(
             "correlated",
-            f"the noise of {name} in releases that are {way[0] + 1} apart has a correlation of "
-            f"{rho:.3f}; fresh noise has none",
+            CORRELATED_RELEASES(name=name, count=way[0] + 1, rho=rho),
             abs(rho),
         )
 
@@ -298,8 +386,13 @@ def _shifted(values: torch.Tensor, level: float) -> Iterator[Violation]:
             by = f" by {abs(int(shift[way[0]]))} values" if how == "shifted" else ""
             yield Violation(
                 _fault(rho),
-                f"the noise of releases {first + 1} and {second + 1} is the same, {how}{by} "
-                f"(correlation {rho:.2f} over {int(pairs.counts[way]):,} values)",
+                SHIFTED(
+                    first=first + 1,
+                    second=second + 1,
+                    shifted=how + by,
+                    rho=rho,
+                    count=int(pairs.counts[way]),
+                ),
                 abs(rho),
             )
             return
@@ -337,9 +430,12 @@ def drawn_twice(residuals: Residuals, level: float) -> Iterator[Violation]:
                 sign = ", up to sign" if negated else ""
                 yield Violation(
                     "repeated",
-                    f"{counted / count:.1%} of the values of the noise occur twice {where}{sign}, "
-                    f"up to {width + slack:.1g} standard deviations; of fresh noise at most "
-                    f"{expected / count:.1%}",
+                    DRAWN_TWICE(
+                        share=counted / count,
+                        in_a_release=where + sign,
+                        width=width + slack,
+                        fresh=expected / count,
+                    ),
                     counted / count,
                 )
                 return
@@ -379,9 +475,7 @@ def _subspace(what: str, vectors: torch.Tensor, level: float) -> Iterator[Violat
     eigenvalues = torch.linalg.eigvalsh(gram)
     rank = int((eigenvalues > RANK * eigenvalues[:, -1:]).sum(1).max())
     if rank < count:
-        yield Violation(
-            "subspace", f"{what} has {rank} dimensions, where {count} fresh vectors have {count}"
-        )
+        yield Violation("subspace", FEW_DIMENSIONS(the_noise=what, rank=rank, count=count))
         return
     factor, failed = torch.linalg.cholesky_ex(gram)
     if bool(failed.any()):
@@ -397,7 +491,7 @@ def _subspace(what: str, vectors: torch.Tensor, level: float) -> Iterator[Violat
         times = float(below.median()) / (MEDIAN * variance)
         yield Violation(
             "subspace",
-            f"{what} correlates as if it had {size / times:.3g} dimensions in place of {size:,}",
+            AS_FEW_DIMENSIONS(the_noise=what, count=size / times, size=size),
             1 - 1 / times if times > 1 else 0.0,
         )
 
@@ -425,8 +519,13 @@ def offsets(residuals: Residuals, level: float) -> Iterator[Violation]:
                 share = common / whole
                 yield Violation(
                     "offset",
-                    f"{share:.2%} of the energy of the noise of {name} is the same in all "
-                    f"{releases} releases{how}; of fresh noise {1 / releases:.2%}",
+                    OFFSET(
+                        share=share,
+                        name=name,
+                        releases=releases,
+                        with_alternating_signs=how,
+                        fresh=1 / releases,
+                    ),
                     share,
                 )
                 return
@@ -461,7 +560,6 @@ def spectra(residuals: Residuals, level: float) -> Iterator[Violation]:
             many = int((p_values * 2 * len(power) * len(parts) <= level).sum())
             yield Violation(
                 "coloured",
-                f"the noise along {name} is not white: {many:,} of {len(power):,} frequencies "
-                f"hold too much or too little, that of {at} waves {times:.3g} times the mean",
+                NOT_WHITE(name=name, count=many, frequencies=len(power), waves=at, times=times),
             )
             return

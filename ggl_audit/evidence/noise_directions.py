@@ -14,12 +14,23 @@ import torch
 from scipy.special import chdtr, chdtrc
 
 from ggl_audit.evidence.noise_residuals import Residuals, Violation, more_than_declared
+from ggl_audit.messages import Message
 
 DIRECTIONS = 10
 """In which gradients differ most, that are looked at one by one."""
 
 RANK = 1e-10
 """Relative, of the eigenvalue of a direction that is none."""
+
+ALONG = Message(
+    "contradiction/along",
+    "the noise along {name} has {times:.3g} times the declared standard deviation, over {count:,} "
+    "values{more_than_declared}",
+    advice="Look for noise that is projected, orthogonalized or scaled along the gradient, its "
+    "signs, or the directions that gradients vary along (`the gradient itself`, `the signs of the "
+    "gradient`, `direction COUNT of those that the gradients of public images vary along most`): "
+    "whoever knows these directions sees the gradient without the noise.",
+)
 
 
 def along_shares(residuals: Residuals, level: float) -> Iterator[Violation]:
@@ -133,6 +144,10 @@ def _strengths(residuals: Residuals, sent: list[Sent], level: float) -> Iterator
         _, name, ratio, count = worst
         yield Violation(
             "direction",
-            f"the noise along {name} has {ratio:.3g} times the declared standard deviation, over "
-            f"{count:,} values{more_than_declared(ratio)}",
+            ALONG(
+                name=name,
+                times=ratio,
+                count=count,
+                more_than_declared=more_than_declared(ratio),
+            ),
         )

@@ -17,6 +17,7 @@ from ggl_audit.evidence.noise_residuals import (
     Violation,
     more_than_declared,
 )
+from ggl_audit.messages import Message
 
 NO_NOISE = (1e-6, 1e-5, 1e-4, 1e-3)
 """Standard deviations, within which values without noise are."""
@@ -46,6 +47,83 @@ FEWEST_TO_FOLLOW = 8
 HARDLY = 1e-3
 TINY = 1e-6
 PERCENT = 0.1
+
+WITHOUT_NOISE = Message(
+    "contradiction/without-noise",
+    "{count:,} of {total:,} values of {name} ({share}) have no noise: they are within {width:.1g} "
+    "standard deviations of {zero}, where noise leaves {most:.2g} at most on average{the_same_of}",
+    advice="Look for values, layers or masks that the noise skips.",
+)
+GRID_VALUES = Message(
+    "contradiction/grid-values",
+    "the noise takes the same values again and again, as on a grid: of {total:,} values {count:,} "
+    "are at {place:.4g} standard deviations, within {size:.1g}, where a continuous distribution "
+    "has about {most:.2g} at most",
+    advice="Draw and add the noise in single precision; look for rounding, clamping and tables. "
+    "If what is sent is rounded afterwards, declare that step.",
+)
+STRENGTH = Message(
+    "contradiction/strength",
+    "the noise of {name} has {times:.3g} times the declared standard deviation, over {count:,} "
+    "values{more_than_declared}{such_parts}",
+    advice="Look for a scale by layer, by batch size or by what the gradient is there: `values "
+    "without a share`, `values with small shares`, `values with shares above SHARE of the others` "
+    "and `the COUNT largest shares of each release` are places by the size of the gradient.",
+)
+DECLARE_WHAT_IS_DRAWN = (
+    "Declare the distribution that is drawn (`gaussian` or `laplace`), or draw the declared one; "
+    "look for truncation."
+)
+BODY = Message(
+    "contradiction/body",
+    "{share:.2%} of the noise is below {place:.3g} standard deviations, where the declared "
+    "distribution has {declared:.2%} (Kolmogorov's distance {distance:.2g} over {total:,} values)",
+    advice=DECLARE_WHAT_IS_DRAWN,
+)
+TAIL = Message(
+    "contradiction/tail",
+    "{count:,} of {total:,} values of the noise are {above} {place:.3g} standard deviations; the "
+    "declared distribution has {declared:,.3g} there",
+    advice=DECLARE_WHAT_IS_DRAWN,
+)
+LARGEST_VALUE = Message(
+    "contradiction/largest-value",
+    "the largest of {total:,} values of the noise is {place:.3g} standard deviations away from "
+    "zero",
+    advice=DECLARE_WHAT_IS_DRAWN,
+)
+LOOK_FOR_SIGNS = (
+    "Look for `rand` in place of `randn`, absolute values, and noise that is multiplied with the "
+    "gradient."
+)
+MEAN = Message(
+    "contradiction/mean",
+    "the mean of the noise of {name} is {mean:.3g} standard deviations, over {count:,} values; "
+    "that of declared noise is zero",
+    advice=LOOK_FOR_SIGNS,
+)
+HAS_SIGNS = Message(
+    "contradiction/has-signs",
+    "the noise has a correlation of {rho:.3g} with the signs of the gradient that it is added to; "
+    "independent noise has none",
+    advice=LOOK_FOR_SIGNS,
+)
+COMPARE_THE_SHARE = (
+    "Not the noise is wrong but what it is added to: compare the clip, its bound and its unit, "
+    "the loss' scale, the model's mode and weight decay in the client's code with the declaration."
+)
+SHARE = Message(
+    "contradiction/share",
+    "the share that is sent beside the noise is about {times:.3g} times the declared one, over "
+    "{count} releases",
+    advice=COMPARE_THE_SHARE,
+)
+IN_COMMON = Message(
+    "contradiction/in-common",
+    "two releases of the same images have more in common than the declared share, by about "
+    "{size:.3g} standard deviations of the noise in norm",
+    advice=COMPARE_THE_SHARE,
+)
 
 
 def missing(residuals: Residuals, level: float) -> tuple[list[Violation], set[str]]:
@@ -89,12 +167,17 @@ def missing(residuals: Residuals, level: float) -> tuple[list[Violation], set[st
     others = sorted(bare - {where})
     more = f"; the same of {', '.join(others)}" if others else ""
     beside = "the declared share" if residuals.exact else "zero"
-    sentence = (
-        f"{near:,} of {total:,} values of {where} ({percent(near / total)}) have no noise: they "
-        f"are within {width:.1g} standard deviations of {beside}, where noise leaves "
-        f"{expected * total:.2g} at most on average{more}"
+    said = WITHOUT_NOISE(
+        count=near,
+        total=total,
+        name=where,
+        share=percent(near / total),
+        width=width,
+        zero=beside,
+        most=expected * total,
+        the_same_of=more,
     )
-    return [Violation("missing", sentence, near / total)], bare
+    return [Violation("missing", said, near / total)], bare
 
 
 def _grain_near_share(residuals: Residuals, name: str) -> torch.Tensor:
@@ -129,9 +212,7 @@ def discrete(residuals: Residuals, level: float) -> Iterator[Violation]:
             place = float(places[torch.where(within, counts, 0).argmax()]) * size
             yield Violation(
                 "discrete",
-                f"the noise takes the same values again and again, as on a grid: of {total:,} "
-                f"values {most:,} are at {place:.4g} standard deviations, within {size:.1g}, where "
-                f"a continuous distribution has about {total * near / 2:.2g} at most",
+                GRID_VALUES(total=total, count=most, place=place, size=size, most=total * near / 2),
                 most / total,
             )
             return
@@ -195,8 +276,13 @@ def _strengths(residuals: Residuals, kinds: list[Groups], level: float) -> Itera
     whole = groups.counts[at] == groups.counts.sum() and len(groups.counts) == 1
     yield Violation(
         "excess" if whole and ratio > 1 else "scale",
-        f"the noise of {groups.name(at)} has {ratio:.3g} times the declared standard deviation, "
-        f"over {int(groups.counts[at]):,} values{more_than_declared(ratio)}{more}",
+        STRENGTH(
+            name=groups.name(at),
+            times=ratio,
+            count=int(groups.counts[at]),
+            more_than_declared=more_than_declared(ratio),
+            such_parts=more,
+        ),
     )
 
 
@@ -301,9 +387,13 @@ def distributions(residuals: Residuals, level: float) -> Iterator[Violation]:
         at = int(np.abs(steps[1:] - below).argmax())
         yield Violation(
             "distribution",
-            f"{steps[at + 1]:.2%} of the noise is below {values[at]:.3g} standard deviations, "
-            f"where the declared distribution has {below[at]:.2%} (Kolmogorov's distance "
-            f"{distance:.2g} over {total:,} values)",
+            BODY(
+                share=steps[at + 1],
+                place=values[at],
+                declared=below[at],
+                distance=distance,
+                total=total,
+            ),
         )
     worst = None
     comparisons = 4 * len(TAILS)
@@ -317,22 +407,25 @@ def distributions(residuals: Residuals, level: float) -> Iterator[Violation]:
             p_value = min(float(at_least(surely, total, tail)), few)
             away = abs(math.log((surely + 1) / (total * tail + 1)))
             if p_value * 2 * comparisons <= level and (worst is None or away > worst[0]):
-                side = "above" if sided is values else "below -"
+                side = "above" if sided is values else "below"
                 worst = away, side, limit, surely, total * tail
     if worst is not None:
         _, side, limit, counted_beyond, expected = worst
-        space = " " if side == "above" else ""
         yield Violation(
             "distribution",
-            f"{counted_beyond:,} of {total:,} values of the noise are {side}{space}{limit:.3g} "
-            f"standard deviations; the declared distribution has {expected:,.3g} there",
+            TAIL(
+                count=counted_beyond,
+                total=total,
+                above=side,
+                place=limit if side == "above" else -limit,
+                declared=expected,
+            ),
         )
     largest = max(abs(float(values[0])), abs(float(values[-1]))) - off
     if total * 2 * float(ndtr(-largest)) * 4 <= level:
         yield Violation(
             "distribution",
-            f"the largest of {total:,} values of the noise is {largest:.3g} standard deviations "
-            "away from zero",
+            LARGEST_VALUE(total=total, place=largest),
         )
 
 
@@ -348,8 +441,7 @@ def biases(residuals: Residuals, level: float) -> Iterator[Violation]:
     if 2 * ndtr(-reach[at]) * len(names) <= level:
         yield Violation(
             "bias",
-            f"the mean of the noise of {names[at]} is {totals[at] / numbers[at]:.3g} standard "
-            f"deviations, over {numbers[at]:,} values; that of declared noise is zero",
+            MEAN(name=names[at], mean=totals[at] / numbers[at], count=numbers[at]),
         )
 
 
@@ -368,8 +460,7 @@ def signs(residuals: Residuals, level: float) -> Iterator[Violation]:
         rho = float((flat * share.sign()).sum() / (flat.norm() * share.sign().norm()))
         yield Violation(
             "dependent",
-            f"the noise has a correlation of {rho:.3g} with the signs of the gradient that it is "
-            "added to; independent noise has none",
+            HAS_SIGNS(rho=rho),
             abs(rho),
         )
 
@@ -405,8 +496,7 @@ def shares(residuals: Residuals, level: float) -> Iterator[Violation]:
     if 2 * p_value <= level and abs(times) > HARDLY:
         yield Violation(
             "share",
-            f"the share that is sent beside the noise is about {1 + times:.3g} times the declared "
-            f"one, over {len(along)} releases",
+            SHARE(times=1 + times, count=len(along)),
         )
         return
     half = residuals.releases // 2
@@ -419,8 +509,7 @@ def shares(residuals: Residuals, level: float) -> Iterator[Violation]:
         common = float((first * second).sum(1).clamp(min=0).mean().sqrt())
         yield Violation(
             "share",
-            "two releases of the same images have more in common than the declared share, by about "
-            f"{common:.3g} standard deviations of the noise in norm",
+            IN_COMMON(size=common),
         )
 
 

@@ -18,6 +18,7 @@ from scipy.special import ndtri_exp
 
 from ggl_audit.basics.gradient import Gradient, each
 from ggl_audit.defenses import Distribution, NoiseLaw
+from ggl_audit.messages import Said
 
 Fault = Literal[
     "missing",
@@ -67,13 +68,18 @@ class Violation:
 
     Attributes:
         fault: what kind it is.
-        detail: the measured figure beside what was declared, as a sentence without a full stop.
+        said: the measured figure beside what was declared.
         strength: of a correlation, or the share of the values; 1 for what is no matter of degree.
     """
 
     fault: Fault
-    detail: str
+    said: Said
     strength: float = 1.0
+
+    @property
+    def detail(self) -> str:
+        """The figures in words, as a sentence without a full stop."""
+        return self.said.text
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,46 @@ from ggl_audit.evidence.last_layer import (
     look_at_last_layer,
 )
 from ggl_audit.inputs.model import ClientModel
+from ggl_audit.messages import Message
 
 NEARER = 10
 """How much nearer a scale has to be, in the logarithm, that speaks for the other sign."""
+
+DECLARE_THE_SIGN = (
+    "The file holds weights after training minus those before: declare `capture.sign: "
+    "after_minus_before`, and `kind: update` with `local` if it is one."
+)
+BIAS_NEGATED = Message(
+    "contradiction/bias-negated",
+    "{count} values of its last layer's bias are below zero, where {images} can be, and negated "
+    "it agrees: declare the other capture.sign, or negate the file",
+    advice=DECLARE_THE_SIGN,
+)
+BIAS_BELOW_ZERO = Message(
+    "contradiction/bias-below-zero",
+    "{count} values of its last layer's bias are below zero, where {images} can be: it is of more "
+    "images, or of another loss",
+    advice="Declare the number of images in `capture.batch_size`, or the client's loss; only a "
+    "label's value can be below zero.",
+)
+NEGATED = Message(
+    "contradiction/negated",
+    "negated its last layer's gradient is that of the declared loss: declare the other "
+    "capture.sign, or negate the file",
+    advice=DECLARE_THE_SIGN,
+)
+NEARER_NEGATED = Message(
+    "contradiction/nearer-negated",
+    "negated its last layer's gradient is nearer to that of the declared loss: declare the other "
+    "capture.sign, or negate the file",
+    advice=DECLARE_THE_SIGN,
+)
+EITHER_SIGN = Message(
+    "check/either-sign",
+    "{detail}; of two classes the other sign looks like the other label",
+    advice="Nothing shows whether it is the one label, or the other and the sign: make sure of "
+    "`capture.sign`, or give `evidence.truth` with `capture.labels`.",
+)
 
 
 def negated(gradient: Gradient) -> Gradient:
@@ -54,27 +91,15 @@ def check_last_layer_and_sign(
     fits = (mirrored is None or mirrored.outcome == "agrees") and (above or 0) <= images
     if below is not None and below > images:
         if fits:
-            return Check(
-                MODEL_AND_LOSS,
-                "contradicts",
-                f"{below} values of its last layer's bias are below zero, where {images} can be, "
-                "and negated it agrees: declare the other capture.sign, or negate the file",
-            )
+            said = BIAS_NEGATED(count=below, images=images)
+            return Check(MODEL_AND_LOSS, "contradicts", said)
         if check is None or check.outcome == "agrees":
-            return Check(
-                MODEL_AND_LOSS,
-                "contradicts",
-                f"{below} values of its last layer's bias are below zero, where {images} can be: "
-                "it is of more images, or of another loss",
-            )
+            said = BIAS_BELOW_ZERO(count=below, images=images)
+            return Check(MODEL_AND_LOSS, "contradicts", said)
     if check is None or mirrored is None or mirrored.outcome != "agrees":
         return check
     if check.outcome == "contradicts":
-        return replace(
-            check,
-            detail="negated its last layer's gradient is that of the declared loss: declare the "
-            "other capture.sign, or negate the file",
-        )
+        return replace(check, said=NEGATED())
     if model.classes != 2:
         return check
     return _check_scales(model, defense, observed, rounding, check)
@@ -103,14 +128,7 @@ def _check_scales(
     if scales[0] and scales[1] and rate is not None and not clips:
         off, mirrored_off = (abs(math.log(scale / model.loss_scale / rate)) for scale in scales)  # type: ignore[operator]
         if off > max(ROUNDINGS * rounding, NEARER * mirrored_off):
-            return replace(
-                check,
-                outcome="contradicts",
-                detail="negated its last layer's gradient is nearer to that of the declared loss: "
-                "declare the other capture.sign, or negate the file",
-            )
+            return replace(check, outcome="contradicts", said=NEARER_NEGATED())
         if mirrored_off > max(ROUNDINGS * rounding, NEARER * off):
             return check
-    return replace(
-        check, detail=f"{check.detail}; of two classes the other sign looks like the other label"
-    )
+    return replace(check, said=EITHER_SIGN(detail=check.detail))

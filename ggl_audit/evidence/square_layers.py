@@ -12,6 +12,7 @@ import torch
 
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses import Check, Pipeline
+from ggl_audit.messages import Message
 
 LAYOUT = "the layout"
 
@@ -21,6 +22,19 @@ INSIDE, OUTSIDE = 0.01, 0.3
 
 LEAST_SIZE, ROUNDINGS = 1e-5, 25
 """The least of singular values, relative to the largest; and in the file's roundings."""
+
+TRANSPOSED = Message(
+    "contradiction/transposed",
+    "{names} is transposed, as its bias' gradient is in the space of its rows and not of its "
+    "columns; see capture.layout",
+    advice="Transpose what was not, when the tensors were converted from another framework; or "
+    "declare `capture.layout: channels_last` for a file in which nothing was.",
+)
+NOT_TRANSPOSED = Message(
+    "check/not-transposed",
+    "{names} is (out, in), as its bias' gradient tells",
+    advice="Nothing.",
+)
 
 
 def square_layers(gradient: Gradient) -> list[str]:
@@ -53,15 +67,10 @@ def check_square_layers(defense: Pipeline, observed: Gradient, rounding: float) 
     }
     wrong = [name for name, transposed in told.items() if transposed]
     if wrong:
-        return Check(
-            LAYOUT,
-            "contradicts",
-            f"{', '.join(wrong)} is transposed, as its bias' gradient is in the space of its rows "
-            "and not of its columns; see capture.layout",
-        )
+        return Check(LAYOUT, "contradicts", TRANSPOSED(names=", ".join(wrong)))
     if not told:
         return None
-    return Check(LAYOUT, "agrees", f"{', '.join(told)} is (out, in), as its bias' gradient tells")
+    return Check(LAYOUT, "agrees", NOT_TRANSPOSED(names=", ".join(told)))
 
 
 def _is_transposed(name: str, observed: Gradient, rounding: float) -> bool | None:

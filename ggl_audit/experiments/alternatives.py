@@ -18,12 +18,41 @@ from ggl_audit.evidence.declarations import other_declarations
 from ggl_audit.evidence.signs import negated
 from ggl_audit.evidence.square_layers import square_layers
 from ggl_audit.inputs.layouts import flattened, trace_arrangements
+from ggl_audit.messages import Message, Said
 from ggl_audit.spec import OPTIMIZER_KEYS, LocalTrainingSpec
 
 MOST_SWAPS = MOST_TRANSPOSED = 10
 
+OTHER_SIGN = Message(
+    "cause/other-sign",
+    "the capture has the other sign (declare the other capture.sign, or negate the file)",
+    advice="Declare `capture.sign: after_minus_before`, save before minus after, or give the "
+    "checkpoints as `capture.before` and `capture.after`.",
+)
+OTHER_OPTIMIZER = Message(
+    "cause/other-optimizer",
+    "the client trained by another optimizer: {optimizer}",
+    advice="Declare `capture.local.optimizer`, and its keys as the client has them.",
+)
+IN_PYTORCHS_LAYOUT = "Save the tensors by name, in PyTorch's layout: (out, in, height, width)."
+SWAPPED = Message(
+    "cause/swapped",
+    "{first} and {second} are swapped",
+    advice=IN_PYTORCHS_LAYOUT,
+)
+HEIGHT_WIDTH_CHANNEL = Message(
+    "cause/height-width-channel",
+    "the inputs of {names} are in the order height, width, channel",
+    advice=IN_PYTORCHS_LAYOUT,
+)
+VALUES_TRANSPOSED = Message(
+    "cause/values-transposed",
+    "the values of {names} are transposed",
+    advice=IN_PYTORCHS_LAYOUT,
+)
 
-def other_models(case: Case) -> Iterator[tuple[str, Case]]:
+
+def other_models(case: Case) -> Iterator[tuple[Said, Case]]:
     """Yields each other model that the capture may be of, one thing changed, and names it."""
     for cause, changed in other_declarations(case.spec, case.model):
         with suppress(AuditError):  # as it cannot be so
@@ -41,17 +70,16 @@ def other_models(case: Case) -> Iterator[tuple[str, Case]]:
                 yield cause, _observing(other, observed)
 
 
-def other_signs(case: Case) -> Iterator[tuple[str, Case]]:
+def other_signs(case: Case) -> Iterator[tuple[Said, Case]]:
     """Yields the negated capture, and names it."""
     negative = negated(case.audited.observed)
-    cause = "the capture has the other sign (declare the other capture.sign, or negate the file)"
     declared = "infer" if case.audited.inferred else case.spec.capture.labels
     with suppress(SpecError):  # as it gives no label away
         labels = labels_of(case, negative, declared)
-        yield cause, _observing(case, negative, labels=labels)
+        yield OTHER_SIGN(), _observing(case, negative, labels=labels)
 
 
-def other_trainings(case: Case) -> Iterator[tuple[str, Case]]:
+def other_trainings(case: Case) -> Iterator[tuple[Said, Case]]:
     """Yields each other optimizer by which a client may have trained, and names it."""
     local = case.model.local
     if local is None:
@@ -62,11 +90,10 @@ def other_trainings(case: Case) -> Iterator[tuple[str, Case]]:
         if optimizer != local.optimizer:
             other = LocalTrainingSpec(**{**declared, "optimizer": optimizer})
             model = replace(case.model, local=other)
-            cause = f"the client trained by another optimizer: {optimizer}"
-            yield cause, replace(case, model=model)
+            yield OTHER_OPTIMIZER(optimizer=optimizer), replace(case, model=model)
 
 
-def other_layouts(case: Case) -> Iterator[tuple[str, Case]]:
+def other_layouts(case: Case) -> Iterator[tuple[Said, Case]]:
     """Yields each other order in which the capture's values may be, and names it."""
     for cause, observed in _other_arrangements(case):
         yield cause, _observing(case, observed)
@@ -78,7 +105,7 @@ def other_layouts(case: Case) -> Iterator[tuple[str, Case]]:
     ]
     for first, second in same[:MOST_SWAPS]:
         swapped = {**seen, first: seen[second], second: seen[first]}
-        yield f"{first} and {second} are swapped", _observing(case, swapped)
+        yield SWAPPED(first=first, second=second), _observing(case, swapped)
 
 
 def _observing(case: Case, observed: Gradient, **changes: Any) -> Case:
@@ -87,7 +114,7 @@ def _observing(case: Case, observed: Gradient, **changes: Any) -> Case:
     return replace(case, captures=(capture,))
 
 
-def _other_arrangements(case: Case) -> Iterator[tuple[str, Gradient]]:
+def _other_arrangements(case: Case) -> Iterator[tuple[Said, Gradient]]:
     """In which other layout single tensors may be whose shape does not tell, named."""
     model, observed = case.model, case.audited.observed
     images = case.reference.images[: model.batch_size]
@@ -98,10 +125,10 @@ def _other_arrangements(case: Case) -> Iterator[tuple[str, Gradient]]:
         if name in observed
     }
     if ordered:
-        cause = f"the inputs of {', '.join(ordered)} are in the order height, width, channel"
+        cause = HEIGHT_WIDTH_CHANNEL(names=", ".join(ordered))
         yield cause, {**observed, **ordered}
     square = square_layers(observed)[:MOST_TRANSPOSED]
     for names in [square, *([name] for name in square)] if len(square) > 1 else [square]:
         if names:
             transposed = {name: observed[name].T for name in names}
-            yield f"the values of {', '.join(names)} are transposed", {**observed, **transposed}
+            yield VALUES_TRANSPOSED(names=", ".join(names)), {**observed, **transposed}

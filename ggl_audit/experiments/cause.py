@@ -23,6 +23,7 @@ from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Resu
 from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.experiments.likeness import Explanation, is_in_question, place, premises_of
 from ggl_audit.experiments.reconstruction import Reconstruction
+from ggl_audit.messages import Said
 
 
 class Explained(Result):
@@ -46,7 +47,7 @@ class _Alternatives(Experiment[Explained]):
         return Plan(trials=len(self.case.captures), optional=True)
 
     @abstractmethod
-    def alternatives(self, case: Case) -> Iterator[tuple[str, Case]]:
+    def alternatives(self, case: Case) -> Iterator[tuple[Said, Case]]:
         """What else the audited capture may be of, and in words what differs."""
 
     @abstractmethod
@@ -72,7 +73,7 @@ class _Alternatives(Experiment[Explained]):
             tried = self.alternatives(replace(self.case, captures=(self.case.captures[trial],)))
             yield Explained(explanations=[self._explain(*one, advance) for one in tried])
 
-    def _explain(self, cause: str, case: Case, advance: Advance) -> Explanation:
+    def _explain(self, cause: Said, case: Case, advance: Advance) -> Explanation:
         observed = stack([case.audited.observed] * SEARCHES_COMPARED)
         labels = case.audited.repeated_labels(SEARCHES_COMPARED)
         randoms = [case.random(CAPTURED, number) for number in range(SEARCHES_COMPARED)]
@@ -91,7 +92,7 @@ class OtherDeclaration(_Alternatives):
     name = "other_declarations"
     stage = "the search for what else the capture may be of"
 
-    def alternatives(self, case: Case) -> Iterator[tuple[str, Case]]:
+    def alternatives(self, case: Case) -> Iterator[tuple[Said, Case]]:
         """Each declaration with one thing changed."""
         return itertools.chain(other_signs(case), other_models(case), other_trainings(case))
 
@@ -106,7 +107,7 @@ class OtherLayout(_Alternatives):
     name = "other_layouts"
     stage = "the search for the order that the capture's values may be in"
 
-    def alternatives(self, case: Case) -> Iterator[tuple[str, Case]]:
+    def alternatives(self, case: Case) -> Iterator[tuple[Said, Case]]:
         """Each tensor, or two of them, in another order."""
         return other_layouts(case)
 

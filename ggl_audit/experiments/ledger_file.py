@@ -12,9 +12,11 @@ from typing import Any, BinaryIO, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ggl_audit.basics.files import NO_FOLDER, no_file
 from ggl_audit.errors import CannotGoOnError, InputError
 from ggl_audit.experiments.experiment import NotMeasured, Plan, Result
 from ggl_audit.experiments.ledger import Ledger, Outcome
+from ggl_audit.messages import Message
 
 MAY_CHANGE = ("time_limit",)
 """Keys of the spec that may have another value when an audit goes on."""
@@ -24,6 +26,57 @@ BEGINNING, HEADER_LINES = b'{"ledger":1,"version":"', 2
 
 LONGEST_SHOWN = 60
 """Characters of a value that differs."""
+
+NAME_A_LEDGER = (
+    "Name a file that `--ledger` has made, or for a new one a name in a folder that is there."
+)
+NO_LEDGER = Message(
+    "ledger/no-ledger",
+    "is no ledger of an audit",
+    "Name a file.",
+    advice=NAME_A_LEDGER,
+)
+OTHER_AUDIT = Message(
+    "ledger/other-audit",
+    "is the ledger of another audit: {difference}{more}",
+    "Go on with what it was begun with, or name another file.",
+    advice="Go on with the spec, the files, the device and the versions that it was begun with, or "
+    "name another file. The length of a time limit may change.",
+)
+IN_USE = Message(
+    "ledger/in-use",
+    "another audit is writing this ledger",
+    "Wait for it, or name another file.",
+    advice="Wait for it, or name another file: two audits cannot write one.",
+)
+CANNOT_BE_OPENED = Message(
+    "ledger/cannot-be-opened",
+    "cannot be opened ({reason})",
+    advice=NAME_A_LEDGER,
+)
+NO_TRIALS = Message(
+    "ledger/no-trials",
+    "holds no trials yet",
+    advice=NAME_A_LEDGER,
+)
+UNPLANNED = Message(
+    "ledger/unplanned",
+    "line {number} is of trial {trial} of {experiment}, which is not planned or is there twice",
+    "The file was changed; begin another one.",
+    advice="The file was changed, or is of another version: begin another one.",
+)
+NO_OUTCOME = Message(
+    "ledger/no-outcome",
+    "line {number} is no outcome of a trial",
+    "The file was changed, or is of another version; begin another one.",
+    advice="The file was changed, or is of another version: begin another one.",
+)
+LEDGER_CANNOT_BE_WRITTEN = Message(
+    "ledger/cannot-be-written",
+    "{path}: the ledger cannot be written ({reason})",
+    "What it holds is whole: make room, and run the same command again.",
+    advice="Exit code 3. What it holds is whole: make room, and run the same command again.",
+)
 
 
 class Header(BaseModel):
@@ -112,18 +165,16 @@ def open_ledger(
         CannotGoOnError: a line cannot be written; those before it are whole.
     """
     if not path.parent.is_dir():
-        raise InputError(path, f"there is no folder {path.parent}", "Make it first.")
+        raise InputError(path, NO_FOLDER(folder=path.parent))
     if path.exists() and not path.is_file():
-        raise InputError(path, "is no ledger of an audit", "Name a file.")
+        raise InputError(path, NO_LEDGER())
     lock = FileLock(f"{path.resolve()}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise InputError(
-            path, "another audit is writing this ledger", "Wait for it, or name another file."
-        ) from None
+        raise InputError(path, IN_USE()) from None
     except OSError as error:
-        raise InputError(path, f"cannot be opened ({error.strerror})") from None
+        raise InputError(path, CANNOT_BE_OPENED(reason=error.strerror)) from None
     try:
         said = []
         outcomes: list[Outcome] = []
@@ -162,12 +213,12 @@ def read_declared(path: Path) -> tuple[Header, str, list[str]]:
         InputError: it is no ledger.
     """
     if not path.is_file():
-        raise InputError(path, "not a file" if path.exists() else "no such file")
+        raise no_file(path)
     content = _content(path)
     lines = _lines(content)
     header = _header(path, lines)
     if len(lines) < HEADER_LINES:
-        raise InputError(path, "holds no trials yet")
+        raise InputError(path, NO_TRIALS())
     return header, lines[1], lines[2:]
 
 
@@ -189,10 +240,7 @@ def read_outcomes(
         planned = isinstance(plan, Plan) and 0 <= outcome.trial < plan.trials
         if not planned or place in seen:
             raise InputError(
-                path,
-                f"line {number} is of trial {outcome.trial} of {outcome.experiment}, which is not "
-                "planned or is there twice",
-                "The file was changed; begin another one.",
+                path, UNPLANNED(number=number, trial=outcome.trial, experiment=outcome.experiment)
             )
         seen.add(place)
         outcomes.append(outcome)
@@ -205,11 +253,7 @@ def _outcome_of(path: Path, number: int, line: str, results: Mapping[str, type[R
         result = results[data["experiment"]].model_validate(data.pop("result"))
         return Outcome(**data, result=result)
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(
-            path,
-            f"line {number} is no outcome of a trial",
-            "The file was changed, or is of another version; begin another one.",
-        ) from None
+        raise InputError(path, NO_OUTCOME(number=number)) from None
 
 
 class _Writer:
@@ -233,8 +277,7 @@ class _Writer:
         except OSError as error:
             self._file.truncate(whole)
             raise CannotGoOnError(
-                f"{self._path}: the ledger cannot be written ({error.strerror})",
-                "What it holds is whole: make room, and run the same command again.",
+                LEDGER_CANNOT_BE_WRITTEN(path=self._path, reason=error.strerror)
             ) from None
 
 
@@ -244,7 +287,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         # Unbuffered, so that nothing is written later than it is said to be.
         file = path.open("r+b" if path.exists() else "x+b", buffering=0)
     except OSError as error:
-        raise InputError(path, f"cannot be opened ({error.strerror})") from None
+        raise InputError(path, CANNOT_BE_OPENED(reason=error.strerror)) from None
     with file:
         yield file
 
@@ -263,7 +306,7 @@ def _whole_lines(path: Path) -> tuple[list[str], bool]:
         try:
             os.truncate(path, end)
         except OSError as error:
-            raise InputError(path, f"cannot be opened ({error.strerror})") from None
+            raise InputError(path, CANNOT_BE_OPENED(reason=error.strerror)) from None
     return lines, end < len(content)
 
 
@@ -276,27 +319,21 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(path, f"cannot be opened ({error.strerror})") from None
+        raise InputError(path, CANNOT_BE_OPENED(reason=error.strerror)) from None
 
 
 def _header(path: Path, lines: Sequence[str]) -> Header:
     try:
         return Header.model_validate_json(lines[0])
     except (IndexError, ValidationError):
-        raise InputError(
-            path, "is no ledger of an audit", "Name a new file, or one that --ledger has made."
-        ) from None
+        raise InputError(path, NO_LEDGER()) from None
 
 
 def _refuse_others(path: Path, lines: Sequence[str], header: Header) -> None:
     different = list(header.differences(_header(path, lines)))
     if different:
-        raise InputError(
-            path,
-            f"is the ledger of another audit: {different[0]}"
-            + (f", and {len(different) - 1} more" if len(different) > 1 else ""),
-            "Go on with what it was begun with, or name another file.",
-        )
+        more = f", and {len(different) - 1} more" if len(different) > 1 else ""
+        raise InputError(path, OTHER_AUDIT(difference=different[0], more=more))
 
 
 def _differences(ours: Any, theirs: Any, key: str = "") -> Iterator[str]:

@@ -22,6 +22,7 @@ from ggl_audit.evidence.likeness import (
 from ggl_audit.experiments.capture import Attacked
 from ggl_audit.experiments.reconstruction import Reconstructed
 from ggl_audit.inputs.model import has_batch_norm
+from ggl_audit.messages import Said
 
 
 class Premises(BaseModel):
@@ -55,7 +56,7 @@ class Explanation(BaseModel):
     """How well another declaration explains a capture.
 
     Attributes:
-        cause: what the declaration differs in from that of the spec, in words.
+        cause: what the declaration differs in from that of the spec.
         losses: that independent searches reached under it.
         agreements: of their pictures, (searches, k).
         tensors: the names of k - 1 tensors.
@@ -63,7 +64,7 @@ class Explanation(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    cause: str
+    cause: Said
     losses: list[float]
     agreements: list[list[float]]
     tensors: list[str]
@@ -119,7 +120,7 @@ def _best(
     likeness: Likeness,
     loss: float,
     canaries: Sequence[Reconstructed],
-) -> str | None:
+) -> Said | None:
     """The other declaration that explains the capture best, if any does so better; in words.
 
     What is lower at all counts where the capture is unlike the canaries, else what is much lower.
@@ -132,9 +133,9 @@ def _best(
         reached = min(other.losses)
         if placed is not None and placed >= least_place and reached < lowest:
             lowest = reached
-            better = (
-                f"{other.cause}, with which it is like them, at a matching distance of "
-                f"{lowest:.2g} in place of {loss:.2g}"
+            better = other.cause.followed_by(
+                f", with which it is like them, at a matching distance of {lowest:.2g} in place of "
+                f"{loss:.2g}"
             )
     return better
 

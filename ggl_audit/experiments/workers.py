@@ -17,12 +17,21 @@ from ggl_audit.basics.clock import Clock
 from ggl_audit.errors import AuditError, CannotGoOnError
 from ggl_audit.experiments.experiment import Experiment, Group, Result, Wanted
 from ggl_audit.experiments.schedule import Outcomes, run_group
+from ggl_audit.messages import Message
 from ggl_audit.spec import Spec
 
 MakeExperiments = Callable[[Spec], Mapping[str, Experiment[Result]]]
 
 LOOKS = 1.0
 """Seconds between looks at the clock, while nothing is done."""
+
+WORKER_DIED = Message(
+    "ledger/worker-died",
+    "a worker has died twice in {trials} ({cause})",
+    "It may lack memory: take fewer --workers, or lower memory. What other trials gave is in the "
+    "--ledger, if one was named.",
+    advice="Exit code 3. It may lack memory: take fewer `--workers`, or lower `memory`.",
+)
 
 
 @dataclass
@@ -130,11 +139,7 @@ class Workers:
         trials = f"trials {first} to {last} of {group.experiment}"
         cause = f"exit code {worker.process.exitcode}"
         if group in self._died:
-            raise CannotGoOnError(
-                f"a worker has died twice in {trials} ({cause})",
-                "It may lack memory: take fewer --workers, or lower memory. What other trials gave "
-                "is in the --ledger, if one was named.",
-            )
+            raise CannotGoOnError(WORKER_DIED(trials=trials, cause=cause))
         self._died.add(group)
         self._say(f"a worker died in {trials} ({cause}); they are run again")
         worker.connection.close()

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ggl_audit.errors import AuditError
+from ggl_audit.errors import AuditError, ReasonError
+from ggl_audit.messages import Message
 
 LARGEST_DIRECTORY = 4 * 2**20
 """Bytes of a zip's directory: about 40,000 members."""
@@ -28,6 +29,60 @@ USUAL_EXPANSION = 100
 
 BLOCK = 2**20
 
+LARGE_DIRECTORY = Message(
+    "whole/large-directory",
+    "its directory is larger than {limit:,} bytes",
+    advice="Write the arrays anew with `np.savez`, as plain arrays of numbers.",
+)
+SAVE_ANEW = "Do not trust the archive: save it anew with `torch.save` or `np.savez`."
+OVERLAPS = Message(
+    "tensors/overlaps",
+    "its members overlap",
+    advice=SAVE_ANEW,
+)
+HELD_TWICE = Message(
+    "tensors/held-twice",
+    "holds {name!r} twice",
+    advice=SAVE_ANEW,
+)
+UNUSUAL_MEMBER = Message(
+    "tensors/unusual-member",
+    "{name!r} is encrypted or compressed in an unusual way",
+    advice=SAVE_ANEW,
+)
+OVERSIZED_MEMBER = Message(
+    "tensors/oversized-member",
+    "{name!r} says that it is larger than it can be",
+    advice=SAVE_ANEW,
+)
+TOO_LARGE_UNPACKED = Message(
+    "tensors/too-large-unpacked",
+    "holds {size:,} bytes; at most {limit:,} are read",
+    advice="Save only the tensors of one model, without optimizer states.",
+)
+EXPANDS = Message(
+    "tensors/expands",
+    "a file of {size:,} bytes that expands to {expanded:,}",
+    "Save it without compression if that is what it should hold.",
+    advice="Save it without compression (`np.savez`) if it is to hold so much; else it is made to "
+    "fill your memory.",
+)
+TORCHSCRIPT = Message(
+    "tensors/torchscript",
+    "a TorchScript file, which PyTorch has deprecated and this program does not read",
+    "Save the module by torch.export.save and name it as exported, or name its Python code as a "
+    "factory; of its weights, save module.state_dict() by torch.save.",
+    advice="Save the module by `torch.export.save` and declare it as `exported`, or its Python "
+    "code as `factory`; of its weights, save `torch.jit.load(path).state_dict()` by `torch.save`. "
+    "Where nothing else is left of a generator, PyTorch's "
+    "`torch._export.converter.TS2EPConverter` makes a program of it.",
+)
+ENDS_EARLY = Message(
+    "whole/ends-early",
+    "it ends early",
+    advice="Write the arrays anew with `np.savez`, as plain arrays of numbers.",
+)
+
 
 class _SmallReads(io.FileIO):
     """A file that is not read in large pieces, whatever a directory says about its own size."""
@@ -35,7 +90,7 @@ class _SmallReads(io.FileIO):
     def read(self, size: int | None = -1) -> bytes:
         rest = os.fstat(self.fileno()).st_size - self.tell()
         if (rest if size is None or size < 0 else size) > LARGEST_DIRECTORY:
-            raise ValueError(f"its directory is larger than {LARGEST_DIRECTORY:,} bytes")
+            raise ReasonError(LARGE_DIRECTORY(limit=LARGEST_DIRECTORY))
         return super().read(size)
 
 
@@ -80,52 +135,43 @@ def open_archive(
     with _SmallReads(path) as opened, zipfile.ZipFile(opened) as file:
         size = path.stat().st_size
         if sum(member.compress_size for member in file.infolist()) > size:
-            raise AuditError("its members overlap")
+            raise AuditError(OVERLAPS())
         _refuse_torchscript(file.namelist())
         members: dict[str, zipfile.ZipInfo] = {}
         for member in filter(lambda member: only(member.filename), file.infolist()):
             if member.filename in members:
-                raise AuditError(f"holds {member.filename!r} twice")
+                raise AuditError(HELD_TWICE(name=member.filename))
             members[member.filename] = member
             if member.flag_bits & 1 or member.compress_type not in methods:
-                raise AuditError(
-                    f"{member.filename!r} is encrypted or compressed in an unusual way"
-                )
+                raise AuditError(UNUSUAL_MEMBER(name=member.filename))
             packed = member.compress_size
             stored = member.compress_type == zipfile.ZIP_STORED
             if member.file_size > (packed if stored else LARGEST_EXPANSION * (packed + 1)):
-                raise AuditError(f"{member.filename!r} says that it is larger than it can be")
+                raise AuditError(OVERSIZED_MEMBER(name=member.filename))
         total = sum(member.file_size for member in members.values())
         if total > most_bytes:
-            raise AuditError(f"holds {total:,} bytes; at most {most_bytes:,} are read")
+            raise AuditError(TOO_LARGE_UNPACKED(size=total, limit=most_bytes))
         if total > max(FREE_EXPANSION, USUAL_EXPANSION * size):
-            raise AuditError(
-                f"a file of {size:,} bytes that expands to {total:,}",
-                "Save it without compression if that is what it should hold.",
-            )
+            raise AuditError(EXPANDS(size=size, expanded=total))
         yield Archive(file, members)
 
 
 def _refuse_torchscript(names: Collection[str]) -> None:
     if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in names):
-        raise AuditError(
-            "a TorchScript file, which PyTorch has deprecated and this program does not read",
-            "Save the module by torch.export.save and name it as exported, or name its Python code "
-            "as a factory; of its weights, save module.state_dict() by torch.save.",
-        )
+        raise AuditError(TORCHSCRIPT())
 
 
 def read_bytes(stream: io.BufferedIOBase, count: int) -> torch.Tensor:
     """Reads so many bytes, block by block, into (count,) uint8.
 
     Raises:
-        EOFError: there are fewer.
+        ReasonError: there are fewer.
     """
     content = np.empty(count, dtype=np.uint8)
     rest = content.data
     while len(rest):
         got = stream.readinto(rest[:BLOCK])
         if not got:
-            raise EOFError("it ends early")
+            raise ReasonError(ENDS_EARLY())
         rest = rest[got:]
     return torch.from_numpy(content)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ggl_audit.errors import Key, SpecError, dotted
+from ggl_audit.messages import Message
 from ggl_audit.spec import Spec
 
 FLAGS = {
@@ -20,6 +21,20 @@ FLAGS = {
     "evidence.reference": "--reference",
     "evidence.truth": "--truth",
 }
+
+NO_PATH = Message(
+    "file/no-path",
+    "{path!r} cannot be the path of a file ({reason})",
+    advice="Correct the text; it has a character or a length that no path has, or links in a "
+    "circle.",
+)
+LEADS_OUT = Message(
+    "file/leads-out",
+    "{path!r} leads out of the folder of the spec",
+    "A spec names files below its own folder; give others by {instead}.",
+    advice="Move the file (or the target of a symbolic link) below the spec's folder, or give the "
+    "path by its flag or `--set`, as the message says.",
+)
 
 
 def check_paths(spec: Spec, folder: Path | None, given: Sequence[Key]) -> None:
@@ -37,17 +52,11 @@ def check_paths(spec: Spec, folder: Path | None, given: Sequence[Key]) -> None:
         try:
             inside = folder is None or _stays(spec.resolve(path), folder.resolve())
         except (OSError, ValueError, RuntimeError) as error:
-            raise SpecError(
-                key, f"{str(path)[:80]!r} cannot be the path of a file ({error})"
-            ) from None
+            raise SpecError(key, NO_PATH(path=str(path)[:80], reason=error)) from None
         if not inside and not any(key[: len(start)] == start for start in given):
             flag = FLAGS.get(dotted(key[:2]))
             instead = f"{flag} PATH" if flag else f"--set {dotted(key)}=PATH"
-            raise SpecError(
-                key,
-                f"{str(path)!r} leads out of the folder of the spec",
-                f"A spec names files below its own folder; give others by {instead}.",
-            )
+            raise SpecError(key, LEADS_OUT(path=str(path), instead=instead))
 
 
 def _paths(value: Any, key: Key) -> Iterator[tuple[Key, Path]]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ggl_audit.inputs.interpreter import (
+    UNKNOWN_OPERATOR,
     Block,
     Call,
     Program,
@@ -25,6 +26,7 @@ from ggl_audit.inputs.interpreter import (
     Value,
     held,
 )
+from ggl_audit.messages import Message
 
 ATEN = "torch.ops.aten."
 
@@ -88,6 +90,28 @@ LISTS = {
     "as_sym_floats": "as_sym_float",
 }
 
+UNKNOWN_INPUT = Message(
+    "program/unknown-input",
+    "an input of the kind {kind}",
+    advice="Give a factory; the program holds more than tensors and numbers.",
+)
+SEVERAL_VALUES = Message(
+    "program/several-values",
+    "it returns {count} values",
+    advice="Wrap the module before it is saved, so that it takes images (a generator: latents, or "
+    "latents and labels) and returns one tensor.",
+)
+UNKNOWN_RESULT = Message(
+    "program/unknown-result",
+    "the operator {operator}, which gives {kind}",
+    advice="Give a factory: only operators of PyTorch that compute on tensors are run from a file.",
+)
+UNKNOWN_ARGUMENT = Message(
+    "program/unknown-argument",
+    "an argument of the kind {kind}",
+    advice="Give a factory; the program holds more than tensors and numbers.",
+)
+
 
 def translate(model: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Program:
     """Makes a module of an exported program.
@@ -113,7 +137,7 @@ def translate(model: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
         if kind == "constant_input":  # a default, which stands in the graph too
             continue
         if kind not in ("parameter", "buffer", "tensor_constant"):
-            raise UnsupportedError(f"an input of the kind {kind}")
+            raise UnsupportedError(UNKNOWN_INPUT(kind=kind))
         name = own[f"{kind}_name"]
         tensor = tensors[name]
         kept[name] = tensor if kind == "parameter" else tensor.detach()
@@ -126,7 +150,7 @@ def translate(model: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     kept = {name: kept[name] for name in tensors if name in kept}
     results = [own["user_output"] for own in signature["output_specs"] if "user_output" in own]
     if not results:
-        raise UnsupportedError(f"it returns {len(results)} values")
+        raise UnsupportedError(SEVERAL_VALUES(count=len(results)))
     recorder = Recorder()
     steps = tuple(_step(node, names, recorder) for node in graph["nodes"])
     body = Block(tuple(inputs), steps, tuple(_argument(own["arg"], names) for own in results))
@@ -156,7 +180,7 @@ def _step(node: Mapping[str, Any], names: Mapping[str, Value], recorder: Recorde
         return Call(ON_NUMBERS[target], tuple(arguments.values()), {}, outputs)
     name, _, overload = target.removeprefix(ATEN).partition(".")
     if not target.startswith(ATEN) or not overload:
-        raise UnsupportedError(f"the operator {target}")
+        raise UnsupportedError(UNKNOWN_OPERATOR(operator=target))
     return recorder.call(name, overload, arguments, outputs)
 
 
@@ -167,7 +191,7 @@ def _outputs(node: Mapping[str, Any]) -> str | tuple[str, ...]:
         if kind == "as_tensors" and len(node["outputs"]) == 1:
             return tuple(one["name"] for one in own)
         if kind not in NAMED and kind != "as_none":
-            raise UnsupportedError(f"the operator {node['target']}, which gives {kind}")
+            raise UnsupportedError(UNKNOWN_RESULT(operator=node["target"], kind=kind))
         named.append("" if kind == "as_none" else own.get("name", own.get("as_name")))
     return named[0] if len(named) == 1 else tuple(named)
 
@@ -197,4 +221,4 @@ def _argument(argument: Mapping[str, Any], names: Mapping[str, Value]) -> Any:
         return torch.device("cpu")  # it follows the input
     if kind == "as_layout" and value == STRIDED:
         return torch.strided
-    raise UnsupportedError(f"an argument of the kind {kind}")
+    raise UnsupportedError(UNKNOWN_ARGUMENT(kind=kind))

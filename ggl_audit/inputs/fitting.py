@@ -13,6 +13,7 @@ from ggl_audit.errors import AuditError
 from ggl_audit.inputs.layouts import CHANNELS_LAST, Arrangements, Sizes, look_channels_last, swapped
 from ggl_audit.inputs.names import unwrap_names
 from ggl_audit.inputs.tensors import Tensors, is_ordered
+from ggl_audit.messages import Message
 
 COUNTER = "num_batches_tracked"
 RUNNING = ("running_mean", "running_var")
@@ -34,6 +35,77 @@ ROLES = {
     "var": "running_var",
 }
 """What Keras, TensorFlow and JAX call the tensors of a layer."""
+
+UNKNOWN_LAYOUT = Message(
+    "fit/unknown-layout",
+    "how {file!r} {shape} lies with channels last is not known: no convolution, linear layer or "
+    "normalization of the model uses {name!r} by itself",
+    "Save the tensors in PyTorch's layout, and leave {key} out.",
+    advice="Save the tensors in PyTorch's layout under the model's names; recurrent and attention "
+    "layers are too different to be converted.",
+)
+TIED_TENSORS_DIFFER = Message(
+    "fit/tied-tensors-differ",
+    "{first!r} and {second!r} differ, and are one tensor in the model",
+    "Is it of a model whose weights are not tied?",
+    advice="Give the model in which they are not tied, or the file of one in which they are.",
+)
+OTHER_SHAPE = Message(
+    "fit/other-shape",
+    "{file!r} has the shape {shape}; the model's {name!r} has {expected}",
+    "{hint}",
+    advice="Correct the model (`model.kwargs`: classes, width), or capture what the client sends; "
+    "Opacus' `grad_sample` is one gradient for each image, of which the client sends the sum or "
+    "mean.",
+)
+LOOKS_CHANNELS_LAST = Message(
+    "fit/looks-channels-last",
+    "looks like channels last, as Keras, TensorFlow and JAX have it: {file!r} has the shape "
+    "{shape}, the model's {name!r} {expected}",
+    "Save the tensors as (out, in, height, width) and (out, in).",
+    advice="Declare `capture.layout: channels_last`, or `model.layout` for weights.",
+)
+IS_PYTORCHS_LAYOUT = Message(
+    "fit/is-pytorchs-layout",
+    "is in PyTorch's layout, and {key} is {layout}",
+    "Leave {key} out.",
+    advice="Leave `capture.layout` or `model.layout` out.",
+)
+TWO_ORDERS = Message(
+    "fit/two-orders",
+    "is a list without names that may be {first} or {second}",
+    "Save the tensors with their names.",
+    advice="Save the tensors with their names, as two orders of the model have these shapes.",
+)
+OTHER_ORDER = Message(
+    "fit/other-order",
+    "is a list in another order than {known}: the tensor at {place} has the shape {shape}, "
+    "{name!r} has {expected}",
+    "Save the tensors with their names, or in the model's order.",
+)
+OTHER_COUNT = Message(
+    "fit/other-count",
+    "is a list of {count} tensors without names; expected {known}",
+    "Save them with their names.",
+    advice="Save the tensors with their names, or declare in `capture.unsent` which are never "
+    "sent; the message compares the list with each order of the model.",
+)
+OWN_NAMES_OR_ORDER = (
+    "Save the tensors as a list in the model's order, or with its own names: names of another "
+    "framework were sorted."
+)
+SORTED_NAMES = Message(
+    "fit/sorted-names",
+    "holds {file!r} after others of higher numbers, so its order is not the model's",
+    "Save the tensors with the model's own names.",
+    advice=OWN_NAMES_OR_ORDER,
+)
+OTHER_FRAMEWORK = Message(
+    "fit/other-framework",
+    "holds {file!r} where the model has {name!r}",
+    "Save the tensors with the model's own names.",
+    advice=OWN_NAMES_OR_ORDER,
+)
 
 
 @dataclass(frozen=True)
@@ -169,11 +241,8 @@ def fit_file(found: Tensors, known: Known) -> Fit:
     """
     if is_ordered(found):
         return _fit_order([*found], found, known)
-    try:
-        single = set(known.needed) - set(known.twins.values())
-        fitted = unwrap_names(found, known.tensors, single)
-    except ValueError as error:
-        raise AuditError(str(error), "Save the tensors of one model only.") from None
+    single = set(known.needed) - set(known.twins.values())
+    fitted = unwrap_names(found, known.tensors, single)
     if not fitted and known.arrangements is not None:
         return _fit_foreign(found, known)
     if not fitted:
@@ -231,16 +300,9 @@ def _restored(
             and first not in known.arrangements
             and sum(size > 1 for size in shape) > 1
         ):
-            raise AuditError(
-                f"how {file!r} {shape} lies with channels last is not known: no convolution, "
-                f"linear layer or normalization of the model uses {name!r} by itself",
-                f"Save the tensors in PyTorch's layout, and leave {known.key} out.",
-            )
+            raise AuditError(UNKNOWN_LAYOUT(file=file, shape=shape, name=name, key=known.key))
         if first in tensors and not torch.equal(tensors[first], tensor):
-            raise AuditError(
-                f"{sources[first]!r} and {file!r} differ, and are one tensor in the model",
-                "Is it of a model whose weights are not tied?",
-            )
+            raise AuditError(TIED_TENSORS_DIFFER(first=sources[first], second=file))
         if first not in tensors:
             sources[first], tensors[first] = file, tensor
     return sources, tensors
@@ -262,7 +324,7 @@ def _check_shapes(pairs: list[tuple[str, str]], found: Tensors, known: Known) ->
         hint = f"Is it transposed? PyTorch has a layer's weights as {expected}."
     else:
         hint = same_shape_hint(shape, known)
-    raise AuditError(f"{file!r} has the shape {shape}; the model's {name!r} has {expected}", hint)
+    raise AuditError(OTHER_SHAPE(file=file, shape=shape, name=name, expected=expected, hint=hint))
 
 
 def same_shape_hint(shape: Sizes, known: Known, missing: Collection[str] | None = None) -> str:
@@ -290,17 +352,11 @@ def _refuse_layout(pairs: list[tuple[str, str]], found: Tensors, known: Known) -
         (file, name), (shape, expected) = next(
             both for both in zip(judged, shapes, strict=True) if both[1][0] != both[1][1]
         )
-        raise AuditError(
-            f"looks like channels last, as Keras, TensorFlow and JAX have it: {file!r} has the "
-            f"shape {shape}, the model's {name!r} {expected}",
-            f"Declare {known.key}: {CHANNELS_LAST}."
-            if known.key
-            else "Save the tensors as (out, in, height, width) and (out, in).",
-        )
+        said = LOOKS_CHANNELS_LAST(file=file, shape=shape, name=name, expected=expected)
+        declare = f"Declare {known.key}: {CHANNELS_LAST}."
+        raise AuditError(said.advising(declare) if known.key else said)
     if known.arrangements is not None and all(one == other for one, other in shapes):
-        raise AuditError(
-            f"is in PyTorch's layout, and {known.key} is {CHANNELS_LAST}", f"Leave {known.key} out."
-        )
+        raise AuditError(IS_PYTORCHS_LAYOUT(key=known.key, layout=CHANNELS_LAST))
 
 
 def _refuse_other_layout(hows: Collection[str], found: Tensors, known: Known) -> None:
@@ -326,10 +382,7 @@ def _fit_order(files: list[str], found: Tensors, known: Known) -> Fit:
     (how, (sources, tensors)), *others = fits.items()
     for other, (elsewhere, _) in others:
         if any(sources.get(name) != elsewhere.get(name) for name in known.needed):
-            raise AuditError(
-                f"is a list without names that may be {how} or {other}",
-                "Save the tensors with their names.",
-            )
+            raise AuditError(TWO_ORDERS(first=how, second=other))
     return Fit(tensors, sources, f"order of {how}{_layout(known)}", [])
 
 
@@ -341,19 +394,21 @@ def _refuse_order(shapes: list[Sizes], found: Tensors, known: Known) -> None:
         if sorted(expected) == sorted(shapes):
             place = next(i for i, shape in enumerate(expected) if shape != shapes[i])
             raise AuditError(
-                f"is a list in another order than {how}: the tensor at {place} has the shape "
-                f"{shapes[place]}, {order[place]!r} has {expected[place]}",
-                "Save the tensors with their names, or in the model's order.",
+                OTHER_ORDER(
+                    known=how,
+                    place=place,
+                    shape=shapes[place],
+                    name=order[place],
+                    expected=expected[place],
+                )
             )
     compared = "; ".join(
         f"{len(order)} for {how} ({_difference(shapes, order, known)})"
         for how, order in known.orders.items()
     )
-    raise AuditError(
-        f"is a list of {len(shapes)} tensors without names; expected {compared}",
-        "Save them with their names"
-        + (", or declare capture.unsent where some are never sent." if known.may_lack else "."),
-    )
+    said = OTHER_COUNT(count=len(shapes), known=compared)
+    declare = "Save them with their names, or declare capture.unsent where some are never sent."
+    raise AuditError(said.advising(declare) if known.may_lack else said)
 
 
 def _difference(shapes: list[Sizes], order: list[str], known: Known) -> str:
@@ -376,17 +431,11 @@ def _fit_foreign(found: Tensors, known: Known) -> Fit:
     for file in files:
         stem, own = re.sub(r"\d+", "", file), tuple(map(int, re.findall(r"\d+", file)))
         if own < numbers.get(stem, ()):
-            raise AuditError(
-                f"holds {file!r} after others of higher numbers, so its order is not the model's",
-                "Save the tensors with the model's own names.",
-            )
+            raise AuditError(SORTED_NAMES(file=file))
         numbers[stem] = own
     fit = _fit_order(files, found, known)
     for name, file in fit.sources.items():
         role = ROLES.get(re.split(r"[^a-z_]+", file.removesuffix(":0").lower())[-1])
         if role is not None and role != name.rpartition(".")[2]:
-            raise AuditError(
-                f"holds {file!r} where the model has {name!r}",
-                "Save the tensors with the model's own names.",
-            )
+            raise AuditError(OTHER_FRAMEWORK(file=file, name=name))
     return Fit(fit.tensors, fit.sources, f"{fit.how}, as no name is the model's", [])

@@ -8,6 +8,7 @@ import torch
 
 from ggl_audit.basics.files import sha256
 from ggl_audit.errors import SpecError
+from ggl_audit.messages import Message, Said
 
 BACKBONES = {
     "alex": "AlexNet_Weights.IMAGENET1K_V1",
@@ -21,8 +22,30 @@ SHORTEST_HASH = 8
 
 COMMAND = "--set evidence.lpips.download=true"
 
+CANNOT_BE_FETCHED = Message(
+    "image/cannot-be-fetched",
+    "{url} cannot be fetched ({reason})",
+    "Fetch it elsewhere and name it in evidence.lpips.weights, or leave LPIPS out.",
+    advice="Fetch the file elsewhere and name it in `evidence.lpips.weights`.",
+)
 
-def find_backbone(net: str, *, download: bool) -> Path | str:
+FETCH_IT = (
+    "Let it be fetched as the message says, give `evidence.lpips.weights`, or declare another "
+    "distance."
+)
+NOT_IN_CACHE = Message(
+    "image/not-in-cache",
+    "{file} is not in PyTorch's cache: {command} fetches it",
+    advice=FETCH_IT,
+)
+OTHER_IN_CACHE = Message(
+    "image/other-in-cache",
+    "{file} in PyTorch's cache is not the file that its name says: {command}",
+    advice=FETCH_IT,
+)
+
+
+def find_backbone(net: str, *, download: bool) -> Path | Said:
     """The file of a backbone's weights, or why there is none.
 
     A file in the cache counts if its SHA-256 begins as its name says; it is not read here.
@@ -50,8 +73,8 @@ def find_backbone(net: str, *, download: bool) -> Path | str:
     if download:
         return _fetch(url, folder / name, own_hash)
     if found:
-        return f"{found[0].name} in PyTorch's cache is not the file that its name says: {COMMAND}"
-    return f"{name} is not in PyTorch's cache: {COMMAND} fetches it"
+        return OTHER_IN_CACHE(file=found[0].name, command=COMMAND)
+    return NOT_IN_CACHE(file=name, command=COMMAND)
 
 
 def _fetch(url: str, path: Path, own_hash: str) -> Path:
@@ -62,8 +85,6 @@ def _fetch(url: str, path: Path, own_hash: str) -> Path:
         # urllib's errors are OSErrors; a wrong hash is a RuntimeError.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SpecError(
-            ("evidence", "lpips", "download"),
-            f"{url} cannot be fetched ({reason})",
-            "Fetch it elsewhere and name it in evidence.lpips.weights, or leave LPIPS out.",
+            ("evidence", "lpips", "download"), CANNOT_BE_FETCHED(url=url, reason=reason)
         ) from None
     return path

@@ -16,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from ggl_audit.basics.files import CANNOT_BE_READ, no_file
 from ggl_audit.errors import AuditError, InputError, Key, SpecError, nearest
 from ggl_audit.inputs.tensors import npz_names, read_npz
+from ggl_audit.messages import Message
 from ggl_audit.spec import ImageSetSpec, Split
 
 Shape = tuple[int, int, int]
@@ -36,6 +38,130 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 # private.
 PRIOR_DIGITS_A_CLASS = 110
 REFERENCE_DIGITS_A_CLASS = 50
+
+NO_BUNDLED_SET = Message(
+    "image/no-bundled-set",
+    "there is no bundled set {name!r}",
+    "{nearest}",
+    advice="Give `digits`, or the path of an `.npz` or a folder (which has to be there).",
+)
+AS_THE_CLIENT_DOES = (
+    "Prepare the pictures as the client does, resizing and cropping included, and save them in "
+    "the model's size and channels."
+)
+SET_OF_OTHER_SIZE = Message(
+    "image/set-of-other-size",
+    "the images of {source} are {size}, but the model takes {expected} (model.input.shape)",
+    "Resize or convert them first; nothing is resized silently.",
+    advice=AS_THE_CLIENT_DOES,
+)
+GREY = Message(
+    "image/grey",
+    "a grey picture, but the model takes colour (model.input.shape)",
+    advice=AS_THE_CLIENT_DOES,
+)
+OTHER_SIZE = Message(
+    "image/other-size",
+    "a picture of {size}, but the model takes {expected}",
+    advice=AS_THE_CLIENT_DOES,
+)
+NO_PICTURE = Message(
+    "image/no-picture",
+    "not a readable picture; expected {formats}",
+    advice="Save it anew as PNG.",
+)
+BROKEN_PICTURE = Message(
+    "image/broken-picture",
+    "not a readable picture ({reason})",
+    advice="Save it anew as PNG.",
+)
+TOO_LONG_SIDES = Message(
+    "image/too-long-sides",
+    "a picture of {height}x{width}; expected at most {limit} pixels a side",
+    "Resize it to what the model takes.",
+)
+SEVERAL_PICTURES = Message(
+    "image/several-pictures",
+    "several pictures in one file, or an animation; expected one",
+    advice="Save one picture alone.",
+)
+DEEP_PICTURE = Message(
+    "image/deep-picture",
+    "a picture of {mode}; expected 8 bits a channel, grey or RGB",
+    "Convert it first; nothing is converted silently.",
+    advice="Convert it (CMYK, 16 bits) first; nothing is converted silently.",
+)
+LARGE_PICTURE = Message(
+    "image/large-picture",
+    "larger than {limit:,} bytes",
+    advice="Resize it to what the model takes.",
+)
+NOT_8_BIT = Message(
+    "image/not-8-bit",
+    "{name} are {dtype}; expected uint8, 0 to 255",
+    advice="Save 8-bit images, grey or RGB, channels last and not normalized.",
+)
+NO_IMAGES_SHAPE = Message(
+    "image/no-images-shape",
+    "{name} have the shape {shape}; expected (n, h, w) or (n, h, w, 1 or 3)",
+    advice="Save 8-bit images, grey or RGB, channels last and not normalized.",
+)
+OTHER_ROWS = Message(
+    "image/other-rows",
+    "{name} has {count} rows; expected {expected}, one an image",
+    advice="Save a finite target for each image, in the same order.",
+)
+TARGETS_NOT_FINITE = Message(
+    "image/targets-not-finite",
+    "{name} holds values that are NaN or infinite",
+    advice="Save a finite target for each image, in the same order.",
+)
+SAY_WHICH = (
+    "Say which: {{npz: {file}, split: {last}}} in the spec, {file}:{last} on the command line."
+)
+SPLITS = Message(
+    "image/splits",
+    "holds the splits {splits}",
+    SAY_WHICH,
+    advice="Say which: `split: test` in the spec, `FILE.npz:test` on the command line.",
+)
+NO_SPLIT = Message(
+    "image/no-split",
+    "holds the splits {splits}, and no {split}",
+    SAY_WHICH,
+    advice="Say which: `split: test` in the spec, `FILE.npz:test` on the command line.",
+)
+UNLIKE_OTHERS = Message(
+    "image/unlike-others",
+    "a picture of {size}, but the others are {others}",
+    advice=AS_THE_CLIENT_DOES,
+)
+OTHER_ARRAYS = Message(
+    "image/other-arrays",
+    "expected the arrays {expected}, found {found}",
+    advice="Name the arrays of the `.npz` `images` and `labels`, or as MedMNIST does.",
+)
+NO_CLASS_INDICES = Message(
+    "image/no-class-indices",
+    "{name} must be {count} class indices from 0, one for each image",
+    advice="Save whole numbers from 0, one an image, in the same order.",
+)
+NO_PICTURES_FOLDER = Message(
+    "file/no-pictures-folder",
+    "no such folder",
+    advice="Correct the path of the folder of pictures.",
+)
+LINK_LEADS_OUT = Message(
+    "image/link-leads-out",
+    "a symbolic link that leaves the folder of pictures",
+    advice="Copy the picture into the folder.",
+)
+NO_PICTURES = Message(
+    "image/no-pictures",
+    "no pictures; expected {form} with {endings}",
+    advice="Put the pictures into one folder for each class, named 0, 1, 2; without classes a "
+    "folder is enough.",
+)
 
 
 @dataclass(frozen=True)
@@ -169,8 +295,7 @@ def read_image_set(
         if spec.bundled not in BUNDLED_SETS:
             raise SpecError(
                 (*key, "bundled"),
-                f"there is no bundled set {spec.bundled!r}",
-                nearest(spec.bundled, BUNDLED_SETS),
+                NO_BUNDLED_SET(name=spec.bundled, nearest=nearest(spec.bundled, BUNDLED_SETS)),
             )
         image_set = BUNDLED_SETS[spec.bundled](part)
     elif spec.npz is not None:
@@ -183,9 +308,11 @@ def read_image_set(
     if shape is not None and tuple(image_set.images.shape[1:]) != shape:
         raise SpecError(
             key,
-            f"the images of {image_set.source} are {_size(image_set.images.shape[1:])}, "
-            f"but the model takes {_size(shape)} (model.input.shape)",
-            "Resize or convert them first; nothing is resized silently.",
+            SET_OF_OTHER_SIZE(
+                source=image_set.source,
+                size=_size(image_set.images.shape[1:]),
+                expected=_size(shape),
+            ),
         )
     return image_set
 
@@ -202,11 +329,9 @@ def read_image(path: Path, shape: Shape) -> torch.Tensor:
     pixels = _open(path)
     image = as_images(pixels[None])[0]
     if image.shape[0] == 1 and shape[0] == 3:
-        raise InputError(path, "a grey picture, but the model takes colour (model.input.shape)")
+        raise InputError(path, GREY())
     if tuple(image.shape) != shape:
-        raise InputError(
-            path, f"a picture of {_size(image.shape)}, but the model takes {_size(shape)}"
-        )
+        raise InputError(path, OTHER_SIZE(size=_size(image.shape), expected=_size(shape)))
     return image
 
 
@@ -240,43 +365,37 @@ def decode_picture(content: bytes, formats: tuple[str, ...] = PICTURE_FORMATS) -
     except AuditError:
         raise
     except UnidentifiedImageError:
-        raise AuditError(f"not a readable picture; expected {' or '.join(formats)}") from None
+        raise AuditError(NO_PICTURE(formats=" or ".join(formats))) from None
     except Exception as error:
         # A broken file can lead the decoder into any error.
         reason = str(error) or type(error).__name__
-        raise AuditError(f"not a readable picture ({reason})") from None
+        raise AuditError(BROKEN_PICTURE(reason=reason)) from None
 
 
 def _check_picture(picture: ImageFile.ImageFile) -> None:
     """Looks at the header, before anything is decoded."""
     width, height = picture.size
     if max(width, height) > LONGEST_SIDE:
-        raise AuditError(
-            f"a picture of {height}x{width}; expected at most {LONGEST_SIDE} pixels a side",
-            "Resize it to what the model takes.",
-        )
+        raise AuditError(TOO_LONG_SIDES(height=height, width=width, limit=LONGEST_SIDE))
     if getattr(picture, "n_frames", 1) > 1:
-        raise AuditError("several pictures in one file, or an animation; expected one")
+        raise AuditError(SEVERAL_PICTURES())
     deep = picture.format == "PNG" and any("16" in str(tile[3]) for tile in picture.tile)
     if picture.mode not in PICTURE_MODES or deep:
         found = "16 bits a channel" if deep else f"mode {picture.mode}"
-        raise AuditError(
-            f"a picture of {found}; expected 8 bits a channel, grey or RGB",
-            "Convert it first; nothing is converted silently.",
-        )
+        raise AuditError(DEEP_PICTURE(mode=found))
 
 
 def _open(path: Path) -> NDArray[np.uint8]:
     if not path.is_file():
-        raise InputError(path, "not a file" if path.exists() else "no such file")
+        raise no_file(path)
     try:
         if path.stat().st_size > LARGEST_PICTURE_BYTES:
-            raise AuditError(f"larger than {LARGEST_PICTURE_BYTES:,} bytes")
+            raise AuditError(LARGE_PICTURE(limit=LARGEST_PICTURE_BYTES))
         picture = decode_picture(path.read_bytes())
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})") from None
+        raise InputError(path, CANNOT_BE_READ(reason=error.strerror)) from None
     except AuditError as error:
-        raise InputError(path, error.problem, error.remedy) from None
+        raise InputError(path, error.said) from None
     colour = picture.mode not in ("L", "1", "LA")
     pixels = np.asarray(picture.convert("RGB" if colour else "L"))
     return pixels if pixels.ndim == 3 else pixels[..., None]
@@ -351,7 +470,7 @@ def count_classes(spec: ImageSetSpec, folder: Path) -> int:
 def _check_reference(path: Path) -> None:
     """Public images are often not beside the spec, but where whoever runs it has them."""
     if not path.is_file():
-        raise InputError(path, "no such file", "Say where the public images are: --reference PATH.")
+        raise no_file(path, "Say where the public images are: --reference PATH.")
 
 
 def _is_more(labels: torch.Tensor) -> bool:
@@ -366,14 +485,11 @@ def _read_npz(path: Path, split: Split | None, labelled: bool, targets: bool) ->
     arrays = read_npz(path, [prefix + name for name in needed])
     images = arrays[image_name].numpy()
     if images.dtype != np.uint8:
-        raise InputError(path, f"{image_name} are {images.dtype}; expected uint8, 0 to 255")
+        raise InputError(path, NOT_8_BIT(name=image_name, dtype=images.dtype))
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise InputError(
-            path,
-            f"{image_name} have the shape {images.shape}; expected (n, h, w) or (n, h, w, 1 or 3)",
-        )
+        raise InputError(path, NO_IMAGES_SHAPE(name=image_name, shape=images.shape))
     source = path.name if split is None else f"{path.name}, {split} split"
     if labelled and targets and _is_more(arrays[label_name]):
         table = index_rows(_checked(path, label_name, arrays[label_name], len(images)))
@@ -387,9 +503,9 @@ def _read_npz(path: Path, split: Split | None, labelled: bool, targets: bool) ->
 
 def _checked(path: Path, name: str, targets: torch.Tensor, count: int) -> torch.Tensor:
     if len(targets) != count:
-        raise InputError(path, f"{name} has {len(targets)} rows; expected {count}, one an image")
+        raise InputError(path, OTHER_ROWS(name=name, count=len(targets), expected=count))
     if not bool(torch.isfinite(targets.double()).all()):
-        raise InputError(path, f"{name} holds values that are NaN or infinite")
+        raise InputError(path, TARGETS_NOT_FINITE(name=name))
     return targets
 
 
@@ -403,15 +519,13 @@ def _prefix(
         return there[0]
     if there:
         splits = [prefix[:-1] for prefix in there]
-        raise InputError(
-            path,
-            f"holds the splits {', '.join(splits)}" + (f", and no {split}" if split else ""),
-            f"Say which: {{npz: {path.name}, split: {splits[-1]}}} in the spec, "
-            f"{path.name}:{splits[-1]} on the command line.",
-        )
+        names, file, last = ", ".join(splits), path.name, splits[-1]
+        if split:
+            raise InputError(path, NO_SPLIT(splits=names, split=split, file=file, last=last))
+        raise InputError(path, SPLITS(splits=names, file=file, last=last))
     expected = " and ".join(repr(prefixes[0] + name) for name in needed)
     found = ", ".join(map(repr, names)) or "none"
-    raise InputError(path, f"expected the arrays {expected}, found {found}")
+    raise InputError(path, OTHER_ARRAYS(expected=expected, found=found))
 
 
 def _class_indices(path: Path, name: str, labels: NDArray[Any], count: int) -> torch.Tensor:
@@ -423,14 +537,14 @@ def _class_indices(path: Path, name: str, labels: NDArray[Any], count: int) -> t
         or labels.dtype.kind not in "iu"
         or not 0 <= labels.min() <= labels.max() <= LARGEST_LABEL
     ):
-        raise InputError(path, f"{name} must be {count} class indices from 0, one for each image")
+        raise InputError(path, NO_CLASS_INDICES(name=name, count=count))
     return torch.from_numpy(labels.astype(np.int64))
 
 
 def _pictures(path: Path, labelled: bool) -> list[Path]:
     """The files of a folder of pictures, in the folders of their classes."""
     if not path.is_dir():
-        raise InputError(path, "no such folder")
+        raise InputError(path, NO_PICTURES_FOLDER())
     folders = [folder for folder in path.iterdir() if folder.is_dir()]
     if labelled:
         folders = [f for f in folders if f.name.isdecimal() and int(f.name) <= LARGEST_LABEL]
@@ -445,10 +559,10 @@ def _pictures(path: Path, labelled: bool) -> list[Path]:
     inside = path.resolve()
     for file in files:
         if not file.resolve().is_relative_to(inside):
-            raise InputError(file, "a symbolic link that leaves the folder of pictures")
+            raise InputError(file, LINK_LEADS_OUT())
     if not files:
         form = "CLASS_INDEX/NAME" if labelled else "NAME or FOLDER/NAME"
-        raise InputError(path, f"no pictures; expected {form} with {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(path, NO_PICTURES(form=form, endings=", ".join(IMAGE_SUFFIXES)))
     return files
 
 
@@ -459,12 +573,9 @@ def _read_folder(path: Path, shape: Shape | None, labelled: bool) -> ImageSet:
     for file, array in zip(files, pixels, strict=True):
         if array.shape != wanted:
             h, w, c = array.shape
-            raise InputError(
-                file,
-                f"a picture of {_size((c, h, w))}, but the others are {_size(wanted)}"
-                if shape is None
-                else f"a picture of {_size((c, h, w))}, but the model takes {_size(shape)}",
-            )
+            if shape is None:
+                raise InputError(file, UNLIKE_OTHERS(size=_size((c, h, w)), others=_size(wanted)))
+            raise InputError(file, OTHER_SIZE(size=_size((c, h, w)), expected=_size(shape)))
     labels = torch.tensor([int(file.parent.name) if labelled else 0 for file in files])
     return ImageSet(as_images(np.stack(pixels)), labels, f"{path.name}/", tuple(files))
 

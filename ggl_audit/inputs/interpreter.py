@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ggl_audit.errors import ReasonError
+from ggl_audit.messages import Message
+
 Mode = Literal["train", "eval"]
 Values = dict[str, Any]
 
@@ -40,8 +43,44 @@ ASSERTIONS = (
 
 COUNTER = "num_batches_tracked"
 
+TOO_DEEP = Message(
+    "program/too-deep",
+    "a tensor {depth} modules deep",
+    advice="Give a factory; no usual model is written like that.",
+)
+OTHER_TRAINED_BATCH = Message(
+    "program/other-trained-batch",
+    "it was saved in train mode for {batch} images, not {images}",
+    advice="Declare the batch size that it was saved with, or save it with a dynamic batch "
+    "dimension.",
+)
+OTHER_INPUTS = Message(
+    "program/other-inputs",
+    "it takes {count} inputs, not {given}",
+    advice="Wrap the module before it is saved, so that it takes images (a generator: latents, or "
+    "latents and labels) and returns one tensor.",
+)
+ONLY_OPERATORS = (
+    "Give a factory: only operators of PyTorch that compute on tensors are run from a file."
+)
+UNKNOWN_OPERATOR = Message(
+    "program/unknown-operator",
+    "the operator {operator}",
+    advice=ONLY_OPERATORS,
+)
+TAKES_NO_TENSOR = Message(
+    "program/takes-no-tensor",
+    "the operator aten::{name}, which takes no tensor",
+    advice=ONLY_OPERATORS,
+)
+CHANGES_ITSELF = Message(
+    "program/changes-itself",
+    "it changes its own tensor {name!r}",
+    advice="Save it in eval mode, or give a factory; the weights must stay what they are.",
+)
 
-class UnsupportedError(Exception):
+
+class UnsupportedError(ReasonError):
     """A program does what cannot be run here."""
 
 
@@ -144,7 +183,7 @@ class Program(nn.Module):
         for name, tensor in tensors.items():
             *path, own = name.split(".")
             if len(path) > DEEPEST:
-                raise UnsupportedError(f"a tensor {len(path)} modules deep")
+                raise UnsupportedError(TOO_DEEP(depth=len(path)))
             owner: nn.Module = self
             for part in path:
                 if part not in owner._modules:
@@ -162,7 +201,7 @@ class Program(nn.Module):
             return self._run(inputs)
         if "train" in self._recording.modes and batch % count:
             # A whole number of copies leaves the statistics of a batch as they are.
-            raise UnsupportedError(f"it was saved in train mode for {batch} images, not {count}")
+            raise UnsupportedError(OTHER_TRAINED_BATCH(batch=batch, images=count))
         wanted = torch.arange(-(-count // batch) * batch, device=inputs[0].device) % count
         parts = [[one[part] for one in inputs] for part in wanted.split(batch)]
         returned = [tree_flatten(self._run(part)) for part in parts]
@@ -180,7 +219,7 @@ class Program(nn.Module):
     def _run(self, inputs: Sequence[torch.Tensor]) -> Any:
         body = self._recording.body
         if len(inputs) != len(body.inputs):
-            raise UnsupportedError(f"it takes {len(body.inputs)} inputs, not {len(inputs)}")
+            raise UnsupportedError(OTHER_INPUTS(count=len(body.inputs), given=len(inputs)))
         values: Values = {held(name).name: self._tensor(name) for name in self._names}
         values[INPUT_DTYPE.name] = inputs[0].dtype
         values[INPUT_DEVICE.name] = inputs[0].device
@@ -234,12 +273,13 @@ class Recorder:
         """
         operator = getattr(getattr(torch.ops.aten, name, None), overload, None)
         if not isinstance(operator, torch._ops.OpOverload) or name in REFUSED:
-            raise UnsupportedError(f"the operator aten::{name} {overload}".removesuffix(" default"))
+            shown = f"aten::{name} {overload}".removesuffix(" default")
+            raise UnsupportedError(UNKNOWN_OPERATOR(operator=shown))
         if name in ASSERTIONS:
             return Call(_nothing, (), {}, outputs)
         schema = operator._schema.arguments
         if name not in MAKERS and not any("Tensor" in str(own.type) for own in schema):
-            raise UnsupportedError(f"the operator aten::{name}, which takes no tensor")
+            raise UnsupportedError(TAKES_NO_TENSOR(name=name))
         if "batch_norm" in name and "backward" not in name:
             return self._batch_norm(name, arguments, outputs)
         if name == "instance_norm":
@@ -250,7 +290,7 @@ class Recorder:
             if writes and isinstance(target, Value) and target.name.startswith("@"):
                 if target.name.endswith(COUNTER):
                     return Call(_same, (target,), {}, outputs)
-                raise UnsupportedError(f"it changes its own tensor {target.name[1:]!r}")
+                raise UnsupportedError(CHANGES_ITSELF(name=target.name[1:]))
         linear = self._linear(name, arguments, outputs)
         if linear is not None:
             return linear

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ggl_audit.errors import Key, SpecError
-from ggl_audit.inputs.factories import find_callable
+from ggl_audit.errors import Key, ReasonError, SpecError, raised
+from ggl_audit.inputs.factories import FAILS, find_callable
+from ggl_audit.messages import Message
 from ggl_audit.spec import LossSpec
 
 KEY: Key = ("model", "loss")
@@ -22,6 +23,31 @@ KEY: Key = ("model", "loss")
 HeadError = Literal["lowest", "negative"]
 """What tells the label in the error of one image's logits: the lowest entry, or each negative one.
 """
+
+DECLARE_THE_LOSS = (
+    "Declare the loss that the client trains with, and give `evidence.reference` labels of the "
+    "shape that it takes."
+)
+NEEDS_LOGITS = Message(
+    "loss/needs-logits",
+    "logits (n, classes), 2 classes or more",
+    advice=DECLARE_THE_LOSS,
+)
+NEEDS_ONE_LOGIT = Message(
+    "loss/needs-one-logit",
+    "one logit an image for class indices 0 and 1, or reference labels (n, logits)",
+    advice=DECLARE_THE_LOSS,
+)
+NO_SCALAR = Message(
+    "loss/no-scalar",
+    "{name} returned {found}; expected a scalar tensor for the batch",
+    advice="Return one number for the batch, reduced by its mean or sum.",
+)
+CANNOT_BE_CALLED = Message(
+    "loss/cannot-be-called",
+    "{callable} cannot be called",
+    advice="Name a function of outputs and targets, or a class whose objects are called so.",
+)
 
 
 class Criterion(Protocol):
@@ -90,7 +116,7 @@ class CrossEntropy:
     def classes(self, outputs: torch.Tensor) -> int:
         """The number of logits."""
         if outputs.ndim != 2 or outputs.shape[1] < 2:
-            raise ValueError("logits (n, classes), 2 classes or more")
+            raise ReasonError(NEEDS_LOGITS())
         return outputs.shape[1]
 
     def mixable(self, labels: torch.Tensor, classes: int) -> torch.Tensor:
@@ -139,9 +165,7 @@ class BinaryCrossEntropy:
     def classes(self, outputs: torch.Tensor) -> int:
         """Two."""
         if outputs[0].numel() != 1:
-            raise ValueError(
-                "one logit an image for class indices 0 and 1, or reference labels (n, logits)"
-            )
+            raise ReasonError(NEEDS_ONE_LOGIT())
         return 2
 
     def mixable(self, labels: torch.Tensor, classes: int) -> torch.Tensor:
@@ -183,7 +207,7 @@ class OwnLoss:
         loss = self.function(outputs, targets)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             found = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise TypeError(f"{self.name} returned {found}; expected a scalar tensor for the batch")
+            raise ReasonError(NO_SCALAR(name=self.name, found=found))
         return self.scale * loss.reshape(())
 
     def classes(self, outputs: torch.Tensor) -> int:
@@ -253,11 +277,9 @@ def _own_function(
         made = named(**spec.kwargs)
     except (Exception, SystemExit) as error:
         # Whatever the user's own code raises is a fault in the input.
-        raise SpecError(
-            (*KEY, "factory"),
-            f"{spec.factory} failed with {type(error).__name__}: {error}",
-            f"A class is made with model.loss.kwargs, here {spec.kwargs or 'none'}.",
-        ) from error
+        how = f"A class is made with model.loss.kwargs, here {spec.kwargs or 'none'}."
+        failed = FAILS(callable=spec.factory, error=raised(error), how=how)
+        raise SpecError((*KEY, "factory"), failed) from error
     if not callable(made):
-        raise SpecError((*KEY, "factory"), f"{spec.factory} cannot be called")
+        raise SpecError((*KEY, "factory"), CANNOT_BE_CALLED(callable=spec.factory))
     return made  # type: ignore[no-any-return]

@@ -31,6 +31,7 @@ from ggl_audit.inputs.statistics import (
 from ggl_audit.inputs.targets import Targets
 from ggl_audit.inputs.tensors import Tensors
 from ggl_audit.inputs.weights import NORMALIZATIONS
+from ggl_audit.messages import Message
 from ggl_audit.spec import LocalTrainingSpec
 
 LINEAR = (F.linear, torch.ops.aten.linear.default)
@@ -38,6 +39,24 @@ LINEAR = (F.linear, torch.ops.aten.linear.default)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 WITH_MODES = (*DROPOUTS, *NORMALIZATIONS)
 """Layers that do something else in train mode than in eval mode."""
+
+LOSS_FAILS = Message(
+    "model/loss-fails",
+    "the loss cannot be taken of {count} images ({error})",
+    advice="Mend the loss of your own; the reason says what fails, for some number of images or "
+    "some of their labels.",
+)
+PROGRAM_FAILS = Message(
+    "program/fails",
+    "the program cannot be run: {reason}",
+    advice="Correct `model.input.shape` and the batch size, or give a factory.",
+)
+FAILS_FOR_SOME = Message(
+    "model/fails-for-some",
+    "the model does not take {count} images of {shape} at a time ({error})",
+    advice="Write the forward pass so that it takes any number of images; the reason says what "
+    "fails.",
+)
 
 
 @dataclass(frozen=True)
@@ -187,8 +206,7 @@ class ClientModel:
                 raise
             # The loss may be the user's own code.
             raise SpecError(
-                ("model", "loss"),
-                f"the loss cannot be taken of {len(images)} images ({reason_of(error)})",
+                ("model", "loss"), LOSS_FAILS(count=len(images), error=reason_of(error))
             ) from error
 
     def targets_of(self, labels: torch.Tensor) -> torch.Tensor:
@@ -233,15 +251,14 @@ class ClientModel:
             filled = len(normalized)
             return output if filled == count else first_rows(output, count, filled)
         except UnsupportedError as error:
-            raise SpecError(("model",), f"the program cannot be run: {error}") from None
+            raise SpecError(("model",), PROGRAM_FAILS(reason=error)) from None
         except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise
             # The forward pass is the user's own code; whatever it raises is told in a message.
             raise SpecError(
                 ("model",),
-                f"the model does not take {count} images of {list(self.shape)} at a time "
-                f"({reason_of(error)})",
+                FAILS_FOR_SOME(count=count, shape=list(self.shape), error=reason_of(error)),
             ) from error
 
 

@@ -31,10 +31,59 @@ from ggl_audit.inputs.programs import load_exported
 from ggl_audit.inputs.statistics import find_normalizations
 from ggl_audit.inputs.targets import read_targets
 from ggl_audit.inputs.weights import fill_weights
+from ggl_audit.messages import Message
 from ggl_audit.spec import Spec
 
 COMPILED = "OptimizedModule"
 """What torch.compile returns, of a module that takes seconds to import."""
+
+NOTHING_IS_TRAINED = Message(
+    "model/nothing-is-trained",
+    "the model has no parameter that is trained",
+    advice="Set `requires_grad` of what the client trains; a program saved with frozen weights "
+    "has to be saved anew.",
+)
+SAVED_IN_OTHER_MODE = Message(
+    "program/saved-in-other-mode",
+    "{mode}, but the program {file} was saved in {saved} mode, which stays in it",
+    "Declare mode: {saved}, or save the program after model.{mode}().",
+    advice="Declare that mode if the client trains so, or save the program after `model.train()` "
+    "or `model.eval()`.",
+)
+OTHER_EXPORTED_BATCH = Message(
+    "program/other-exported-batch",
+    "{batch_size}, but the program {file} was exported for {batch} images at a time",
+    "Export it with dynamic_shapes={{INPUT: {{0: torch.export.Dim('batch')}}}}, or with "
+    "{batch_size} images.",
+    advice='Export it with a dynamic batch dimension, `dynamic_shapes={"x": {0: '
+    'torch.export.Dim("batch")}}`, or with the batch size of the capture.',
+)
+NO_SHAPE = Message(
+    "model/no-shape",
+    "{name} of the model {model} has no shape, and its layer is not called in the forward pass",
+    "Give the layer its sizes, or leave it out.",
+    advice="Give this lazy layer its sizes, or leave it out.",
+)
+UNKNOWN_MODULE = Message(
+    "model/unknown-module",
+    "{pattern!r} is no module of the model",
+    "{nearest}",
+    advice="Correct the name or pattern in `model.eval_modules`, as `model.named_modules()` has "
+    "them.",
+)
+TWO_MODES = Message(
+    "model/two-modes",
+    "the model {model} calls {layer} in train mode and in eval mode in one forward pass",
+    advice="Give each of the two uses a layer of its own.",
+)
+DROPS_AT_RANDOM = Message(
+    "model/drops-at-random",
+    "{mode}, but {layer} drops units at random and the client's draw is not known",
+    "{without_draws}",
+    advice="A capture made with dropout cannot be audited, as every replay would be of another "
+    "draw. Let the client make one with its probability set to 0, and set it in `model.kwargs`, "
+    "or declare `mode: eval`, or `eval_modules` with this layer, if the client trains so.",
+)
 
 
 def load_model(
@@ -77,7 +126,7 @@ def load_model(
     _prepare_for_training(module, declared.mode)
     parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     if not parameters:
-        raise SpecError(key, "the model has no parameter that is trained")
+        raise SpecError(key, NOTHING_IS_TRAINED())
     constants = {n: p.detach() for n, p in module.named_parameters() if not p.requires_grad}
     constants |= dict(module.named_buffers())
 
@@ -137,18 +186,11 @@ def _check_recording(module: nn.Module, spec: Spec) -> None:
     mode, batch_size, saved = spec.model.mode, spec.capture.batch_size, spec.model.origin
     own = "train" if "train" in recording.modes else "eval"
     if recording.modes and own != mode:
-        raise SpecError(
-            ("model", "mode"),
-            f"{mode}, but the program {saved} was saved in {own} mode, which stays in it",
-            f"Declare mode: {own}, or save the program after model.{mode}().",
-        )
+        raise SpecError(("model", "mode"), SAVED_IN_OTHER_MODE(mode=mode, file=saved, saved=own))
     if recording.batch not in (None, batch_size):
         raise SpecError(
             ("capture", "batch_size"),
-            f"{batch_size}, but the program {saved} was exported for {recording.batch} images at "
-            "a time",
-            "Export it with dynamic_shapes={INPUT: {0: torch.export.Dim('batch')}}, or with "
-            f"{batch_size} images.",
+            OTHER_EXPORTED_BATCH(batch_size=batch_size, file=saved, batch=recording.batch),
         )
 
 
@@ -183,10 +225,7 @@ def _give_shapes(module: nn.Module, spec: Spec) -> None:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if is_lazy(tensor):
                 raise SpecError(
-                    ("model", spec.model.source),
-                    f"{name} of the model {spec.model.origin} has no shape, and its layer is "
-                    "not called in the forward pass",
-                    "Give the layer its sizes, or leave it out.",
+                    ("model", spec.model.source), NO_SHAPE(name=name, model=spec.model.origin)
                 )
 
 
@@ -204,8 +243,7 @@ def _set_modes(module: nn.Module, spec: Spec) -> None:
         if not own:
             raise SpecError(
                 ("model", "eval_modules", index),
-                f"{pattern!r} is no module of the model",
-                nearest(pattern, filter(None, parts)),
+                UNKNOWN_MODULE(pattern=pattern, nearest=nearest(pattern, filter(None, parts))),
             )
         for name in own:
             parts[name].eval()
@@ -228,9 +266,7 @@ def _set_modes(module: nn.Module, spec: Spec) -> None:
     for layer, modes in called.items():
         if len(modes) > 1:
             raise SpecError(
-                ("model", declared.source),
-                f"the model {declared.origin} calls {names[layer]} in train mode and in eval mode "
-                "in one forward pass",
+                ("model", declared.source), TWO_MODES(model=declared.origin, layer=names[layer])
             )
         layer.training = modes.pop()
 
@@ -258,8 +294,7 @@ def _prepare_for_training(module: nn.Module, mode: str) -> None:
         if isinstance(layer, DROPOUTS) and layer.p > 0:
             raise SpecError(
                 ("model", "mode"),
-                f"{mode}, but {name} drops units at random and the client's draw is not known",
-                without_draws(mode),
+                DROPS_AT_RANDOM(mode=mode, layer=name, without_draws=without_draws(mode)),
             )
         if isinstance(layer, _InstanceNorm):
             layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ggl_audit.basics.device import CPU, random_state
-from ggl_audit.errors import SpecError
+from ggl_audit.errors import SpecError, raised
 from ggl_audit.inputs.images import count_classes
 from ggl_audit.inputs.interpreter import Program, recording_of
 from ggl_audit.inputs.model import (
@@ -26,10 +26,87 @@ from ggl_audit.inputs.statistics import (
     batches_seen,
 )
 from ggl_audit.inputs.tensors import Tensors
+from ggl_audit.messages import Message
 from ggl_audit.spec import Spec
 
 LOSS_ROUNDING, OUTPUT_ROUNDING = 1e-3, 1e-2
 """Relative; a GPU computes another number of images in another way, with short factors."""
+
+TAKES_NO_SUCH_IMAGES = Message(
+    "model/takes-no-such-images",
+    "the model {model} does not take {images} of {shape} in mode {mode} ({error})",
+    advice="Correct `model.input.shape` (channels, height, width) or the arguments of the model; "
+    "batch norm in `mode: train` may need more than one value a channel.",
+)
+DRAWS_AT_RANDOM = Message(
+    "model/draws-at-random",
+    "{mode}, but the model {model} draws at random and the client's draw is not known",
+    "{without_draws}",
+    advice="A capture made with dropout cannot be audited, as every replay would be of another "
+    "draw. Let the client make one with its probability set to 0, and set it in `model.kwargs`, "
+    "or declare `mode: eval`, or `eval_modules` with this layer, if the client trains so.",
+)
+CHANGES_BUFFER = Message(
+    "model/changes-buffer",
+    "the model {model} changes its {kind} {name} in mode {mode}",
+    "Many candidates are evaluated at the same weights; its forward pass must leave them as they "
+    "are.",
+    advice="Leave out what the forward pass writes down; running statistics of batch norm are "
+    "taken care of.",
+)
+CORRECT_OUTPUT = (
+    "Correct `model.output`; the message lists what the model returned in the declared mode."
+)
+NO_SUCH_OUTPUT = Message(
+    "model/no-such-output",
+    "{output!r}, but the model returned {returned} for {count}",
+    advice=CORRECT_OUTPUT,
+)
+OUTPUT_WITHOUT_ROWS = Message(
+    "model/output-without-rows",
+    "{output!r}, which is {returned} for {count}; expected one tensor with a row for each",
+    advice=CORRECT_OUTPUT,
+)
+RETURNS_NO_ROWS = Message(
+    "model/returns-no-rows",
+    "the model returned {returned} for {count}; expected one tensor with a row for each",
+    advice="Return a tensor whose first dimension is the batch, by itself or in a tuple, a dict "
+    "or an object.",
+)
+SEVERAL_OUTPUTS = Message(
+    "model/several-outputs",
+    "not given, but the model returned {returned} for {count}",
+    "Declare the one that the loss is of, for example output: {place}; or a model.loss of your "
+    "own, which is given all of them.",
+    advice="Declare `model.output`, the key, attribute or place of what the loss is of, or a "
+    "`model.loss` of your own, which is given all that the model returns.",
+)
+ONE_BATCH_SIZE = Message(
+    "model/one-batch-size",
+    "the model {model} takes {count} images at a time, but not {other} ({error})",
+    "Other numbers are evaluated too: write x.shape[0] or -1 where it has a number.",
+    advice="Write `x.shape[0]` or `-1` in the forward pass where a number of images stands.",
+)
+OTHER_OUTPUTS = Message(
+    "loss/other-outputs",
+    "the model returned {shape} for {count} images; {loss} with class indices expected {expected}",
+    "Other outputs need model.loss, and evidence.reference with labels that fit them.",
+    advice="Declare the loss that the client trains with, and give `evidence.reference` labels of "
+    "the shape that it takes.",
+)
+LOSS_CANNOT_BE_TAKEN = Message(
+    "loss/cannot-be-taken",
+    "{loss} cannot be taken of outputs {outputs} and targets {targets} ({error})",
+    advice="Make the two fit: the labels of `evidence.reference`, `capture.targets` and the "
+    "outputs of the model must be what the loss takes.",
+)
+REDUCES_OTHERWISE = Message(
+    "loss/reduces-otherwise",
+    "{declared}, but the loss of a batch is {times:.3g} times as large when every image is there "
+    "twice",
+    "A loss of one's own reduces by itself; declare whether to the mean or to the sum.",
+    advice="Declare `model.loss.reduction` as your loss reduces, `mean` or `sum`.",
+)
 
 
 def try_model(model: ClientModel, spec: Spec) -> ClientModel:
@@ -78,8 +155,13 @@ def refuse_batch(spec: Spec, images: torch.Tensor, error: BaseException) -> NoRe
     batch = f"{len(images)} images" if len(images) > 1 else "images"
     raise SpecError(
         ("model", "input", "shape"),
-        f"the model {spec.model.origin} does not take {batch} of {list(spec.model.input.shape)} in "
-        f"mode {spec.model.mode} ({type(error).__name__}: {error})",
+        TAKES_NO_SUCH_IMAGES(
+            model=spec.model.origin,
+            images=batch,
+            shape=list(spec.model.input.shape),
+            mode=spec.model.mode,
+            error=raised(error),
+        ),
     ) from error
 
 
@@ -116,19 +198,20 @@ def _try(
     if not torch.equal(_random_state(model.device), state):
         raise SpecError(
             ("model", "mode"),
-            f"{declared.mode}, but the model {declared.origin} draws at random and the client's "
-            "draw is not known",
-            without_draws(declared.mode),
+            DRAWS_AT_RANDOM(
+                mode=declared.mode,
+                model=declared.origin,
+                without_draws=without_draws(declared.mode),
+            ),
         )
     for kind, own in held.items():
         changed = [n for n, tensor in own.items() if not _same(tensor, before[kind][n])]
         if changed:
             raise SpecError(
                 ("model", declared.source),
-                f"the model {declared.origin} changes its {kind} {changed[0]} in mode "
-                f"{declared.mode}",
-                "Many candidates are evaluated at the same weights; its forward pass must leave "
-                "them as they are.",
+                CHANGES_BUFFER(
+                    model=declared.origin, kind=kind, name=changed[0], mode=declared.mode
+                ),
             )
     place, whole = _output(returned, images, spec)
     outputs = choose(returned, place)
@@ -152,29 +235,26 @@ def _output(returned: Any, images: torch.Tensor, spec: Spec) -> tuple[Place | No
         except LookupError:
             raise SpecError(
                 ("model", "output"),
-                f"{declared.output!r}, but the model returned {described(returned)} for {count}",
+                NO_SUCH_OUTPUT(output=declared.output, returned=described(returned), count=count),
             ) from None
         if not candidates(chosen, len(images)) == [None]:
             raise SpecError(
                 ("model", "output"),
-                f"{declared.output!r}, which is {described(chosen)} for {count}; expected one "
-                "tensor with a row for each",
+                OUTPUT_WITHOUT_ROWS(
+                    output=declared.output, returned=described(chosen), count=count
+                ),
             )
         return declared.output, False
     places = candidates(returned, len(images))
     whole = declared.loss.factory is not None and not isinstance(returned, torch.Tensor)
     if not places:
         raise SpecError(
-            ("model", declared.source),
-            f"the model returned {described(returned)} for {count}; expected one tensor with a row "
-            "for each",
+            ("model", declared.source), RETURNS_NO_ROWS(returned=described(returned), count=count)
         )
     if len(places) > 1 and not whole:
         raise SpecError(
             ("model", "output"),
-            f"not given, but the model returned {described(returned)} for {count}",
-            f"Declare the one that the loss is of, for example output: {places[0]}; or a "
-            "model.loss of your own, which is given all of them.",
+            SEVERAL_OUTPUTS(returned=described(returned), count=count, place=places[0]),
         )
     return places[0], whole
 
@@ -213,9 +293,9 @@ def _try_more(model: ClientModel, images: torch.Tensor, outputs: torch.Tensor, s
         reason = error.__cause__ or error
         raise SpecError(
             ("model", spec.model.source),
-            f"the model {spec.model.origin} takes {count} images at a time, but not "
-            f"{len(more)} ({type(reason).__name__}: {reason})",
-            "Other numbers are evaluated too: write x.shape[0] or -1 where it has a number.",
+            ONE_BATCH_SIZE(
+                model=spec.model.origin, count=count, other=len(more), error=raised(reason)
+            ),
         ) from error
     return _mixes_by_statistics(model.module) or not _alike(together[:1], outputs[:1])
 
@@ -258,9 +338,9 @@ def _classes(model: ClientModel, outputs: torch.Tensor, spec: Spec) -> int:
     except ValueError as error:
         raise SpecError(
             ("model", spec.model.source),
-            f"the model returned {tuple(outputs.shape)} for {len(outputs)} images; "
-            f"{spec.model.loss} with class indices expected {error}",
-            "Other outputs need model.loss, and evidence.reference with labels that fit them.",
+            OTHER_OUTPUTS(
+                shape=tuple(outputs.shape), count=len(outputs), loss=spec.model.loss, expected=error
+            ),
         ) from None
 
 
@@ -287,14 +367,16 @@ def _try_loss(model: ClientModel, images: torch.Tensor, spec: Spec) -> None:
         given = described(outputs).removeprefix("a tensor ")
         raise SpecError(
             ("model", "loss"),
-            f"{spec.model.loss} cannot be taken of outputs {given} and targets "
-            f"{tuple(targets.shape)} ({type(error).__name__}: {error})",
+            LOSS_CANNOT_BE_TAKEN(
+                loss=spec.model.loss,
+                outputs=given,
+                targets=tuple(targets.shape),
+                error=raised(error),
+            ),
         ) from error
     declared, factor = spec.model.loss.reduction, 2 if model.loss_sum else 1
     if model.batch_size > 1 and abs(twice - factor * once) > LOSS_ROUNDING * abs(twice):
         raise SpecError(
             ("model", "loss", "reduction"),
-            f"{declared}, but the loss of a batch is {twice / once if once else twice:.3g} times "
-            "as large when every image is there twice",
-            "A loss of one's own reduces by itself; declare whether to the mean or to the sum.",
+            REDUCES_OTHERWISE(declared=declared, times=twice / once if once else twice),
         )

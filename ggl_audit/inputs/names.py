@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
+from ggl_audit.errors import AuditError
+from ggl_audit.messages import Message
+
 COMPILED = "_orig_mod"
 SAVED, ADAPTER = "modules_to_save", "default"
 WRAPPERS = frozenset({"module", "_module", "model", "net", COMPILED})
 """What DistributedDataParallel, Opacus, Lightning modules and torch.compile put before a name."""
+
+TENSORS_NAMED_ALIKE = Message(
+    "tensors/named-alike",
+    "{first!r} and {second!r} are of one name",
+    "Save the tensors of one model only.",
+    advice="Save the tensors of one model only; the file holds two that both fit.",
+)
+TWO_WRAPPERS = Message(
+    "tensors/two-wrappers",
+    "{first!r} and {second!r} are of two wrappers; either may be it",
+    "Save the tensors of one model only.",
+    advice="Save the tensors of one model only; the file holds two that both fit.",
+)
 
 
 def unwrap_names(
@@ -30,13 +46,13 @@ def unwrap_names(
         From found names to wanted ones, for those that are there, in the order of ``found``.
 
     Raises:
-        ValueError: they fit in more than one way.
+        AuditError: they fit in more than one way.
     """
     every = list(found)
     files = {_plain(name): name for name in every}
     if len(files) < len(every):
         twice = next(name for name in every if files[_plain(name)] != name)
-        raise ValueError(f"{twice!r} and {files[_plain(twice)]!r} are of one name")
+        raise AuditError(TENSORS_NAMED_ALIKE(first=twice, second=files[_plain(twice)]))
     names = {_plain(name): name for name in wanted}
     fits: dict[tuple[str, str], dict[str, str]] = {}
     for file in files:
@@ -56,7 +72,7 @@ def unwrap_names(
         for file, name in other.items():
             if file not in best:
                 first = next((own for own in best if best[own] == name), next(iter(best)))
-                raise ValueError(f"{first!r} and {file!r} are of two wrappers; either may be it")
+                raise AuditError(TWO_WRAPPERS(first=first, second=file))
     return {file: best[file] for file in files.values() if file in best}
 
 

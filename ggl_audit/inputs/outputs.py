@@ -12,11 +12,20 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ggl_audit.errors import ReasonError
+from ggl_audit.messages import Message
+
 LOGITS = "logits"
 MOST_SHOWN = 8
 
 Place = int | str
 """Where one of several is: a key or an attribute, or a place from 0."""
+
+NOT_CUT = Message(
+    "model/not-cut",
+    "{returned} cannot be cut into those of single images",
+    advice="Return a tuple or a dict of tensors, as the loss of a single image is needed.",
+)
 
 
 def choose(returned: Any, place: Place | None) -> Any:
@@ -87,7 +96,7 @@ def first_rows(returned: Any, count: int, images: int) -> Any:
     if not all(
         isinstance(leaf, torch.Tensor | None | float | str) for leaf in tree_leaves(returned)
     ):
-        raise TypeError(f"{described(returned)} cannot be cut into those of single images")
+        raise ReasonError(NOT_CUT(returned=described(returned)))
     return tree_map_only(
         torch.Tensor, lambda part: part[:count] if _has_rows(part, images) else part, returned
     )

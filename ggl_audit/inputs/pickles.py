@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ggl_audit.errors import AuditError
+from ggl_audit.errors import AuditError, ReasonError
+from ggl_audit.messages import Message
 
 MOST_INSTRUCTIONS = 500_000
 """About 15,000 tensors."""
@@ -89,6 +90,64 @@ OTHER_NAMES = {
 }
 
 PLAIN_NUMPY_CODE = re.compile(r"b1|[iu][1248]|f[248]|c(8|16)")
+
+LONG_PICKLE = Message(
+    "tensors/long-pickle",
+    "its pickle has more than {limit:,} instructions",
+    "Save the tensors alone, best as .safetensors.",
+    advice="Save NumPy arrays with `np.savez(path, *arrays)` and tensors as `.safetensors`, "
+    "without what a checkpoint holds besides.",
+)
+NUMBERS_MISSING = Message(
+    "tensors/numbers-missing",
+    "its pickle numbers more than it has",
+    advice="Do not trust the archive: save it anew with `torch.save` or `np.savez`.",
+)
+DO_NOT_LOAD = (
+    "Do not load it by other means before you know where it is from: `torch.save` does not write "
+    "this. Ask for the tensors as `.safetensors`."
+)
+DESCRIBED_TWICE = Message(
+    "whole/described-twice",
+    "its storage {key} is described in two ways",
+    advice=DO_NOT_LOAD,
+)
+UNKNOWN_INSTRUCTION = Message(
+    "whole/unknown-instruction",
+    "its pickle has the instruction {instruction}",
+    advice=DO_NOT_LOAD,
+)
+NO_STORAGE = Message(
+    "whole/no-storage",
+    "it holds something else than a storage where storages stand",
+    advice=DO_NOT_LOAD,
+)
+UNUSUAL_CALL = Message(
+    "whole/unusual-call",
+    "it calls {function} as nothing that saves tensors does",
+    advice=DO_NOT_LOAD,
+)
+NO_STRIDES = Message(
+    "whole/no-strides",
+    "a tensor in it has no dtype, or shape and strides that do not go together",
+    advice=DO_NOT_LOAD,
+)
+IMPOSSIBLE_SHAPE = Message(
+    "whole/impossible-shape",
+    "a tensor in it has a shape, strides or an offset that no tensor has",
+    advice=DO_NOT_LOAD,
+)
+BEYOND_STORAGE = Message(
+    "whole/beyond-storage",
+    "a tensor in it reaches beyond its storage",
+    advice="Copy the file again, it is truncated or damaged; if it is whole, save the tensors "
+    "anew with `torch.save` or as `.safetensors`.",
+)
+CHANGES_OBJECTS = Message(
+    "whole/changes-objects",
+    "it changes something that no file of tensors changes",
+    advice=DO_NOT_LOAD,
+)
 
 
 @dataclass(frozen=True)
@@ -218,10 +277,7 @@ def describe(stream: IO[bytes], storages: dict[str, Storage] | None = None) -> A
     argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count == MOST_INSTRUCTIONS:
-            raise AuditError(
-                f"its pickle has more than {MOST_INSTRUCTIONS:,} instructions",
-                "Save the tensors alone, best as .safetensors.",
-            )
+            raise AuditError(LONG_PICKLE(limit=MOST_INSTRUCTIONS))
         match opcode.name:
             case "PROTO" | "STOP":
                 pass
@@ -264,7 +320,7 @@ def describe(stream: IO[bytes], storages: dict[str, Storage] | None = None) -> A
                     _set_items(stack[-1], list(zip(items[::2], items[1::2], strict=True)))
             case "BINPUT" | "LONG_BINPUT":
                 if argument > count:
-                    raise ValueError("its pickle numbers more than it has")
+                    raise ReasonError(NUMBERS_MISSING())
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
@@ -276,7 +332,7 @@ def describe(stream: IO[bytes], storages: dict[str, Storage] | None = None) -> A
                 storage = _storage(stack.pop())
                 stack.append(storage)
                 if storages is not None and storages.setdefault(storage.key, storage) != storage:
-                    raise ValueError(f"its storage {storage.key} is described in two ways")
+                    raise ReasonError(DESCRIBED_TWICE(key=storage.key))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 if isinstance(function, Closed):
@@ -288,7 +344,7 @@ def describe(stream: IO[bytes], storages: dict[str, Storage] | None = None) -> A
                 if not isinstance(stack[-1], Closed):
                     _fill(stack[-1], state)
             case other:
-                raise ValueError(f"its pickle has the instruction {other}")
+                raise ReasonError(UNKNOWN_INSTRUCTION(instruction=other))
     return stack.pop()
 
 
@@ -322,7 +378,7 @@ def _storage(identifier: Any) -> Storage:
         ) if text in STORAGES and count >= 0:
             dtype = STORAGES[text]
             return Storage(key, dtype, count * dtype.itemsize)
-    raise ValueError("it holds something else than a storage where storages stand")
+    raise ReasonError(NO_STORAGE())
 
 
 def _result(function: str, arguments: Any) -> Any:
@@ -381,7 +437,7 @@ def _result(function: str, arguments: Any) -> Any:
             _,
         ):
             return OTHER
-    raise ValueError(f"it calls {function.replace(' ', '.')} as nothing that saves tensors does")
+    raise ReasonError(UNUSUAL_CALL(function=function.replace(" ", ".")))
 
 
 def _tensor(
@@ -395,15 +451,13 @@ def _tensor(
     if metadata:
         return Valueless("a tensor that is conjugated or negated only when it is used")
     if dtype is None or len(shape) != len(strides) or len(shape) > MOST_DIMENSIONS:
-        raise ValueError(
-            "a tensor in it has no dtype, or shape and strides that do not go together"
-        )
+        raise ReasonError(NO_STRIDES())
     if any(type(number) is not int or number < 0 for number in (offset, *shape, *strides)):
-        raise ValueError("a tensor in it has a shape, strides or an offset that no tensor has")
+        raise ReasonError(IMPOSSIBLE_SHAPE())
     count, room = math.prod(shape), storage.nbytes // dtype.itemsize
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if count and last >= room:
-        raise ValueError("a tensor in it reaches beyond its storage")
+        raise ReasonError(BEYOND_STORAGE())
     if count > room:
         return Valueless("a tensor that repeats its values (expand)")
     return StoredTensor(storage, dtype, offset, shape, strides)
@@ -421,4 +475,4 @@ def _fill(target: Any, state: Any) -> None:
             target.type, target.shape, target.column_major = kind, shape, column_major
             target.content = content if isinstance(content, bytes) else b""
         case _:
-            raise ValueError("it changes something that no file of tensors changes")
+            raise ReasonError(CHANGES_OBJECTS())

@@ -10,10 +10,17 @@ import torch
 from PIL import Image
 from pydantic import AfterValidator
 
-from ggl_audit.errors import AuditError
+from ggl_audit.errors import AuditError, ReasonError
 from ggl_audit.inputs.images import decode_picture, to_picture
+from ggl_audit.messages import Message
 
 PNG_URI = "data:image/png;base64,"
+
+NO_PNG = Message(
+    "report/no-png",
+    "not a PNG in a data URI",
+    advice="Give a `report.json` as `ggl-audit run -o report.json` wrote it.",
+)
 
 
 def png_uri(image: torch.Tensor) -> str:
@@ -39,7 +46,7 @@ def _decodable(uri: str) -> str:
     try:
         picture(uri)
     except (ValueError, AuditError):
-        raise ValueError("not a PNG in a data URI") from None
+        raise ReasonError(NO_PNG()) from None
     return uri
 
 

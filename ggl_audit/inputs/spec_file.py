@@ -15,9 +15,53 @@ from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import AuditError, InputError, Key, SpecError, dotted
 from ggl_audit.inputs.confinement import check_paths
 from ggl_audit.inputs.yaml_file import NotYamlError, Yaml, parse_yaml, read_yaml
+from ggl_audit.messages import Message
 from ggl_audit.spec import Spec
 
 PLACE = re.compile(r"[0-9]{1,9}")
+
+NO_ASSIGNMENT = Message(
+    "spec/no-assignment",
+    "--set {text!r}: expected path=value, for example --set seed=3",
+    advice="Write the dotted key, an equals sign and the value.",
+)
+PARAMETER_WITHOUT_VALUE = Message(
+    "spec/parameter-without-value",
+    "--defense {text!r}: {parameter!r} has no value; expected name:parameter=value,..., for "
+    "example clip:bound=1+noise:std=0.1",
+    advice="Give each parameter as `name=value`.",
+)
+NO_VALUE = Message(
+    "spec/no-value",
+    "{flag}: {text!r} is not a YAML value ({reason})",
+    advice="Put the value in quotes, as the shell or YAML takes some characters for its own.",
+)
+NO_MAPPING = Message(
+    "spec/no-mapping",
+    "expected a mapping of keys, found a {kind}",
+    advice="Begin the file with `version: 1` and sections as `ggl-audit init` writes them.",
+)
+CANNOT_BE_WRITTEN_DOWN = Message(
+    "spec/cannot-be-written-down",
+    "holds a value that cannot be written down ({reason})",
+    advice="Use plain YAML values, as the report repeats the spec.",
+)
+NUMBER_NOT_FINITE = Message(
+    "spec/number-not-finite",
+    "expected a finite number, found {number}",
+    advice="Write a number; infinity and NaN mean nothing in a spec.",
+)
+NO_ENTRY = Message(
+    "spec/no-entry",
+    "there is no such entry; the list has {count}",
+    advice="Count entries from 0, as in `--set defense.0.std=0.1`; `--defense` replaces the whole "
+    "list.",
+)
+VALUE_HAS_NO_KEYS = Message(
+    "spec/value-has-no-keys",
+    "{key} is a value and has no keys",
+    advice="Shorten the dotted key: what stands there in the spec is a value and no section.",
+)
 
 
 def read_spec(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Spec:
@@ -67,7 +111,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise AuditError(f"--set {text!r}: expected path=value, for example --set seed=3")
+        raise AuditError(NO_ASSIGNMENT(text=text))
     return key, _value(value, f"--set {text!r}")
 
 
@@ -84,10 +128,7 @@ def parse_defense(text: str) -> list[dict[str, Any]]:
         for assignment in filter(None, parameters.split(",")):
             key, separator, value = assignment.partition("=")
             if not separator:
-                raise AuditError(
-                    f"--defense {text!r}: {assignment!r} has no value; "
-                    "expected name:parameter=value,..., for example clip:bound=1+noise:std=0.1"
-                )
+                raise AuditError(PARAMETER_WITHOUT_VALUE(text=text, parameter=assignment))
             step[key.strip()] = _value(value, f"--defense {text!r}")
         steps.append(step)
     return steps
@@ -97,7 +138,7 @@ def _value(text: str, where: str) -> Any:
     try:
         return parse_yaml(text).data
     except NotYamlError as error:
-        raise AuditError(f"{where}: {text!r} is not a YAML value ({error.problem})") from None
+        raise AuditError(NO_VALUE(flag=where, text=text, reason=error.said)) from None
 
 
 def _read(path: Path) -> Yaml:
@@ -106,7 +147,7 @@ def _read(path: Path) -> Yaml:
         return Yaml({}, declared.node)
     if not isinstance(declared.data, dict):
         found = type(declared.data).__name__
-        raise InputError(path, f"expected a mapping of keys, found a {found}")
+        raise InputError(path, NO_MAPPING(kind=found))
     return declared
 
 
@@ -117,10 +158,10 @@ def _validated(data: dict[str, Any]) -> Spec:
     except ValidationError as error:
         raise SpecError(*first_problem(error, _keys_at)) from None
     except (ValueError, RecursionError) as error:
-        raise SpecError((), f"holds a value that cannot be written down ({error})") from None
+        raise SpecError((), CANNOT_BE_WRITTEN_DOWN(reason=error)) from None
     for key, number in _numbers(spec.model_dump(), ()):
         if not math.isfinite(number):
-            raise SpecError(key, f"expected a finite number, found {number}")
+            raise SpecError(key, NUMBER_NOT_FINITE(number=number))
     return spec
 
 
@@ -134,9 +175,9 @@ def _override(data: dict[str, Any], dotted_key: str, value: Any) -> Key:
         here = tuple(parts[: depth + 1])
         if isinstance(container, list):
             if not isinstance(part, int) or part >= len(container):
-                raise SpecError(here, f"there is no such entry; the list has {len(container)}")
+                raise SpecError(here, NO_ENTRY(count=len(container)))
         elif not isinstance(container, dict):
-            raise SpecError(here, f"{dotted(tuple(parts[:depth]))} is a value and has no keys")
+            raise SpecError(here, VALUE_HAS_NO_KEYS(key=dotted(tuple(parts[:depth]))))
         if last:
             container[part] = value
         elif isinstance(container, dict):

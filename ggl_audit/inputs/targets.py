@@ -10,7 +10,34 @@ import torch
 from ggl_audit.errors import InputError, SpecError
 from ggl_audit.inputs.images import index_rows, read_labels
 from ggl_audit.inputs.tensors import read_tensors
+from ggl_audit.messages import Message
 from ggl_audit.spec import Spec
+
+TARGETS_FOR_INDICES = Message(
+    "loss/targets-for-indices",
+    "given, but the labels of evidence.reference are class indices",
+    "Declare capture.labels, or give reference labels of the same kind as the targets.",
+)
+TARGETS_OF_OTHER_SHAPE = Message(
+    "loss/targets-of-other-shape",
+    "its rows have the shape {shape}, those of the labels of evidence.reference {expected}",
+    advice="Give both in the same shape.",
+)
+SEVERAL_TARGETS = Message(
+    "loss/several-targets",
+    "expected one tensor, a row an image, found {count}",
+    advice="Save one tensor (images, ...) for `capture.targets`.",
+)
+NO_ROWS = Message(
+    "loss/no-rows",
+    "expected a tensor with a row for each captured image",
+    advice="Save one tensor (images, ...) for `capture.targets`.",
+)
+TARGETS_NOT_FINITE = Message(
+    "loss/targets-not-finite",
+    "holds values that are NaN or infinite",
+    advice="Save finite numbers.",
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +72,7 @@ def read_targets(spec: Spec) -> Targets | None:
     labels = None if reference is None else read_labels(reference, spec.folder)
     if labels is None and (captured is None or reference is not None):
         if captured is not None:
-            raise SpecError(
-                ("capture", "targets"),
-                "given, but the labels of evidence.reference are class indices",
-                "Declare capture.labels, or give reference labels of the same kind as the targets.",
-            )
+            raise SpecError(("capture", "targets"), TARGETS_FOR_INDICES())
         return None
     own = None if captured is None else _read_rows(spec.resolve(captured))
     if labels is None:
@@ -62,8 +85,9 @@ def read_targets(spec: Spec) -> Targets | None:
     if own.shape[1:] != indexed.rows.shape[1:]:
         raise SpecError(
             ("capture", "targets"),
-            f"its rows have the shape {tuple(own.shape[1:])}, those of the labels of "
-            f"evidence.reference {tuple(indexed.rows.shape[1:])}",
+            TARGETS_OF_OTHER_SHAPE(
+                shape=tuple(own.shape[1:]), expected=tuple(indexed.rows.shape[1:])
+            ),
         )
     rows, numbers = indexed.rows, []
     for row in own.to(rows.dtype):
@@ -77,10 +101,10 @@ def read_targets(spec: Spec) -> Targets | None:
 def _read_rows(path: Path) -> torch.Tensor:
     tensors = read_tensors(path)
     if len(tensors) != 1:
-        raise InputError(path, f"expected one tensor, a row an image, found {len(tensors)}")
+        raise InputError(path, SEVERAL_TARGETS(count=len(tensors)))
     (rows,) = tensors.values()
     if rows.ndim == 0 or len(rows) == 0:
-        raise InputError(path, "expected a tensor with a row for each captured image")
+        raise InputError(path, NO_ROWS())
     if rows.is_floating_point() and not bool(torch.isfinite(rows).all()):
-        raise InputError(path, "holds values that are NaN or infinite")
+        raise InputError(path, TARGETS_NOT_FINITE())
     return rows

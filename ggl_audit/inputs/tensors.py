@@ -16,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from ggl_audit.errors import AuditError, InputError
+from ggl_audit.basics.files import CANNOT_BE_READ, no_file
+from ggl_audit.errors import AuditError, InputError, ReasonError
 from ggl_audit.inputs.archives import open_archive
 from ggl_audit.inputs.torch_files import LONGEST_TEXT, read_torch
+from ggl_audit.messages import Message
 
 Tensors = dict[str, torch.Tensor]
 
@@ -31,6 +33,59 @@ NUMBERS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool),
+)
+
+UNKNOWN_FORMAT = Message(
+    "tensors/unknown-format",
+    "unknown format {suffix!r}; expected one of {known}",
+    advice="Save it as `.safetensors`, or rename it if only the ending is wrong.",
+)
+TOO_LARGE = Message(
+    "tensors/too-large",
+    "has {size:,} bytes; at most {limit:,} are read",
+    advice="Save only the tensors of one model, without optimizer states.",
+)
+NO_TENSORS = Message(
+    "tensors/no-tensors",
+    "holds no tensors",
+    advice="Save tensors by name or in order; this file has none.",
+)
+MEMORY = Message(
+    "tensors/memory",
+    "needs more memory than there is",
+    advice="Use a machine with more memory, or save the tensors in half precision.",
+)
+NOT_WHOLE = Message(
+    "tensors/not-whole",
+    "not a whole {suffix} file of tensors ({reason})",
+    "It may be truncated (copy it again) or hold more than tensors.",
+    advice="Copy the file again or save it anew; the reason says what does not fit.",
+)
+NOT_REAL = Message(
+    "tensors/not-real",
+    "{name!r} is {kind}; expected real numbers of 8 to 64 bits",
+    advice="Save floating point; complex numbers and other types are no gradients or weights.",
+)
+UNKNOWN_MEMBER = Message(
+    "tensors/unknown-member",
+    "holds {name!r}, which np.savez does not write",
+    advice="Write the `.npz` with NumPy, and put nothing else into it.",
+)
+FIELDS = Message(
+    "whole/fields",
+    "{name!r} has fields or an unusual version",
+    advice="Write the arrays anew with `np.savez`, as plain arrays of numbers.",
+)
+NO_NUMBERS = Message(
+    "tensors/no-numbers",
+    "{name!r} is an array of {dtype}, not of numbers",
+    "Of several arrays, save each: np.savez(path, *arrays).",
+    advice="Save each array by itself: `np.savez(path, *arrays)`, not an array of objects.",
+)
+OTHER_LENGTH = Message(
+    "whole/other-length",
+    "the header of {name!r} says {declared} bytes, and there are {there}",
+    advice="Write the arrays anew with `np.savez`, as plain arrays of numbers.",
 )
 
 
@@ -65,13 +120,13 @@ def read_file(
     suffix = path.suffix.lower()
     with _one_message(path):
         if suffix not in READERS:
-            raise AuditError(f"unknown format {suffix!r}; expected one of {', '.join(READERS)}")
+            raise AuditError(UNKNOWN_FORMAT(suffix=suffix, known=", ".join(READERS)))
         size = path.stat().st_size
         if size > most_bytes:
-            raise AuditError(f"has {size:,} bytes; at most {most_bytes:,} are read")
+            raise AuditError(TOO_LARGE(size=size, limit=most_bytes))
         tensors, beside = READERS[suffix](path, most_bytes)
         if not tensors and not may_be_empty:
-            raise AuditError("holds no tensors")
+            raise AuditError(NO_TENSORS())
         _check_numbers(tensors)
     return _in_order(tensors), beside
 
@@ -123,31 +178,27 @@ def _one_message(path: Path) -> Iterator[None]:
     """Turns whatever a file leads its reader into, into one error that names the file."""
     try:
         if not path.is_file():
-            raise AuditError("not a file" if path.exists() else "no such file")
+            raise no_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats, which fail or are fine
             yield
     except AuditError as error:
-        raise InputError(path, error.problem, error.remedy) from None
+        raise InputError(path, error.said) from None
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror or error})") from None
+        raise InputError(path, CANNOT_BE_READ(reason=error.strerror or error)) from None
     except MemoryError:
-        raise InputError(path, "needs more memory than there is") from None
+        raise InputError(path, MEMORY()) from None
     except Exception as error:
         told = "" if isinstance(error, (LookupError, TypeError, AttributeError)) else str(error)
         reason = (told.strip() or "its parts do not go together").splitlines()[0][:LONGEST_REASON]
-        raise InputError(
-            path,
-            f"not a whole {path.suffix} file of tensors ({reason})",
-            "It may be truncated (copy it again) or hold more than tensors.",
-        ) from None
+        raise InputError(path, NOT_WHOLE(suffix=path.suffix, reason=reason)) from None
 
 
 def _check_numbers(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in NUMBERS:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise AuditError(f"{name!r} is {kind}; expected real numbers of 8 to 64 bits")
+            raise AuditError(NOT_REAL(name=name, kind=kind))
 
 
 def _read_safetensors(path: Path, _: int) -> tuple[Tensors, list[str]]:
@@ -174,7 +225,7 @@ def _read_arrays(path: Path, most_bytes: int, only: Collection[str] | None = Non
     ) as archive:
         for member, described in archive.members.items():
             if not member.endswith(".npy"):
-                raise AuditError(f"holds {member!r}, which np.savez does not write")
+                raise AuditError(UNKNOWN_MEMBER(name=member))
             with archive.open(member) as stream:
                 name = member.removesuffix(".npy")
                 tensors[name] = _read_array(stream, described.file_size, name)
@@ -189,17 +240,15 @@ def _read_npy(path: Path, _: int) -> tuple[Tensors, list[str]]:
 def _read_array(stream: io.BufferedIOBase, size: int, name: str) -> torch.Tensor:
     """Reads what ``np.save`` wrote, once its header agrees with the number of bytes."""
     if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError(f"{name!r} has fields or an unusual version")
+        raise ReasonError(FIELDS(name=name))
     shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     if dtype.kind not in "biufc":
-        raise AuditError(
-            f"{name!r} is an array of {dtype.str}, not of numbers",
-            "Of several arrays, save each: np.savez(path, *arrays)." if dtype.hasobject else "",
-        )
+        said = NO_NUMBERS(name=name, dtype=dtype.str)
+        raise AuditError(said if dtype.hasobject else said.advising(""))
     declared = math.prod(shape) * dtype.itemsize
     if any(n < 0 for n in shape) or declared != size - stream.tell():
         there = size - stream.tell()
-        raise ValueError(f"the header of {name!r} says {declared} bytes, and there are {there}")
+        raise ReasonError(OTHER_LENGTH(name=name, declared=declared, there=there))
     stream.seek(0)
     array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
     return torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))

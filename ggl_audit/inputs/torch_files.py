@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ggl_audit.errors import AuditError
+from ggl_audit.errors import AuditError, ReasonError
 from ggl_audit.inputs.archives import open_archive, read_bytes
 from ggl_audit.inputs.pickles import (
     Array,
@@ -22,6 +22,7 @@ from ggl_audit.inputs.pickles import (
     Valueless,
     describe,
 )
+from ggl_audit.messages import Message
 
 LARGEST_PICKLE = 16 * 2**20
 """Bytes; the values of PyTorch's tensors lie outside, those of NumPy's arrays inside."""
@@ -54,6 +55,119 @@ LONGEST_TEXT = 128
 Leaf = StoredTensor | Array | Valueless
 LEAVES = (StoredTensor, Array, Valueless)
 
+NO_STATE_DICT = Message(
+    "tensors/no-state-dict",
+    "a zip archive, but not of tensors that torch.save wrote",
+    "A torch.export program is declared as exported; for weights, save the state dict.",
+    advice="Declare a torch.export program as `exported`; for weights save the state dict.",
+)
+COPY_AGAIN = (
+    "Copy the file again, it is truncated or damaged; if it is whole, save the tensors anew with "
+    "`torch.save` or as `.safetensors`."
+)
+OTHER_STORAGE = Message(
+    "whole/other-storage",
+    "{file} has {size} bytes, not {expected}",
+    advice=COPY_AGAIN,
+)
+NOT_BY_TORCH_SAVE = Message(
+    "whole/not-by-torch-save",
+    "torch.save did not write it",
+    advice=COPY_AGAIN,
+)
+CUT_OFF = Message(
+    "whole/cut-off",
+    "it ends before its tensors do",
+    advice=COPY_AGAIN,
+)
+OTHER_STORAGE_SIZE = Message(
+    "whole/other-storage-size",
+    "a storage in it has {count} numbers, not what its pickle says",
+    advice=COPY_AGAIN,
+)
+LARGE_PICKLE = Message(
+    "tensors/large-pickle",
+    "its pickle is longer than {limit:,} bytes",
+    "Save NumPy arrays with np.savez(path, *arrays).",
+    advice="Save NumPy arrays with `np.savez(path, *arrays)` and tensors as `.safetensors`, "
+    "without what a checkpoint holds besides.",
+)
+OTHER_BYTE_ORDER = Message(
+    "tensors/other-byte-order",
+    "written by a machine of another byte order",
+    "Save as .safetensors.",
+    advice="Save it as `.safetensors` on the machine that wrote it.",
+)
+NOT_DENSE = Message(
+    "tensors/not-dense",
+    "{name!r} is {kind}; expected a dense tensor",
+    "Save it as an ordinary one: .to_dense(), .dequantize(), .resolve_neg(), .contiguous().",
+    advice="Make it an ordinary tensor first, by `.to_dense()`, `.dequantize()`, `.resolve_neg()` "
+    "or `.contiguous()`.",
+)
+OBJECTS = Message(
+    "tensors/objects",
+    "{name!r} is an array of something else than numbers",
+    advice="Save each array by itself: `np.savez(path, *arrays)`, not an array of objects.",
+)
+TOO_LARGE_TENSORS = Message(
+    "tensors/too-large-tensors",
+    "its tensors have {size:,} bytes; at most {limit:,} are read",
+    advice="Save only the tensors of one model, without optimizer states.",
+)
+SAVE_ONE = "Save the one that is to be audited alone; each user's release is an audit of its own."
+LIST_OF_COLLECTIONS = Message(
+    "tensors/list-of-collections",
+    "a list of {count} collections of tensors, for example of several users",
+    "Save the one to be audited: torch.save(torch.load(path)[0], ...).",
+    advice=SAVE_ONE,
+)
+NO_TENSORS_BY_NAME = Message(
+    "tensors/no-tensors-by-name",
+    "expected tensors by name or in order, found {found}",
+    advice="Save a dict or a list of tensors alone; the message says what was found in their "
+    "place.",
+)
+SEVERAL_COLLECTIONS = Message(
+    "tensors/several-collections",
+    "holds several collections of tensors: {names}",
+    "Save the right one alone: torch.save(torch.load(path)[{first!r}], ...).",
+    advice=SAVE_ONE,
+)
+BESIDE_COLLECTION = Message(
+    "tensors/beside-collection",
+    "holds the tensor {name!r} beside {key!r}, a collection of tensors",
+    "Save those that belong together alone.",
+    advice=SAVE_ONE,
+)
+NO_NAME = Message(
+    "tensors/no-name",
+    "{name!r} is no name of a tensor, or stands there twice",
+    advice="Save a dict with text or whole numbers as keys, each once.",
+)
+IS_NONE = Message(
+    "tensors/is-none",
+    "{name!r} is None: this gradient was never computed",
+    "Leave it out, or save zeros if that is what the client sends.",
+    advice="Leave the parameter out if it is never sent, or save zeros if that is what the client "
+    "sends.",
+)
+KEY_OF_OTHER_KIND = Message(
+    "whole/key-of-other-kind",
+    "a dictionary in it has a key that is a {kind}",
+    advice="Do not load it by other means before you know where it is from: `torch.save` does not "
+    "write this. Ask for the tensors as `.safetensors`.",
+)
+RUNS_CODE = Message(
+    "tensors/runs-code",
+    "not a plain file of tensors: the pickle in it names {code!r}, which could run code, so it "
+    "was not opened",
+    "Save the tensors alone, for example torch.save(model.state_dict(), path), best as "
+    ".safetensors.",
+    advice="Save the tensors alone in the program that wrote the file: "
+    "`torch.save(model.state_dict(), path)`, or as `.safetensors`.",
+)
+
 
 def read_torch(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Reads the tensors of a file of ``torch.save``; see :func:`describe` for what is not run.
@@ -80,10 +194,7 @@ def _read_archive(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor],
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         root = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else None
         if root is None:
-            raise AuditError(
-                "a zip archive, but not of tensors that torch.save wrote",
-                "A torch.export program is declared as exported; for weights, save the state dict.",
-            )
+            raise AuditError(NO_STATE_DICT())
 
         def read(name: str) -> torch.Tensor:
             with archive.open(root + name) as stream:
@@ -93,11 +204,11 @@ def _read_archive(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor],
             name = f"data/{storage.key}"
             size = names[root + name].file_size
             if size != storage.nbytes:
-                raise ValueError(f"{name} has {size} bytes, not {storage.nbytes}")
+                raise ReasonError(OTHER_STORAGE(file=name, size=size, expected=storage.nbytes))
             return read(name)
 
         if names[f"{root}data.pkl"].file_size > LARGEST_PICKLE:
-            raise _too_long()
+            raise AuditError(LARGE_PICKLE(limit=LARGEST_PICKLE))
         if f"{root}byteorder" in names:
             order = bytes(read("byteorder").numpy()).decode("ascii")
             _check_byte_order(order == "little")
@@ -113,12 +224,12 @@ def _read_legacy(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor], 
         storages: dict[str, Storage] = {}
         try:
             if (describe(pickles), describe(pickles)) != (LEGACY_MAGIC, LEGACY_VERSION):
-                raise ValueError("torch.save did not write it")
+                raise ReasonError(NOT_BY_TORCH_SAVE())
             _check_byte_order(describe(pickles)["little_endian"] is True)
             described, keys = describe(pickles, storages), describe(pickles)
         except ValueError:
             if pickles.tell() == LARGEST_PICKLE:
-                raise _too_long() from None
+                raise AuditError(LARGE_PICKLE(limit=LARGEST_PICKLE)) from None
             raise
         position = pickles.tell()
         places: dict[str, int] = {}
@@ -126,28 +237,21 @@ def _read_legacy(path: Path, most_bytes: int) -> tuple[dict[str, torch.Tensor], 
             places[key] = position + 8
             position += 8 + storages[key].nbytes
             if position > size:
-                raise ValueError("it ends before its tensors do")
+                raise ReasonError(CUT_OFF())
 
         def stored(storage: Storage) -> torch.Tensor:
             file.seek(places[storage.key] - 8)
             count = int.from_bytes(file.read(8), "little")
             if count * storage.dtype.itemsize != storage.nbytes:
-                raise ValueError(f"a storage in it has {count} numbers, not what its pickle says")
+                raise ReasonError(OTHER_STORAGE_SIZE(count=count))
             return read_bytes(file, storage.nbytes)
 
         return _tensors(described, stored, most_bytes)
 
 
-def _too_long() -> AuditError:
-    return AuditError(
-        f"its pickle is longer than {LARGEST_PICKLE:,} bytes",
-        "Save NumPy arrays with np.savez(path, *arrays).",
-    )
-
-
 def _check_byte_order(little: bool) -> None:
     if not little or sys.byteorder != "little":
-        raise AuditError("written by a machine of another byte order", "Save as .safetensors.")
+        raise AuditError(OTHER_BYTE_ORDER())
 
 
 def _tensors(
@@ -156,16 +260,12 @@ def _tensors(
     leaves = find_tensors(described)
     for name, leaf in leaves.items():
         if isinstance(leaf, Valueless):
-            raise AuditError(
-                f"{name!r} is {leaf.kind}; expected a dense tensor",
-                "Save it as an ordinary one: .to_dense(), .dequantize(), .resolve_neg(), "
-                ".contiguous().",
-            )
+            raise AuditError(NOT_DENSE(name=name, kind=leaf.kind))
         if isinstance(leaf, Array) and not leaf.type.code:
-            raise AuditError(f"{name!r} is an array of something else than numbers")
+            raise AuditError(OBJECTS(name=name))
     total = sum(leaf.nbytes for leaf in leaves.values() if not isinstance(leaf, Valueless))
     if total > most_bytes:
-        raise AuditError(f"its tensors have {total:,} bytes; at most {most_bytes:,} are read")
+        raise AuditError(TOO_LARGE_TENSORS(size=total, limit=most_bytes))
     contents: dict[str, torch.Tensor] = {}
     views: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -242,10 +342,7 @@ def find_tensors(described: Any, depth: int = 0) -> dict[str, Leaf]:
         if len(described) == 1 and isinstance(described[0], (dict, list)) and depth < MOST_WRAPPERS:
             return find_tensors(described[0], depth + 1)
         if len(described) > 1 and all(isinstance(part, (dict, list)) for part in described):
-            raise AuditError(
-                f"a list of {len(described)} collections of tensors, for example of several users",
-                "Save the one to be audited: torch.save(torch.load(path)[0], ...).",
-            )
+            raise AuditError(LIST_OF_COLLECTIONS(count=len(described)))
     if isinstance(described, dict):
         chosen = _wrapped(described)
         if chosen is not None:
@@ -254,7 +351,7 @@ def find_tensors(described: Any, depth: int = 0) -> dict[str, Leaf]:
             if isinstance(described.get(key), (dict, list)) and depth < MOST_WRAPPERS:
                 return find_tensors(described[key], depth + 1)
     _refuse_closed(described)
-    raise AuditError(f"expected tensors by name or in order, found {_what_is(described)}")
+    raise AuditError(NO_TENSORS_BY_NAME(found=_what_is(described)))
 
 
 def _entries(part: Any) -> list[tuple[Any, Leaf | None]] | None:
@@ -287,16 +384,12 @@ def _wrapped(described: dict[Any, Any]) -> list[tuple[Any, Leaf | None]] | None:
         found = {key: entries for key, entries in found.items() if key != "buffers"}
     if len(found) > 1:
         raise AuditError(
-            f"holds several collections of tensors: {', '.join(map(repr, found))}",
-            f"Save the right one alone: torch.save(torch.load(path)[{next(iter(found))!r}], ...).",
+            SEVERAL_COLLECTIONS(names=", ".join(map(repr, found)), first=next(iter(found)))
         )
     for key, entries in found.items():
         beside = [name for name, part in described.items() if isinstance(part, LEAVES)]
         if beside and key not in WRAPPERS:
-            raise AuditError(
-                f"holds the tensor {beside[0]!r} beside {key!r}, a collection of tensors",
-                "Save those that belong together alone.",
-            )
+            raise AuditError(BESIDE_COLLECTION(name=beside[0], key=key))
         return entries
     return None
 
@@ -306,12 +399,9 @@ def _by_name(entries: list[tuple[Any, Leaf | None]]) -> dict[str, Leaf]:
     for key, leaf in entries:
         name = str(key)
         if type(key) not in (str, int) or name in named:
-            raise AuditError(f"{key!r} is no name of a tensor, or stands there twice")
+            raise AuditError(NO_NAME(name=key))
         if leaf is None:
-            raise AuditError(
-                f"{name!r} is None: this gradient was never computed",
-                "Leave it out, or save zeros if that is what the client sends.",
-            )
+            raise AuditError(IS_NONE(name=name))
         named[name] = leaf
     return named
 
@@ -323,21 +413,12 @@ def _refuse_closed(described: Any) -> None:
         parts += described.values()
         for key in described:
             if isinstance(key, OddKey):
-                raise ValueError(f"a dictionary in it has a key that is a {key.kind}")
+                raise ReasonError(KEY_OF_OTHER_KIND(kind=key.kind))
     elif isinstance(described, (list, tuple)):
         parts += described
     for part in parts:
         if isinstance(part, Closed):
-            raise _closed(part)
-
-
-def _closed(part: Closed) -> AuditError:
-    return AuditError(
-        "not a plain file of tensors: the pickle in it names "
-        f"{part.text.replace(' ', '.')[:80]!r}, which could run code, so it was not opened",
-        "Save the tensors alone, for example torch.save(model.state_dict(), path), best as "
-        ".safetensors.",
-    )
+            raise AuditError(RUNS_CODE(code=part.text.replace(" ", ".")[:80]))
 
 
 def _what_is(part: Any) -> str:

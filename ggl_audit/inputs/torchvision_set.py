@@ -9,12 +9,42 @@ import torch
 
 from ggl_audit.errors import AuditError, InputError, nearest
 from ggl_audit.inputs.images import ImageSet, as_images
+from ggl_audit.messages import Message
 
 PREFIX = "torchvision:"
 FORM = "torchvision:NAME:FOLDER, or torchvision:NAME:FOLDER:test"
 
 NAMES = ("FashionMNIST", "KMNIST", "MNIST", "SVHN", "USPS")
 PICKLED = ("CIFAR10", "CIFAR100")
+
+NAME_A_SET = (
+    "Name one of FashionMNIST, KMNIST, MNIST, SVHN and USPS and its folder; save another set as "
+    "an `.npz`."
+)
+NO_TORCHVISION_SET = Message(
+    "training/no-torchvision-set",
+    "{source}: expected {form}",
+    advice=NAME_A_SET,
+)
+SET_OF_PICKLES = Message(
+    "training/set-of-pickles",
+    "{source}: {name} comes as pickles, which are not opened here",
+    "Save it as an npz: data = torchvision.datasets.{name}(...); numpy.savez('data.npz', "
+    "images=data.data, labels=data.targets).",
+    advice="Save it as an `.npz` with `images` and `labels`, as the message shows.",
+)
+UNKNOWN_SET = Message(
+    "training/unknown-set",
+    "{source}: {name!r} cannot be read here",
+    "{nearest}",
+    advice=NAME_A_SET,
+)
+SET_NOT_WHOLE = Message(
+    "training/set-not-whole",
+    "torchvision finds no whole {name} there ({reason})",
+    "Download it first: torchvision.datasets.{name}({folder!r}, download=True).",
+    advice="Download the set first, as the message shows; nothing is downloaded here.",
+)
 
 
 def read_torchvision_set(source: str) -> ImageSet:
@@ -32,15 +62,11 @@ def read_torchvision_set(source: str) -> ImageSet:
 
     name, _, place = source.removeprefix(PREFIX).partition(":")
     if not place:
-        raise AuditError(f"{source}: expected {FORM}")
+        raise AuditError(NO_TORCHVISION_SET(source=source, form=FORM))
     if name in PICKLED:
-        raise AuditError(
-            f"{source}: {name} comes as pickles, which are not opened here",
-            f"Save it as an npz: data = torchvision.datasets.{name}(...); "
-            "numpy.savez('data.npz', images=data.data, labels=data.targets).",
-        )
+        raise AuditError(SET_OF_PICKLES(source=source, name=name))
     if name not in NAMES:
-        raise AuditError(f"{source}: {name!r} cannot be read here", nearest(name, NAMES))
+        raise AuditError(UNKNOWN_SET(source=source, name=name, nearest=nearest(name, NAMES)))
     folder, colon, part = place.rpartition(":")
     if not colon or part not in ("train", "test"):
         folder, part = place, "train"
@@ -52,11 +78,7 @@ def read_torchvision_set(source: str) -> ImageSet:
     except Exception as error:
         # What is missing or broken leads torchvision into any error.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            folder,
-            f"torchvision finds no whole {name} there ({reason})",
-            f"Download it first: torchvision.datasets.{name}({folder!r}, download=True).",
-        ) from None
+        raise InputError(folder, SET_NOT_WHOLE(name=name, reason=reason, folder=folder)) from None
     pixels = np.stack([image for image, _ in pairs])
     return ImageSet(
         images=as_images(pixels if pixels.ndim == 4 else pixels[..., None]),

@@ -15,9 +15,34 @@ from ggl_audit.inputs.interpreter import recording_of
 from ggl_audit.inputs.kinds import kind_of
 from ggl_audit.inputs.layouts import Arrangements
 from ggl_audit.inputs.tensors import read_tensors
+from ggl_audit.messages import Message
 
 NORMALIZATIONS = (_BatchNorm, _InstanceNorm)
 """Layers that use running statistics in eval mode, and those of the batch in train mode."""
+
+LACKS_TENSOR = Message(
+    "weights/lacks-tensor",
+    "has no {name!r} {shape}, which the model {model} needs ({count} of {needed} are missing)",
+    "{nearest}",
+    advice="Give the weights of this model; where all are missing, the architecture or "
+    "`model.kwargs` is another.",
+)
+HOLDS_OTHERS = Message(
+    "weights/holds-others",
+    "holds {name!r}, which the model {model} does not have",
+    "{nearest}",
+    advice="Correct `model.kwargs`, or save the weights of this model alone.",
+)
+WEIGHTS_NOT_FINITE = Message(
+    "weights/not-finite",
+    "{name!r} holds values that are NaN or infinite",
+    advice="Take the weights of a round before the training diverged.",
+)
+NOT_FLOATING_POINT = Message(
+    "weights/not-floating-point",
+    "{name!r} is {kind}; expected floating point",
+    "Save the weights after dequantization.",
+)
 
 
 def fill_weights(
@@ -56,22 +81,25 @@ def fill_weights(
     try:
         fit = fit_file(found, known)
     except AuditError as error:
-        raise InputError(path, error.problem, error.remedy) from None
+        raise InputError(path, error.said) from None
     missing = [name for name in needed if name not in fit.tensors]
     if missing:
         raise InputError(
             path,
-            f"has no {missing[0]!r} {tuple(state[missing[0]].shape)}, which the model {model} "
-            f"needs ({len(missing)} of {len(needed)} are missing)",
-            nearest(missing[0], fit.unknown) if fit.unknown else "",
+            LACKS_TENSOR(
+                name=missing[0],
+                shape=tuple(state[missing[0]].shape),
+                model=model,
+                count=len(missing),
+                needed=len(needed),
+                nearest=nearest(missing[0], fit.unknown) if fit.unknown else "",
+            ),
         )
     unknown = (file for file in fit.unknown if kind_of(file, found[file]) is None)
     beside = [file for file in unknown if file.startswith(fit.prefix)]
     if beside:
         raise InputError(
-            path,
-            f"holds {beside[0]!r}, which the model {model} does not have",
-            nearest(beside[0], state),
+            path, HOLDS_OTHERS(name=beside[0], model=model, nearest=nearest(beside[0], state))
         )
     for name, tensor in fit.tensors.items():
         _check_values(tensor, state[name], fit.sources[name], path)
@@ -89,11 +117,7 @@ def _is_idle(name: str, module: nn.Module) -> bool:
 def _check_values(found: torch.Tensor, expected: torch.Tensor, file: str, path: Path) -> None:
     if found.is_floating_point():
         if not bool(torch.isfinite(found).all()):
-            raise InputError(path, f"{file!r} holds values that are NaN or infinite")
+            raise InputError(path, WEIGHTS_NOT_FINITE(name=file))
     elif expected.is_floating_point():
         kind = str(found.dtype).removeprefix("torch.")
-        raise InputError(
-            path,
-            f"{file!r} is {kind}; expected floating point",
-            "Save the weights after dequantization.",
-        )
+        raise InputError(path, NOT_FLOATING_POINT(name=file, kind=kind))

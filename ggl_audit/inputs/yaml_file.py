@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
+from ggl_audit.basics.files import CANNOT_BE_READ, no_file
 from ggl_audit.errors import AuditError, InputError
+from ggl_audit.messages import Message, Said
 
 LARGEST_BYTES = 100_000
 MOST_NODES = 5_000
@@ -22,6 +24,79 @@ MOST_NODES = 5_000
 DEEPEST = 50
 LONGEST_KEY = 200
 LONGEST_INTEGER = 40
+
+GIVE_THE_SPEC = "Give the spec itself; tensors and images have keys of their own."
+NOT_YAML_FILE = Message(
+    "yaml/not-yaml-file",
+    "not a file; expected a text in YAML",
+    advice=GIVE_THE_SPEC,
+)
+LARGE_YAML = Message(
+    "yaml/large-yaml",
+    "larger than {limit:,} bytes; expected a short YAML file",
+    advice=GIVE_THE_SPEC,
+)
+NOT_UTF_8 = Message(
+    "yaml/not-utf-8",
+    "not a text in UTF-8; expected YAML",
+    advice=GIVE_THE_SPEC,
+)
+CORRECT_THE_LINE = (
+    "Correct the line: usual causes are tabs, a missing space after a colon, and text with `:` or "
+    "`#` that is not in quotes."
+)
+CHARACTER = Message(
+    "yaml/character",
+    "not valid YAML: the character {character}",
+    advice=CORRECT_THE_LINE,
+)
+NOT_YAML = Message(
+    "yaml/not-yaml",
+    "not valid YAML: {reason}",
+    advice=CORRECT_THE_LINE,
+)
+NO_VALUE_OF_ITS_KIND = Message(
+    "yaml/no-value-of-its-kind",
+    "not valid YAML: a value that is not of its kind",
+    advice=CORRECT_THE_LINE,
+)
+WRITE_OUT = "Write out what anchors and aliases stand for; no spec needs so much."
+HOLDS_ITSELF = Message(
+    "yaml/holds-itself",
+    "holds itself, by an alias",
+    advice=WRITE_OUT,
+)
+TOO_DEEP = Message(
+    "yaml/too-deep",
+    "nests deeper than {limit} levels",
+    advice=WRITE_OUT,
+)
+TOO_MANY = Message(
+    "yaml/too-many",
+    "holds more than {limit:,} keys and values",
+    advice=WRITE_OUT,
+)
+KEY_IS_NO_NAME = Message(
+    "yaml/key-is-no-name",
+    "a key that is no name",
+    advice="Write keys as short plain text.",
+)
+KEY_TWICE = Message(
+    "yaml/key-twice",
+    "the key {key!r} stands here twice",
+    advice="Keep one of the two.",
+)
+TOO_MANY_DIGITS = Message(
+    "yaml/too-many-digits",
+    "a number of {count} digits",
+    advice="Write a shorter number, or text in quotes.",
+)
+VALUE_OF_OTHER_KIND = Message(
+    "yaml/value-of-other-kind",
+    "a value of the kind {kind!r}; expected text, a number, true, false, null, a list or a mapping",
+    "Put text in quotes.",
+    advice="Put dates and the like in quotes, and leave out tags such as `!!set`.",
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +119,8 @@ class NotYamlError(AuditError):
         line: where, from 1; None where that is not known.
     """
 
-    def __init__(self, problem: str, remedy: str = "", line: int | None = None) -> None:
-        super().__init__(problem, remedy)
+    def __init__(self, said: Said, line: int | None = None) -> None:
+        super().__init__(said)
         self.line = line
 
 
@@ -61,22 +136,22 @@ def read_yaml(path: Path, remedy: str = "") -> Yaml:
     """
     try:
         if not path.exists():
-            raise InputError(path, "no such file", remedy)
+            raise no_file(path, remedy)
         if not path.is_file():
-            raise InputError(path, "not a file; expected a text in YAML")
+            raise InputError(path, NOT_YAML_FILE())
         with path.open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})") from None
+        raise InputError(path, CANNOT_BE_READ(reason=error.strerror)) from None
     if len(content) > LARGEST_BYTES:
-        raise InputError(path, f"larger than {LARGEST_BYTES:,} bytes; expected a short YAML file")
+        raise InputError(path, LARGE_YAML(limit=LARGEST_BYTES))
     try:
         return parse_yaml(content.decode("utf-8"))
     except UnicodeDecodeError:
-        raise InputError(path, "not a text in UTF-8; expected YAML") from None
+        raise InputError(path, NOT_UTF_8()) from None
     except NotYamlError as error:
         where = path if error.line is None else f"{path}:{error.line}"
-        raise InputError(where, error.problem, error.remedy) from None
+        raise InputError(where, error.said) from None
 
 
 def parse_yaml(text: str) -> Yaml:
@@ -93,16 +168,16 @@ def parse_yaml(text: str) -> Yaml:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         found = repr(chr(error.character))
-        raise NotYamlError(f"not valid YAML: the character {found}", line=line) from None
+        raise NotYamlError(CHARACTER(character=found), line=line) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise NotYamlError(
-            f"not valid YAML: {error.problem or error.context}",
+            NOT_YAML(reason=error.problem or error.context),
             line=None if mark is None else mark.line + 1,
         ) from None
     except (ValueError, KeyError, IndexError, OverflowError):
         # PyYAML fails so on a tag or an escape that the value does not fit.
-        raise NotYamlError("not valid YAML: a value that is not of its kind") from None
+        raise NotYamlError(NO_VALUE_OF_ITS_KIND()) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -128,7 +203,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         assert node is not None
         if alias and id(node) not in self._sizes:
-            raise NotYamlError("holds itself, by an alias", line=line)
+            raise NotYamlError(HOLDS_ITSELF(), line=line)
         if not alias:
             self._sizes[id(node)] = self._measure(node)
         nodes, levels = self._sizes[id(node)]
@@ -148,9 +223,9 @@ class _Loader(yaml.SafeLoader):
 
     def _limit(self, levels: int, line: int) -> None:
         if self._depth + levels > DEEPEST:
-            raise NotYamlError(f"nests deeper than {DEEPEST} levels", line=line)
+            raise NotYamlError(TOO_DEEP(limit=DEEPEST), line=line)
         if self._nodes > MOST_NODES:
-            raise NotYamlError(f"holds more than {MOST_NODES:,} keys and values", line=line)
+            raise NotYamlError(TOO_MANY(limit=MOST_NODES), line=line)
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
@@ -159,25 +234,22 @@ def _check_keys(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode) or len(key.value) > LONGEST_KEY:
-            raise NotYamlError("a key that is no name", line=line)
+            raise NotYamlError(KEY_IS_NO_NAME(), line=line)
         if key.value in names:
-            raise NotYamlError(f"the key {key.value!r} stands here twice", line=line)
+            raise NotYamlError(KEY_TWICE(key=key.value), line=line)
         names.add(key.value)
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     if len(node.value) > LONGEST_INTEGER:
         line = node.start_mark.line + 1
-        raise NotYamlError(f"a number of {len(node.value)} digits", line=line)
+        raise NotYamlError(TOO_MANY_DIGITS(count=len(node.value)), line=line)
     return loader.construct_yaml_int(node)
 
 
 def _undefined(_: _Loader, node: yaml.Node) -> Hashable:
     raise NotYamlError(
-        f"a value of the kind {node.tag.rpartition(':')[2]!r}; expected text, a number, true, "
-        "false, null, a list or a mapping",
-        "Put text in quotes.",
-        line=node.start_mark.line + 1,
+        VALUE_OF_OTHER_KIND(kind=node.tag.rpartition(":")[2]), line=node.start_mark.line + 1
     )
 
 

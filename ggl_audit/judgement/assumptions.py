@@ -77,7 +77,7 @@ def assumptions(case: Case, suite: Suite) -> Assumptions:
             f"measured on canaries from there, with candidates {_alike(case)}."
         )
         said.append(_seen(case))
-    said += [f"{doubt[:1].upper()}{doubt[1:]}." for doubt in case.prior.doubts]
+    said += [f"{doubt.text[:1].upper()}{doubt.text[1:]}." for doubt in case.prior.doubts]
     if spec.capture.labels == "infer":
         said.append(_inferred(case))
         if case.model.classes <= TWO:

@@ -30,6 +30,7 @@ from ggl_audit.experiments.capture import captured_trials
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 from ggl_audit.inputs.png_uri import PngUri, png_uri
 from ggl_audit.judgement.assumptions import Assumptions, assumptions
+from ggl_audit.messages import Said
 from ggl_audit.spec import EvidenceSpec, GateSpec
 
 
@@ -127,7 +128,7 @@ class Declared(BaseModel):
     environment: dict[str, str]
     captures: list[DeclaredCapture]
     checks: list[Check]
-    doubts: list[str]
+    doubts: list[Said]
     guarantee: Guarantee | None
     bound_for_any_model: float
     in_the_clear: list[str]
@@ -148,7 +149,8 @@ def declare(case: Case, suite: Suite, experiments: Sequence[Experiment[Result]])
     """Puts down what is known of a case before its first trial."""
     spec = case.spec
     bound = largest_advantage(case.defense.sensitivity.guarantee(), 1 / spec.evidence.candidates)
-    no_label = why_not_inferred(case.model, case.members)
+    hidden = why_not_inferred(case.model, case.members)
+    no_label = "" if hidden is None else hidden.text
     if not no_label and case.model.classes == 1:
         no_label = "there is one label only"
     made = [DeclaredAttack(name=one.name, source=one.source) for one in suite.attacks]

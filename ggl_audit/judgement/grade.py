@@ -17,6 +17,7 @@ from ggl_audit.evidence.standing import (
     bounded,
     reconstructed,
 )
+from ggl_audit.messages import Message, Said
 
 Grade = Literal["A", "B", "C", "D", "F", "inconclusive"]
 
@@ -37,6 +38,110 @@ IN_WORDS: dict[Grade, str] = {
 ONE_QUESTION = (
     "That is the one question which this grade is about: the label, attributes and other rounds "
     "are others."
+)
+
+STAGE_LACKS = Message(
+    "doubt/stage-lacks",
+    "not enough was measured of {stage}, which a pass takes",
+    advice="Give it more time (`--time-limit`), or go on with the same `--ledger`.",
+)
+CLIENT_SENDS_OTHERS = Message(
+    "doubt/client-sends-others",
+    "what the client's own code sends is not as declared: {detail}",
+    advice="Act on the finding; what it says is explained above, under what contradicts.",
+)
+PROMISE_CONTRADICTED = Message(
+    "doubt/promise-contradicted",
+    "the promise of differential privacy is contradicted",
+    advice="Act on finding GGL006: more is identified than the guarantee allows, or a smaller "
+    "epsilon is claimed than the noise gives.",
+)
+SAMPLES_OF_PRIOR = Message(
+    "doubt/samples-of-prior",
+    "the canaries are samples of the prior, which may be more alike than real images are: give an "
+    "evidence.reference",
+    advice="Give public images that are like the private ones.",
+)
+SHOW_THE_FIT = (
+    "Give `evidence.truth` if you hold the private image, raise `evidence.reconstruction_trials` "
+    "and `attack.evaluations`, or bound the gradient by a clip before the noise."
+)
+FIT_NOT_SHOWN = Message(
+    "doubt/fit-not-shown",
+    "nothing shows that the capture belongs to the declared model, and a larger gradient, of "
+    "another model or round, would stand out of this noise",
+    advice=SHOW_THE_FIT,
+)
+UNDECIDED = Message(
+    "doubt/undecided",
+    "the capture is neither like the canaries' gradients nor clearly unlike them: {detail}",
+    advice="Begin with the named tensor: its order, layout or layer may be another. Raise "
+    "`attack.evaluations` and `evidence.reconstruction_trials`, or give `evidence.truth`, which "
+    "settles it.",
+)
+CONTROL_FAILS = Message(
+    "doubt/control-fails",
+    "even without the defense it identifies only {count} of {trials}: look at the weights, the "
+    "normalization and the reference",
+    advice="Look at these: the images cannot be told apart by this model at all, so the defense "
+    "is not what was measured.",
+)
+NO_LIKELIHOOD = Message(
+    "doubt/no-likelihood",
+    "the client's random draws leave this tool without the best matching statistic, so better "
+    "matching may identify more",
+    advice="Audit a release that tells the attacker more: `order: fixed`, no error feedback, or "
+    "none of the steps that come after the noise or hide a mask.",
+)
+STEP_HIDDEN = Message(
+    "doubt/step-hidden",
+    "the capture cannot show {step}, which the ceiling takes for granted",
+    advice="Give the gradient as it is before the defense with `capture.stage: raw`, so that this "
+    "tool applies the steps; a capture of what is sent cannot show this one.",
+)
+NO_A = Message(
+    "doubt/no-a",
+    "{reason}; no A, as nothing shows that the capture belongs to the declared model, and for any "
+    "other the clip and the noise only bound the advantage by {advantage:.2f}",
+    advice=SHOW_THE_FIT,
+)
+READ_OFF = Message(
+    "inconclusive/read-off",
+    "The private image was read off the captured gradient exactly",
+    advice="Do not send the first layer's bias, or add noise after a clip.",
+)
+CUT_SHORT = Message(
+    "inconclusive/cut-short",
+    "The audit was cut short during {stage}. {reason}",
+    advice="Run it to the end, or with fewer trials or evaluations; `ggl-audit check` predicts "
+    "the time.",
+)
+CONTRADICTED = Message(
+    "inconclusive/contradicted",
+    "The capture contradicts {step}: {detail}",
+    advice="Find the contradicting step [below](#what-contradicts).",
+)
+IS_UNLIKE = Message(
+    "inconclusive/is-unlike",
+    "The capture is unlike the canaries' gradients: {detail}. Likely cause: {cause}",
+    advice="Look at the likely cause, [below](#likely-causes).",
+)
+NO_MATCHING_TRIALS = Message(
+    "inconclusive/no-matching-trials",
+    "No matching trials were run, so nothing bounds the leakage",
+    advice="Raise `evidence.matching_trials`.",
+)
+TOO_FEW_TRIALS = Message(
+    "inconclusive/too-few-trials",
+    "Too few trials. {rate}, which fits guessing and much more; a B takes about {trials_for_b} "
+    "matching trials, an A about {trials_for_a}",
+    advice="Raise `evidence.matching_trials` to the number for the grade, with as many reference "
+    "images.",
+)
+NO_RECONSTRUCTION_TRIALS = Message(
+    "inconclusive/no-reconstruction-trials",
+    "{rate}, but no reconstruction trials were run",
+    advice="Raise `evidence.reconstruction_trials`.",
 )
 
 
@@ -95,10 +200,10 @@ def doubts_about_ceiling(
     fit_is_proven: bool,
     real_images: bool,
     promise_is_broken: bool,
-    about_the_client: Sequence[str] = (),
+    about_the_client: Sequence[Said] = (),
     noise: NoiseTest | None = None,
     lacking: Sequence[str] = (),
-) -> list[str]:
+) -> list[Said]:
     """The reasons for which a low ceiling must not be taken for a good defense.
 
     Args:
@@ -115,45 +220,25 @@ def doubts_about_ceiling(
         noise: what its noise is like; None if that was not tested.
         lacking: what was planned and left out, as there was no time; in words.
     """
-    doubts = []
-    doubts += [f"not enough was measured of {stage}, which a pass takes" for stage in lacking]
+    doubts = [STAGE_LACKS(stage=stage) for stage in lacking]
     if noise is not None and noise.violations:
-        found = noise.violations[0].detail
-        doubts.append(f"what the client's own code sends is not as declared: {found}")
+        doubts.append(CLIENT_SENDS_OTHERS(detail=noise.violations[0].detail))
     doubts += about_the_client
     if promise_is_broken:
-        doubts.append("the promise of differential privacy is contradicted")
+        doubts.append(PROMISE_CONTRADICTED())
     if not real_images:
-        doubts.append(
-            "the canaries are samples of the prior, which may be more alike than real images are: "
-            "give an evidence.reference"
-        )
+        doubts.append(SAMPLES_OF_PRIOR())
     fits = fit_is_proven or (likeness is not None and likeness.rules_out_larger)
     if not fits and bound_for_any_model > LITTLE_LEAKAGE:
-        doubts.append(
-            "nothing shows that the capture belongs to the declared model, and a larger gradient, "
-            "of another model or round, would stand out of this noise"
-        )
+        doubts.append(FIT_NOT_SHOWN())
     if likeness is not None and likeness.outcome == "undecided":
-        doubts.append(
-            "the capture is neither like the canaries' gradients nor clearly unlike them: "
-            f"{likeness.detail}"
-        )
+        doubts.append(UNDECIDED(detail=likeness.detail))
     if matching_control is not None and matching_control.advantage_lower <= MATCHING_WORKS:
-        doubts.append(
-            f"even without the defense it identifies only {matching_control.successes} of "
-            f"{matching_control.trials}: look at the weights, the normalization and the reference"
-        )
+        count, trials = matching_control.successes, matching_control.trials
+        doubts.append(CONTROL_FAILS(count=count, trials=trials))
     if not has_likelihood:
-        doubts.append(
-            "the client's random draws leave this tool without the best matching statistic, so "
-            "better matching may identify more"
-        )
-    doubts += [
-        f"the capture cannot show {check.step}, which the ceiling takes for granted"
-        for check in checks
-        if check.outcome == "hidden"
-    ]
+        doubts.append(NO_LIKELIHOOD())
+    doubts += [STEP_HIDDEN(step=check.step) for check in checks if check.outcome == "hidden"]
     return doubts
 
 
@@ -162,7 +247,7 @@ def decide(
     ceiling: Rate | None,
     checks: Sequence[Check],
     likeness: Likeness | None,
-    doubts: Sequence[str],
+    doubts: Sequence[Said],
     cut_short: str | None,
     fail_on: Grade,
     bound_for_any_model: float = 0.0,
@@ -183,21 +268,17 @@ def decide(
         exact: whether the image was read off the capture exactly, which settles the matter.
     """
     if exact:
-        reason = "The private image was read off the captured gradient exactly."
-        return Verdict(grade="F", reason=reason, exit_code=1)
+        return Verdict(grade="F", reason=f"{READ_OFF()}.", exit_code=1)
     grade, reason = _grade(floor, ceiling, checks, likeness)
     if grade == "A" and bound_for_any_model > NO_LEAKAGE:
         grade = "B"
-        reason = (
-            f"{reason.removesuffix('.')}; no A, as nothing shows that the capture belongs to the "
-            "declared model, and for any other the clip and the noise only bound the advantage "
-            f"by {bound_for_any_model:.2f}."
-        )
+        no_a = NO_A(reason=reason.removesuffix("."), advantage=bound_for_any_model)
+        reason = f"{no_a}."
     if grade in ("A", "B") and doubts:
         grade, reason = "inconclusive", f"{reason.removesuffix('.')}, but {doubts[0]}."
     if cut_short is not None:
         grade = "inconclusive" if grade in ("A", "B") else grade
-        reason = f"The audit was cut short during {cut_short}. {reason}"
+        reason = CUT_SHORT(stage=cut_short, reason=reason).text
     if grade == "inconclusive" or cut_short is not None:
         return Verdict(grade=grade, reason=reason, exit_code=3)
     failed = ORDER.index(grade) >= ORDER.index(fail_on)
@@ -213,35 +294,29 @@ def _grade(
     contradicted = [check for check in checks if check.outcome == "contradicts"]
     if contradicted:
         check = contradicted[0]
-        return (
-            "inconclusive",
-            f"The capture contradicts {check.step}: {check.detail}.",
-        )
+        return "inconclusive", f"{CONTRADICTED(step=check.step, detail=check.detail)}."
     if likeness is not None and likeness.outcome == "unlike":
-        return (
-            "inconclusive",
-            f"The capture is unlike the canaries' gradients: {likeness.detail}. Likely cause: "
-            f"{likeness.cause}.",
-        )
+        unlike = IS_UNLIKE(detail=likeness.detail, cause=likeness.cause)
+        return "inconclusive", f"{unlike}."
     taken = reconstructed(floor)
     if floor is not None and taken is not None:
         return taken, f"{_floor(floor)}."
     if ceiling is None:
-        return "inconclusive", "No matching trials were run, so nothing bounds the leakage."
+        return "inconclusive", f"{NO_MATCHING_TRIALS()}."
     standing = bounded(ceiling)
     if standing == "A":
         return "A", f"{_ceiling(ceiling)}, about as often as by guessing."
     if standing == "B":
         return "B", f"{_ceiling(ceiling)}."
     if standing == "unclear":
-        return (
-            "inconclusive",
-            f"Too few trials. {_ceiling(ceiling)}, which fits guessing and much more; "
-            f"a B takes about {trials_needed(LITTLE_LEAKAGE, ceiling.chance)} matching trials, an "
-            f"A about {trials_needed(NO_LEAKAGE, ceiling.chance)}.",
+        few = TOO_FEW_TRIALS(
+            rate=_ceiling(ceiling),
+            trials_for_b=trials_needed(LITTLE_LEAKAGE, ceiling.chance),
+            trials_for_a=trials_needed(NO_LEAKAGE, ceiling.chance),
         )
+        return "inconclusive", f"{few}."
     if floor is None:
-        return "inconclusive", f"{_ceiling(ceiling)}, but no reconstruction trials were run."
+        return "inconclusive", f"{NO_RECONSTRUCTION_TRIALS(rate=_ceiling(ceiling))}."
     return "C", f"{_ceiling(ceiling)}. {_floor(floor)}."
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ggl_audit.errors import SpecError
+from ggl_audit.errors import SpecError, raised
+from ggl_audit.messages import Message
 from ggl_audit.optimizers.base import (
     DERIVATIVE_COST,
     EVALUATION_COST,
@@ -42,6 +43,25 @@ __all__ = [
     "wants_more",
 ]
 
+NOT_INSTALLED = Message(
+    "spec/not-installed",
+    "{optimizer} needs {library}, which is not installed",
+    "Run `pip install '{package}'`, or use the optimizer 'cma'.",
+    advice="Run the `pip install` that the message names, or choose another of `ggl-audit list "
+    "optimizers`.",
+)
+NO_SUBSPACE = Message(
+    "spec/no-subspace",
+    "subspace is for optimizer: {takers}",
+    advice="Leave `attack.subspace` out, as other optimizers search all of the latent space.",
+)
+CANNOT_BE_USED = Message(
+    "spec/cannot-be-used",
+    "{optimizer} cannot be used here ({error})",
+    "Another population or budget may suit it; `ggl-audit list optimizers` shows others.",
+    advice="Give another `attack.population` or `attack.evaluations`, or the optimizer `cma`.",
+)
+
 
 def wants_more(optimizer: str) -> bool:
     """Whether an optimizer wants to be told more than losses."""
@@ -71,12 +91,13 @@ def start_optimizer(
         if importlib.util.find_spec(library) is None:
             raise SpecError(
                 KEY,
-                f"{attack.optimizer} needs {library}, which is not installed",
-                f"Run `pip install '{family.install or library}'`, or use the optimizer 'cma'.",
+                NOT_INSTALLED(
+                    optimizer=attack.optimizer, library=library, package=family.install or library
+                ),
             )
     if attack.subspace is not None and not family.takes_subspace:
         takers = [name for name, other in families().items() if other.takes_subspace]
-        raise SpecError(("attack", "subspace"), f"subspace is for optimizer: {' or '.join(takers)}")
+        raise SpecError(("attack", "subspace"), NO_SUBSPACE(takers=" or ".join(takers)))
 
     def start(seeds: Sequence[int], evaluations: int, device: torch.device) -> Optimizer:
         with quiet():
@@ -104,7 +125,5 @@ def _try_out(start: Start, attack: AttackSpec) -> None:
     except Exception as error:
         # Libraries have conditions of their own, nevergrad for each of hundreds of optimizers.
         raise SpecError(
-            KEY,
-            f"{attack.optimizer} cannot be used here ({type(error).__name__}: {error})",
-            "Another population or budget may suit it; `ggl-audit list optimizers` shows others.",
+            KEY, CANNOT_BE_USED(optimizer=attack.optimizer, error=raised(error))
         ) from None

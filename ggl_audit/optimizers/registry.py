@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from ggl_audit.basics.plugins import added_by_packages
 from ggl_audit.errors import AuditError, SpecError, nearest
+from ggl_audit.messages import Message
 from ggl_audit.optimizers.family import ANY_NAME, Family
 
 Kind = TypeVar("Kind", bound=type[Family])
@@ -19,6 +20,41 @@ TOLD = ("name", "source", "good_for")
 """Traits that have no default."""
 
 _registered: list[type[Family]] = []
+
+OPTIMIZERS_NAMED_ALIKE = Message(
+    "code/optimizers-named-alike",
+    "{first} and {second} are both the optimizer {name!r}",
+    "Rename one of them, or uninstall its package.",
+    advice="Rename one of the two, or uninstall its package.",
+)
+NO_VARIANT = Message(
+    "spec/no-variant",
+    "{package} has no optimizer {name!r}",
+    "{nearest}",
+    advice="Choose one of `ggl-audit list optimizers` for `attack.optimizer`.",
+)
+UNKNOWN_OPTIMIZER = Message(
+    "spec/unknown-optimizer",
+    "there is no optimizer {name!r}",
+    "{nearest} `ggl-audit list optimizers` shows all.",
+    advice="Choose one of `ggl-audit list optimizers` for `attack.optimizer`.",
+)
+MEND_OR_UNINSTALL = (
+    "Mend or uninstall the package; [CONTRIBUTING.md](../CONTRIBUTING.md) names a file to imitate."
+)
+NO_OPTIMIZER = Message(
+    "code/no-optimizer",
+    "the optimizer {name!r} of another package is a {kind}; expected a class that derives from "
+    "ggl_audit.optimizers.Family",
+    "Mend or uninstall the package.",
+    advice=MEND_OR_UNINSTALL,
+)
+LACKS_TRAIT = Message(
+    "code/lacks-trait",
+    "the optimizer {optimizer} has no {trait}",
+    'Give it: {trait}: ClassVar[str] = "...".',
+    advice=MEND_OR_UNINSTALL,
+)
 
 
 def register(family: Kind) -> Kind:
@@ -40,8 +76,9 @@ def families() -> dict[str, type[Family]]:
         for name, other in found.items():
             if _overlap(name, family.name):
                 raise AuditError(
-                    f"{_place(family)} and {_place(other)} are both the optimizer {family.name!r}",
-                    "Rename one of them, or uninstall its package.",
+                    OPTIMIZERS_NAMED_ALIKE(
+                        first=_place(family), second=_place(other), name=family.name
+                    )
                 )
         found[family.name] = family
     return dict(sorted(found.items()))
@@ -60,15 +97,11 @@ def find_family(name: str) -> type[Family]:
         variants = open_family.variants()
         if variant not in variants:
             raise SpecError(
-                KEY, f"{prefix} has no optimizer {variant!r}", nearest(variant, variants)
+                KEY, NO_VARIANT(package=prefix, name=variant, nearest=nearest(variant, variants))
             )
         return open_family
     if name not in known:
-        raise SpecError(
-            KEY,
-            f"there is no optimizer {name!r}",
-            nearest(name, known) + " `ggl-audit list optimizers` shows all.",
-        )
+        raise SpecError(KEY, UNKNOWN_OPTIMIZER(name=name, nearest=nearest(name, known)))
     return known[name]
 
 
@@ -77,17 +110,10 @@ def _added() -> list[type[Family]]:
     found: list[type[Family]] = []
     for point, family in added_by_packages("optimizers").items():
         if not isinstance(family, type) or not issubclass(family, Family):
-            raise AuditError(
-                f"the optimizer {point!r} of another package is a {type(family).__name__}; "
-                "expected a class that derives from ggl_audit.optimizers.Family",
-                "Mend or uninstall the package.",
-            )
+            raise AuditError(NO_OPTIMIZER(name=point, kind=type(family).__name__))
         for trait in TOLD:
             if not isinstance(getattr(family, trait, None), str):
-                raise AuditError(
-                    f"the optimizer {_place(family)} has no {trait}",
-                    f'Give it: {trait}: ClassVar[str] = "...".',
-                )
+                raise AuditError(LACKS_TRAIT(optimizer=_place(family), trait=trait))
         found.append(family)
     return found
 

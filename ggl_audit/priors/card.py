@@ -10,12 +10,25 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import InputError, dotted
 from ggl_audit.inputs.yaml_file import read_yaml
+from ggl_audit.messages import Message
 from ggl_audit.priors.generator import Architecture
 
 CARD_NAME = "card.yaml"
 WEIGHTS_NAME = "generator.safetensors"
 SHEET_NAME = "samples.png"
 SEEN_NAME = "seen.safetensors"
+
+NO_CARD = Message(
+    "generator/no-card",
+    "no {card} in it",
+    "Give a folder that `ggl-audit prior train` wrote.",
+    advice="Give a folder that `ggl-audit prior train` wrote, whole and unchanged.",
+)
+OTHER_CARD = Message(
+    "generator/other-card",
+    "not a prior's card ({key}: {reason})",
+    advice="Give a folder that `ggl-audit prior train` wrote, whole and unchanged.",
+)
 
 
 class Inversion(BaseModel):
@@ -68,14 +81,12 @@ def read_card(folder: Path) -> Card:
     """
     path = folder / CARD_NAME
     if not path.is_file():
-        raise InputError(
-            folder, f"no {CARD_NAME} in it", "Give a folder that `ggl-audit prior train` wrote."
-        )
+        raise InputError(folder, NO_CARD(card=CARD_NAME))
     try:
         return Card.model_validate(read_yaml(path).data)
     except ValidationError as error:
-        key, problem, _ = first_problem(error, lambda _: Card.model_fields)
-        raise InputError(path, f"not a prior's card ({dotted(key)}: {problem})") from None
+        key, said = first_problem(error, lambda _: Card.model_fields)
+        raise InputError(path, OTHER_CARD(key=dotted(key), reason=said)) from None
 
 
 def render_card(card: Card) -> str:

@@ -14,6 +14,7 @@ from ggl_audit.basics.files import write_whole
 from ggl_audit.errors import InputError
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.tensors import read_tensors
+from ggl_audit.messages import Message
 from ggl_audit.priors.generator import Architecture
 from ggl_audit.priors.training import Schedule, Training
 
@@ -21,6 +22,40 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 AGAIN = "Give the settings and the data of its start, or delete it to start anew."
 
 Settings = dict[str, str]
+
+NOTHING_TO_GO_ON_FROM = Message(
+    "training/nothing-to-go-on-from",
+    "no such file: there is nothing to go on from",
+    "Leave out --resume to start.",
+    advice="Leave out `--resume`.",
+)
+CHECKPOINT_CANNOT_BE_READ = Message(
+    "training/checkpoint-cannot-be-read",
+    "cannot be read",
+    "Delete it to start anew.",
+    advice="Delete the checkpoint to start anew.",
+)
+AS_AT_THE_START = (
+    "Give the command of the start with `--resume`, or delete the checkpoint to start anew."
+)
+OTHER_IMAGES = Message(
+    "training/other-images",
+    "is of a training on other images or labels",
+    AGAIN,
+    advice=AS_AT_THE_START,
+)
+OTHER_SETTINGS = Message(
+    "training/other-settings",
+    "is of a training with other settings: {name} {there}, not {value}",
+    AGAIN,
+    advice=AS_AT_THE_START,
+)
+NOT_A_WHOLE_CHECKPOINT = Message(
+    "training/not-a-whole-checkpoint",
+    "not a whole checkpoint ({reason})",
+    "Delete it to start anew.",
+    advice="Delete the checkpoint to start anew.",
+)
 
 
 def settings_of(
@@ -55,27 +90,21 @@ def restore_checkpoint(folder: Path, training: Training, settings: Settings) -> 
     """
     path = folder / CHECKPOINT_NAME
     if not path.is_file():
-        raise InputError(
-            path, "no such file: there is nothing to go on from", "Leave out --resume to start."
-        )
+        raise InputError(path, NOTHING_TO_GO_ON_FROM())
     state = read_tensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             began: Settings = file.metadata() or {}
     except (SafetensorError, OSError):
-        raise InputError(path, "cannot be read", "Delete it to start anew.") from None
+        raise InputError(path, CHECKPOINT_CANNOT_BE_READ()) from None
     for name, value in settings.items():
         if began.get(name) == value:
             continue
         if name == "data":
-            raise InputError(path, "is of a training on other images or labels", AGAIN)
+            raise InputError(path, OTHER_IMAGES())
         there = began.get(name, "missing")[:40]
-        raise InputError(
-            path, f"is of a training with other settings: {name} {there}, not {value}", AGAIN
-        )
+        raise InputError(path, OTHER_SETTINGS(name=name, there=there, value=value))
     try:
         training.restore(state)
     except ValueError as error:
-        raise InputError(
-            path, f"not a whole checkpoint ({error})", "Delete it to start anew."
-        ) from None
+        raise InputError(path, NOT_A_WHOLE_CHECKPOINT(reason=error)) from None

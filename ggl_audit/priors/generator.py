@@ -10,8 +10,18 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from ggl_audit.errors import ReasonError
+from ggl_audit.messages import Message
+
 LARGEST_START = 7
 SLOPE = 0.2
+
+CANNOT_BE_HALVED = Message(
+    "training/cannot-be-halved",
+    "size {size} cannot be halved down to 4 to {largest} pixels; 16, 20, 24, 28, 32, 40, 48, 56 "
+    "and 64 can",
+    advice="Resize or crop the images to one of these sizes.",
+)
 
 
 class Architecture(BaseModel):
@@ -36,10 +46,7 @@ class Architecture(BaseModel):
     @model_validator(mode="after")
     def _size_can_be_halved(self) -> Architecture:
         if not 4 <= self.start <= LARGEST_START:
-            raise ValueError(
-                f"size {self.size} cannot be halved down to 4 to {LARGEST_START} pixels; "
-                "16, 20, 24, 28, 32, 40, 48, 56 and 64 can"
-            )
+            raise ReasonError(CANNOT_BE_HALVED(size=self.size, largest=LARGEST_START))
         return self
 
     @property

@@ -6,9 +6,31 @@ from dataclasses import replace
 
 from ggl_audit.errors import AuditError
 from ggl_audit.inputs.images import ImageSet, fingerprints
+from ggl_audit.messages import Message
 from ggl_audit.priors.classes import place_in_class
 
 EVERY = 10
+
+OTHER_HELD_OUT = (
+    "Give `--held-out` other images of the same kind, or leave it out: a tenth of the data is "
+    "then held out."
+)
+HELD_OUT_DIFFERS_IN_SIZE = Message(
+    "training/held-out-differs-in-size",
+    "the images of {held_out} and {data} differ in size",
+    advice=OTHER_HELD_OUT,
+)
+HELD_OUT_HAS_OTHER_CLASSES = Message(
+    "training/held-out-has-other-classes",
+    "{held_out} has classes that {data} does not have",
+    advice=OTHER_HELD_OUT,
+)
+NOT_HELD_OUT = Message(
+    "training/not-held-out",
+    "all images of {held_out} are also in {data}, so they are not held out",
+    "Leave out --held-out, and a tenth of the data is.",
+    advice=OTHER_HELD_OUT,
+)
 
 
 def hold_out(data: ImageSet) -> tuple[ImageSet, ImageSet | None]:
@@ -41,15 +63,12 @@ def apart(unseen: ImageSet, seen: ImageSet) -> ImageSet:
         AuditError: the images have another size or other classes, or all are trained on.
     """
     if unseen.images.shape[1:] != seen.images.shape[1:]:
-        raise AuditError(f"the images of {unseen.source} and {seen.source} differ in size")
+        raise AuditError(HELD_OUT_DIFFERS_IN_SIZE(held_out=unseen.source, data=seen.source))
     if unseen.classes > seen.classes:
-        raise AuditError(f"{unseen.source} has classes that {seen.source} does not have")
+        raise AuditError(HELD_OUT_HAS_OTHER_CLASSES(held_out=unseen.source, data=seen.source))
     rest = unseen.without(frozenset(fingerprints(seen.images)))
     if not len(rest):
-        raise AuditError(
-            f"all images of {unseen.source} are also in {seen.source}, so they are not held out",
-            "Leave out --held-out, and a tenth of the data is.",
-        )
+        raise AuditError(NOT_HELD_OUT(held_out=unseen.source, data=seen.source))
     if len(rest) == len(unseen):
         return unseen
     both = len(unseen) - len(rest)

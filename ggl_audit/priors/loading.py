@@ -12,6 +12,7 @@ from ggl_audit.errors import InputError, SpecError, nearest
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.tensors import read_tensors
+from ggl_audit.messages import Message
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, WEIGHTS_NAME, read_card
 from ggl_audit.priors.generator import Generator
 from ggl_audit.priors.latents import DeclaredLatents
@@ -21,6 +22,34 @@ from ggl_audit.priors.trial import try_out
 from ggl_audit.spec import LatentSpec, PriorSpec, Spec
 
 SAMPLES_TOGETHER = 256
+
+NO_BUNDLED_PRIOR = Message(
+    "generator/no-bundled-prior",
+    "there is no bundled prior {name!r}",
+    "{nearest}",
+    advice="Choose one of `ggl-audit list priors`, or give the folder of a trained one.",
+)
+DRAWS_BY_CLASS = Message(
+    "generator/draws-by-class",
+    "{prior} draws images of a class, but what images are to give is more than a class",
+    "Give an unconditional one.",
+    advice="Give an unconditional generator, `labels: none`.",
+)
+OTHER_CLASSES = Message(
+    "generator/other-classes",
+    "{prior} knows {known} classes; the model has {classes}",
+    advice="Give a prior of the model's classes, or an unconditional one; check `prior.classes`.",
+)
+OTHER_ARCHITECTURE = Message(
+    "generator/other-architecture",
+    "does not fit the architecture in {card}",
+    advice="Give a folder that `ggl-audit prior train` wrote, whole and unchanged.",
+)
+NO_FINGERPRINTS = Message(
+    "generator/no-fingerprints",
+    "holds no fingerprints of the images that the prior was trained on",
+    advice="Give a folder that `ggl-audit prior train` wrote, whole and unchanged.",
+)
 
 
 def bundled_folder() -> Path:
@@ -45,8 +74,7 @@ def prior_folder(spec: PriorSpec, base: Path) -> Path | None:
         if spec.bundled not in bundled_names():
             raise SpecError(
                 ("prior", "bundled"),
-                f"there is no bundled prior {spec.bundled!r}",
-                nearest(spec.bundled, bundled_names()),
+                NO_BUNDLED_PRIOR(name=spec.bundled, nearest=nearest(spec.bundled, bundled_names())),
             )
         return bundled_folder() / spec.bundled
     return None if spec.trained is None else base / spec.trained
@@ -72,16 +100,11 @@ def load_prior(spec: Spec, model: ClientModel) -> Prior:
             conversion = Conversion(colour=declared.colour, resize=declared.resize)
             prior = replace(prior, conversion=conversion, seen=None)
     if prior.classes is not None and model.targets is not None:
-        raise SpecError(
-            ("prior",),
-            f"{prior.source} draws images of a class, but what images are to give is more than a "
-            "class",
-            "Give an unconditional one.",
-        )
+        raise SpecError(("prior",), DRAWS_BY_CLASS(prior=prior.source))
     if prior.classes is not None and prior.classes < model.classes:
         raise SpecError(
             ("prior",),
-            f"{prior.source} knows {prior.classes} classes; the model has {model.classes}",
+            OTHER_CLASSES(prior=prior.source, known=prior.classes, classes=model.classes),
         )
     doubts = try_out(prior, declared, model.shape, model.classes, spec.seed, model.device)
     return replace(prior, doubts=tuple(doubts))
@@ -100,7 +123,7 @@ def load_trained(folder: Path) -> Prior:
     try:
         generator.load_state_dict(weights)
     except RuntimeError:
-        raise InputError(path, f"does not fit the architecture in {CARD_NAME}") from None
+        raise InputError(path, OTHER_ARCHITECTURE(card=CARD_NAME)) from None
     return Prior(
         generator=generator.eval().requires_grad_(requires_grad=False),
         space=DeclaredLatents(LatentSpec(shape=[card.architecture.latent])),
@@ -115,7 +138,7 @@ def _seen(path: Path) -> frozenset[int] | None:
         return None
     marks = read_tensors(path).get("fingerprints")
     if marks is None or marks.ndim != 1 or marks.dtype != torch.int64:
-        raise InputError(path, "holds no fingerprints of the images that the prior was trained on")
+        raise InputError(path, NO_FINGERPRINTS())
     return frozenset(marks.tolist())
 
 

@@ -15,6 +15,7 @@ from ggl_audit.basics.files import write_whole
 from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import AuditError, InputError
 from ggl_audit.inputs.images import ImageSet, fingerprints, to_picture
+from ggl_audit.messages import Message
 from ggl_audit.priors.card import CARD_NAME, SEEN_NAME, SHEET_NAME, WEIGHTS_NAME, Card, render_card
 from ggl_audit.priors.checkpoint import (
     CHECKPOINT_NAME,
@@ -31,6 +32,29 @@ INVERTED_IMAGES = 64
 SAMPLES_A_CLASS = 10
 MOST_ROWS = 20
 ENLARGED = 3
+
+INTERRUPTED = Message(
+    "training/interrupted",
+    "a training was interrupted here",
+    "--resume goes on with it; delete the file to start anew.",
+    advice="Add `--resume` to go on, or delete the checkpoint to start anew.",
+)
+FOLDER_CANNOT_BE_MADE = Message(
+    "training/folder-cannot-be-made",
+    "{folder}: cannot be made ({reason})",
+    advice="Give a folder that you may write to.",
+)
+NOT_SQUARE = Message(
+    "training/not-square",
+    "{source}: images of {height}x{width}; expected square ones",
+    advice="Resize or crop the images to one of these sizes.",
+)
+TOO_FEW_TO_TRAIN = Message(
+    "training/too-few-to-train",
+    "{source}: class {label} has {count} images to train on; each class up to the largest label "
+    "needs 2 or more",
+    advice="Number the classes from 0 without gaps, add images, or train with `--unconditional`.",
+)
 
 
 def make_prior(
@@ -74,11 +98,7 @@ def make_prior(
     if unseen is not None:
         unseen = apart(unseen, seen)
     if not resume and (folder / CHECKPOINT_NAME).exists():
-        raise InputError(
-            folder / CHECKPOINT_NAME,
-            "a training was interrupted here",
-            "--resume goes on with it; delete the file to start anew.",
-        )
+        raise InputError(folder / CHECKPOINT_NAME, INTERRUPTED())
     settings = settings_of(seen, architecture, schedule, device)
     training = Training(seen, architecture, schedule, device)
     if resume:
@@ -87,7 +107,7 @@ def make_prior(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AuditError(f"{folder}: cannot be made ({error.strerror})") from None
+        raise AuditError(FOLDER_CANNOT_BE_MADE(folder=folder, reason=error.strerror)) from None
     while training.done < schedule.steps:
         training.advance()
         try:
@@ -137,22 +157,19 @@ def architecture_for(
     """
     channels, height, across = seen.images.shape[1:]
     if height != across:
-        raise AuditError(f"{seen.source}: images of {height}x{across}; expected square ones")
+        raise AuditError(NOT_SQUARE(source=seen.source, height=height, width=across))
     counts = torch.bincount(seen.labels)
     if int(counts.min()) < 2:
         few = int(counts.argmin())
-        raise AuditError(
-            f"{seen.source}: class {few} has {int(counts[few])} images to train on; each class up "
-            "to the largest label needs 2 or more"
-        )
+        raise AuditError(TOO_FEW_TO_TRAIN(source=seen.source, label=few, count=int(counts[few])))
     classes = seen.classes if conditional else None
     try:
         return Architecture(
             channels=channels, size=height, classes=classes, latent=latent, width=width
         )
     except ValidationError as error:
-        _, problem, _ = first_problem(error, lambda _: Architecture.model_fields)
-        raise AuditError(f"{seen.source}: {problem}") from None
+        _, said = first_problem(error, lambda _: Architecture.model_fields)
+        raise AuditError(said.after(f"{seen.source}: ")) from None
 
 
 def _balanced(data: ImageSet, count: int) -> ImageSet:

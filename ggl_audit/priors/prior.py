@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ggl_audit.messages import Said
 from ggl_audit.priors.latents import LatentSpace
 
 LUMA = (0.299, 0.587, 0.114)
@@ -72,7 +73,7 @@ class Prior:
     embedding: torch.Tensor | None = None
     conversion: Conversion = Conversion()
     seen: frozenset[int] | None = None
-    doubts: tuple[str, ...] = ()
+    doubts: tuple[Said, ...] = ()
 
     @property
     def size(self) -> int:

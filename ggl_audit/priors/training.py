@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ggl_audit.basics.device import CPU, random_state, restore_random_state, settle
-from ggl_audit.errors import AuditError
+from ggl_audit.errors import AuditError, ReasonError
 from ggl_audit.inputs.images import ImageSet
+from ggl_audit.messages import Message
 from ggl_audit.priors.card import Inversion
 from ggl_audit.priors.classes import place_in_class
 from ggl_audit.priors.generator import Architecture, Generator, activate, initialize
@@ -31,6 +32,29 @@ AUGMENTED_PASSES = 4
 MOST_FITTED = 8000
 INVERSION_STEPS = 300
 ADAM_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+
+OTHER_MOMENTS = Message(
+    "training/other-moments",
+    "the moments of the {network} have other shapes",
+    advice="Delete the checkpoint to start anew.",
+)
+STATE_IS_MISSING = Message(
+    "training/state-is-missing",
+    "{name} is missing",
+    advice="Delete the checkpoint to start anew.",
+)
+IMPOSSIBLE_STEPS = Message(
+    "training/impossible-steps",
+    "{done} steps of {steps} cannot be",
+    advice="Delete the checkpoint to start anew.",
+)
+DIVERGED = Message(
+    "training/diverged",
+    "the training diverged before step {step}: its weights are not finite",
+    "Give another --seed or a smaller --reconstruction.",
+    advice="Give another `--seed`, a smaller `--width` or less `--augmentation`; look at the "
+    "images.",
+)
 
 
 @dataclass(frozen=True)
@@ -206,17 +230,17 @@ class Training:
                     for i, parameter in enumerate(parameters)
                     for moment in ADAM_SLOTS[1:]
                 ):
-                    raise ValueError(f"the moments of the {name} have other shapes")
+                    raise ReasonError(OTHER_MOMENTS(network=name))
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
             self.done = int(state["done"])
             restore_random_state(CPU, state["random"])
             restore_random_state(self.device, state["random_on_device"])
         except KeyError as error:
-            raise ValueError(f"{error} is missing") from None
+            raise ReasonError(STATE_IS_MISSING(name=error)) from None
         except (RuntimeError, TypeError) as error:
             raise ValueError(str(error).strip().splitlines()[0]) from None
         if not 0 < self.done <= self.schedule.steps:
-            raise ValueError(f"{self.done} steps of {self.schedule.steps} cannot be")
+            raise ReasonError(IMPOSSIBLE_STEPS(done=self.done, steps=self.schedule.steps))
 
     def _optimizers(self) -> Iterator[tuple[str, torch.optim.Adam]]:
         yield "judge", self._judge
@@ -261,10 +285,7 @@ class Training:
     def _fit_codes(self) -> None:
         """Fits a Gaussian to each class' codes, along its principal axes, the largest first."""
         if not all(bool(t.isfinite().all()) for t in self._networks.state_dict().values()):
-            raise AuditError(
-                f"the training diverged before step {self.done}: its weights are not finite",
-                "Give another --seed or a smaller --reconstruction.",
-            )
+            raise AuditError(DIVERGED(step=self.done))
         count, groups = len(self._labels), self._generator.architecture.groups
         order = torch.arange(count, device=self.device).repeat(AUGMENTED_PASSES)
         if len(order) > MOST_FITTED:

@@ -96,7 +96,9 @@ def _evidence(declared: Declared, judgement: Judgement) -> EvidenceReport:
         guarantee=declared.guarantee,
         empirical_mu=max(map(empirical_mu, rates), default=None),
         checks=[
-            CheckedStep(step=check.step, outcome=check.outcome, detail=check.detail)
+            CheckedStep(
+                code=check.said.code, step=check.step, outcome=check.outcome, detail=check.detail
+            )
             for check in declared.checks
         ],
         not_measured=judgement.not_measured,

@@ -9,12 +9,54 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ggl_audit.basics.files import write_whole
+from ggl_audit.basics.files import CANNOT_BE_READ, no_file, write_whole
 from ggl_audit.basics.plugins import with_packages
 from ggl_audit.basics.validation import first_problem
 from ggl_audit.errors import AuditError, InputError, dotted
+from ggl_audit.messages import Message
 from ggl_audit.report.html import render_html
 from ggl_audit.report.model import Report
+
+UNKNOWN_ENDING = Message(
+    "report/unknown-ending",
+    "-o {path}: unknown format {ending!r}; expected {known}",
+    advice="Let the name end in one of these.",
+)
+A_FILE_THAT_MAY_BE_WRITTEN = (
+    "Give the name of a file in a folder that is there and may be written to; it is looked at "
+    "before the audit begins."
+)
+NO_FOLDER_FOR_REPORT = Message(
+    "report/no-folder-for-report",
+    "-o {path}: there is no folder {folder}",
+    advice=A_FILE_THAT_MAY_BE_WRITTEN,
+)
+REPORT_IS_A_FOLDER = Message(
+    "report/is-a-folder",
+    "-o {path}: is a folder; expected the name of a file",
+    advice=A_FILE_THAT_MAY_BE_WRITTEN,
+)
+FOLDER_CANNOT_BE_WRITTEN_TO = Message(
+    "report/folder-cannot-be-written-to",
+    "-o {path}: the folder {folder} cannot be written to",
+    advice=A_FILE_THAT_MAY_BE_WRITTEN,
+)
+GIVE_A_REPORT = "Give a `report.json` as `ggl-audit run -o report.json` wrote it."
+LARGE_REPORT = Message(
+    "report/large-report",
+    "larger than {limit:,} bytes; not a report",
+    advice=GIVE_A_REPORT,
+)
+NO_REPORT = Message(
+    "report/no-report",
+    "not a report of schema version 1 ({key}: {reason})",
+    advice=GIVE_A_REPORT,
+)
+NUMBER_IN_REPORT_NOT_FINITE = Message(
+    "report/number-in-report-not-finite",
+    "not a report of schema version 1 (a number that is not finite)",
+    advice=GIVE_A_REPORT,
+)
 
 
 def render_json(report: Report) -> str:
@@ -46,14 +88,14 @@ def check_outputs(paths: list[Path]) -> None:
     for path in paths:
         if path.suffix not in known:
             raise AuditError(
-                f"-o {path}: unknown format {path.suffix!r}; expected {' or '.join(known)}"
+                UNKNOWN_ENDING(path=path, ending=path.suffix, known=" or ".join(known))
             )
         if not path.parent.is_dir():
-            raise AuditError(f"-o {path}: there is no folder {path.parent}")
+            raise AuditError(NO_FOLDER_FOR_REPORT(path=path, folder=path.parent))
         if path.is_dir():
-            raise AuditError(f"-o {path}: is a folder; expected the name of a file")
+            raise AuditError(REPORT_IS_A_FOLDER(path=path))
         if not os.access(path.parent, os.W_OK):
-            raise AuditError(f"-o {path}: the folder {path.parent} cannot be written to")
+            raise AuditError(FOLDER_CANNOT_BE_WRITTEN_TO(path=path, folder=path.parent))
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -73,20 +115,16 @@ def read_report(path: Path) -> Report:
     """
     try:
         if not path.is_file():
-            raise InputError(path, "not a file" if path.exists() else "no such file")
+            raise no_file(path)
         if path.stat().st_size > LARGEST_REPORT_BYTES:
-            raise InputError(path, f"larger than {LARGEST_REPORT_BYTES:,} bytes; not a report")
+            raise InputError(path, LARGE_REPORT(limit=LARGEST_REPORT_BYTES))
         report = Report.model_validate_json(path.read_bytes())
         json.dumps(report.model_dump(), allow_nan=False)
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})") from None
+        raise InputError(path, CANNOT_BE_READ(reason=error.strerror)) from None
     except ValidationError as error:
-        key, problem, _ = first_problem(error, lambda _: Report.model_fields)
-        raise InputError(
-            path, f"not a report of schema version 1 ({dotted(key) or 'content'}: {problem})"
-        ) from None
+        key, said = first_problem(error, lambda _: Report.model_fields)
+        raise InputError(path, NO_REPORT(key=dotted(key) or "content", reason=said)) from None
     except ValueError:
-        raise InputError(
-            path, "not a report of schema version 1 (a number that is not finite)"
-        ) from None
+        raise InputError(path, NUMBER_IN_REPORT_NOT_FINITE()) from None
     return report

@@ -144,8 +144,16 @@ class Controls(_Part):
 
 
 class CheckedStep(_Part):
-    """One step of the declared defense against the capture."""
+    """One step of the declared defense against the capture.
 
+    Attributes:
+        code: of the message, by which docs/inputs.md has it.
+        step: what was checked.
+        outcome: what came of it.
+        detail: the measured figure beside the declared one.
+    """
+
+    code: str
     step: str
     outcome: Literal["agrees", "contradicts", "hidden"]
     detail: str

@@ -93,8 +93,8 @@ def test_a_correct_capture_is_never_accused(defense: Defense) -> None:
     for seed in range(1000):
         gradient = random_gradient(seed, scale=10 ** (seed % 7 - 4))
         sent = defense.apply(gradient, context(seed, rounds_remembered(defense)))
-        accused, detail = defense.contradiction(sent, lambda *_: 0.0)
-        assert not accused, (seed, detail)
+        accused, said = defense.contradiction(sent, lambda *_: 0.0)
+        assert not accused, (seed, said)
 
 
 @pytest.mark.parametrize("defense", ALL, ids=str)
@@ -168,9 +168,9 @@ def test_a_planted_error_is_found_with_its_figure(
 ) -> None:
     gradient = {"w": torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 0.01}
     gradient["w"][:2] = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
-    accused, detail = declared.contradiction(planted.apply(gradient, context()), lambda *_: 0.0)
+    accused, said = declared.contradiction(planted.apply(gradient, context()), lambda *_: 0.0)
     assert accused
-    assert figure in detail
+    assert figure in said.text
 
 
 @given(
@@ -343,9 +343,9 @@ def test_noise_left_out_of_one_layer_is_found_and_named() -> None:
     quiet = {"a": torch.randn(200, 100, generator=random), "b": torch.zeros(300)}
     sent = Noise(std=1.0).apply({"a": quiet["a"], "b": quiet["b"]}, context())
     sent["b"] = quiet["b"] + 0.01
-    accused, detail = Noise(std=1.0).contradiction(sent, lambda *_: 0.0)
+    accused, said = Noise(std=1.0).contradiction(sent, lambda *_: 0.0)
     assert accused
-    assert "values of b are within 0.01" in detail
+    assert "values of b are within 0.01" in said.text
 
 
 def test_all_the_noise_after_the_clip_counts_for_the_guarantee() -> None:
@@ -363,14 +363,14 @@ def test_all_the_noise_after_the_clip_counts_for_the_guarantee() -> None:
 
 def test_a_scale_for_each_tensor_is_not_one_for_all() -> None:
     sent = Sign(scale="layer_mean").apply(random_gradient(0), context())
-    accused, detail = Sign(scale="mean").contradiction(sent, lambda *_: 0.0)
+    accused, said = Sign(scale="mean").contradiction(sent, lambda *_: 0.0)
     assert accused
-    assert "the gradient" in detail
+    assert "the gradient" in said.text
     assert not Sign(scale="layer_mean").contradiction(sent, lambda *_: 0.0)[0]
     double = {**sent, "a.bias": sent["a.bias"] * torch.linspace(1, 1.1, 7)}
-    accused, detail = Sign(scale="layer_mean").contradiction(double, lambda *_: 0.0)
+    accused, said = Sign(scale="layer_mean").contradiction(double, lambda *_: 0.0)
     assert accused
-    assert "a.bias" in detail
+    assert "a.bias" in said.text
 
 
 @pytest.mark.parametrize("defense", ALL, ids=str)

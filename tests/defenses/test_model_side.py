@@ -548,9 +548,9 @@ def test_precode_accuses_the_wrong_only(images: int) -> None:
         assert step.contradiction(dense, lambda *_: 0.0)[0]
     more = gradient(model, *batch(1, images + 2), step.draw(context(1), images + 2), step)
     assert step.contradiction(more, lambda *_: 0.0)[0]
-    accused, detail = Precode().contradiction({}, lambda *_: 0.0)
+    accused, said = Precode().contradiction({}, lambda *_: 0.0)
     assert not accused
-    assert "leaves nothing" in detail
+    assert "leaves nothing" in said.text
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

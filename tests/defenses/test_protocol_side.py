@@ -546,8 +546,8 @@ def test_no_history_of_gradients_exceeds_the_bound_on_the_values() -> None:
             [{"w": own[-1]} for own in values],
             [context(earlier=tuple({"w": g} for g in own[:-1])) for own in values],
         )
-        contradicts, detail = step.contradiction(sent, lambda size, confidence: 0.0)
-        assert not contradicts, (trial, detail)
+        contradicts, said = step.contradiction(sent, lambda size, confidence: 0.0)
+        assert not contradicts, (trial, said)
 
 
 @pytest.mark.parametrize("rounds", [1, 4])
@@ -645,8 +645,8 @@ def test_what_was_sent_beside_the_moments_before_counts(
     assert prepare(sample("undefended", **keys)).doubts == []
     write_capture(tmp_path / "before.safetensors", {**before, "odd": torch.ones(2)})
     (doubt,) = prepare(sample("undefended", **keys)).doubts
-    assert "'odd'" in doubt
-    assert "not measured" in doubt
+    assert "'odd'" in doubt.text
+    assert "not measured" in doubt.text
 
 
 # Encryption.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ggl_audit.defenses import Check
+from ggl_audit.defenses.checks import HIDDEN_BY_STEP
 from ggl_audit.evidence.bounds import (
     Rate,
     ReconstructionRate,
@@ -13,7 +14,7 @@ from ggl_audit.evidence.bounds import (
     paired_p_value,
 )
 from ggl_audit.evidence.guarantee import Guarantee
-from ggl_audit.evidence.likeness import Likeness
+from ggl_audit.evidence.likeness import ANOTHER, Likeness
 from ggl_audit.evidence.standing import ceiling_is_settled, floor_is_settled
 from ggl_audit.judgement.findings import find
 from ggl_audit.judgement.grade import (
@@ -24,9 +25,10 @@ from ggl_audit.judgement.grade import (
     doubts_about_ceiling,
     in_words,
 )
+from ggl_audit.messages import Said
 
 CHANCE = 1 / 32
-CONTRADICTION = Check("sign()", "contradicts", "magnitudes from 0 to 1")
+CONTRADICTION = Check("sign()", "contradicts", Said("test/sign", "magnitudes from 0 to 1"))
 
 
 def rate(successes: int, trials: int, null: int = 0) -> ReconstructionRate:
@@ -77,13 +79,14 @@ def test_a_contradiction_or_an_interrupt_is_never_safe() -> None:
     assert "cut short" in cut.reason
 
 
-HIDDEN = Check("sparsify(fraction=0.9)", "hidden", "noise after it hides its trace")
-LIKE = Likeness(outcome="like", detail="0.9", rules_out_larger=True)
-UNLIKE = Likeness(outcome="unlike", detail="0.1", cause="another model")
-CANNOT_TELL = Likeness(outcome="hidden", detail="noise")
+HIDDEN = Check("sparsify(fraction=0.9)", "hidden", HIDDEN_BY_STEP(step="noise"))
+FIGURE = Said("test/figure", "0.5")
+LIKE = Likeness(outcome="like", said=FIGURE, rules_out_larger=True)
+UNLIKE = Likeness(outcome="unlike", said=FIGURE, cause=ANOTHER())
+CANNOT_TELL = Likeness(outcome="hidden", said=FIGURE)
 
 
-def doubts(**given: Any) -> list[str]:
+def doubts(**given: Any) -> list[Said]:
     """Of a ceiling beyond doubt, but for what is given."""
     fine: dict[str, Any] = {
         "matching_control": rate(50, 50),
@@ -110,7 +113,7 @@ def doubts(**given: Any) -> list[str]:
         {"promise_is_broken": True},
         {"likeness": LIKE.model_copy(update={"rules_out_larger": False})},
         {"likeness": CANNOT_TELL, "bound_for_any_model": 0.3},
-        {"about_the_client": ["it contradicts the clip"]},
+        {"about_the_client": [Said("test/clip", "it contradicts the clip")]},
     ],
 )
 def test_no_low_ceiling_passes_while_it_is_in_doubt(given: dict[str, Any]) -> None:
@@ -119,7 +122,7 @@ def test_no_low_ceiling_passes_while_it_is_in_doubt(given: dict[str, Any]) -> No
     for ceiling in (rate(6, 200), rate(12, 200)):
         verdict = decide(rate(0, 20), ceiling, [], None, found, None, "C")
         assert (verdict.grade, verdict.exit_code) == ("inconclusive", 3)
-        assert found[0] in verdict.reason
+        assert found[0].text in verdict.reason
     assert decide(rate(0, 20), rate(150, 200), [], None, found, None, "C").grade == "C"
     assert decide(rate(20, 20), rate(200, 200), [], None, found, None, "C").grade == "F"
 

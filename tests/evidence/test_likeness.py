@@ -40,7 +40,7 @@ def test_the_tensor_that_agrees_least_decides(
         assert found.cause is None
     else:
         assert found.cause is not None
-        assert cause in found.cause
+        assert cause in found.cause.text
 
 
 def test_what_is_undecided_rules_nothing_out() -> None:
@@ -62,16 +62,16 @@ def test_a_tensor_that_the_declared_loss_does_not_reach_is_named_with_any_model(
     found = judge_zeros(torch.tensor([0.6, 0.39, 0.01]), canaries, NAMES)
     assert found is not None
     assert found.cause is not None
-    assert "auxiliary head" in found.cause
+    assert "auxiliary head" in found.cause.text
     found = judge_zeros(torch.tensor([0.6, 0.39, 0.01]), canaries, NAMES, before_norm=NAMES)
     assert found is not None
     assert found.cause is not None
-    assert "the mode" in found.cause
+    assert "the mode" in found.cause.text
     # A kernel is no bias before batch norm, so that the mode would not explain it.
     found = judge_zeros(torch.tensor([0.6, 0.3, 0.1]), canaries, NAMES, before_norm=NAMES[:2])
     assert found is not None
     assert found.cause is not None
-    assert "auxiliary head" in found.cause
+    assert "auxiliary head" in found.cause.text
     # What a file in half precision may hold for nothing.
     assert judge_zeros(torch.tensor([0.7, 0.3, 1e-6]), canaries, NAMES, rounding=1e-3) is None
 

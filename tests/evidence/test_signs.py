@@ -182,7 +182,7 @@ def test_a_declared_sign_is_turned(
     assert [check.outcome for check in turned.audited.checks] == ["agrees"]
     as_it_is = prepare(sample("undefended", **keys))
     assert OTHER in as_it_is.audited.checks[0].detail
-    causes = dict(other_signs(as_it_is))
+    causes = {cause.text: case for cause, case in other_signs(as_it_is)}
     assert [own.audited.labels for own in causes.values()] == [turned.audited.labels]
     keys.pop("capture__local")
     keys["capture__kind"] = "gradient"

@@ -204,7 +204,7 @@ def test_parameters_that_are_not_there_are_taken_for_never_sent(
     inferred = prepare(sample("undefended", capture__gradient=str(path), evidence__truth=None))
     assert list(inferred.audited.observed) == list(kept) == list(inferred.model.parameters)
     assert inferred.audited.fitted.unsent == ["0.weight", "0.bias"]
-    assert any("lacks 0.weight and 1 more" in doubt for doubt in inferred.doubts)
+    assert any("lacks 0.weight and 1 more" in doubt.text for doubt in inferred.doubts)
     declared = prepare(
         sample(
             "undefended",

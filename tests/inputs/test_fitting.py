@@ -84,7 +84,7 @@ def refusal(found: Tensors, listed: Known) -> str:
     try:
         fit_file(found, listed)
     except AuditError as error:
-        return error.problem
+        return error.said.text
     return ""
 
 
@@ -182,7 +182,7 @@ def test_a_list_of_another_length_is_compared_with_each_order() -> None:
     )
     with pytest.raises(AuditError, match=words) as raised:
         fit_file(written, known())
-    assert "capture.unsent" in raised.value.remedy
+    assert "capture.unsent" in raised.value.said.remedy
     ends = {str(i): STATE[name] for i, name in enumerate(PARAMETERS[:-1])}
     with pytest.raises(AuditError, match=r"trained parameters \(it ends before 'fc\.bias'\)"):
         fit_file(ends, known())
@@ -199,7 +199,7 @@ def test_no_tensor_has_a_shape_only_where_none_has() -> None:
 def test_a_transposed_layer_is_said_to_be_one() -> None:
     with pytest.raises(AuditError, match=r"'fc.weight' has the shape \(64, 10\)") as raised:
         fit_file({**STATE, "fc.weight": STATE["fc.weight"].T}, known())
-    assert raised.value.remedy.startswith("Is it transposed?")
+    assert raised.value.said.remedy.startswith("Is it transposed?")
     assert swapped((10, 64)) == (64, 10)
 
 

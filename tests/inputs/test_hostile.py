@@ -36,7 +36,7 @@ from typer.testing import CliRunner, Result
 
 from ggl_audit.audit import run_audit
 from ggl_audit.cli import app
-from ggl_audit.errors import AuditError, InputError, SpecError
+from ggl_audit.errors import REFUSED, AuditError, InputError, SpecError
 from ggl_audit.inputs.images import read_image, read_image_set
 from ggl_audit.inputs.spec_file import parse_defense, parse_override, read_spec
 from ggl_audit.inputs.tensors import npz_names, read_tensors
@@ -340,7 +340,7 @@ def test_what_stands_beside_a_state_dict_stays_closed(
 IN_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
-from ggl_audit.errors import InputError
+from ggl_audit.errors import REFUSED, InputError
 from ggl_audit.inputs.images import read_image
 from ggl_audit.inputs.tensors import read_tensors
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -630,12 +630,14 @@ def test_a_report_with_a_picture_that_is_a_bomb_is_refused(report: Report, tmp_p
 @settings(max_examples=50)
 @given(words=st.text(max_size=30))
 def test_no_message_has_a_character_that_is_not_shown(words: str) -> None:
-    for error in (AuditError(words), InputError(words, words), SpecError((words,), words)):
+    said = REFUSED(reason=words)
+    for error in (AuditError(said), InputError(words, said), SpecError((words,), said)):
         assert all(c.isprintable() or c == "\n" for c in str(error))
 
 
 def test_the_name_of_a_file_cannot_add_a_line() -> None:
-    assert str(InputError("x\nggl-audit: A", "no such file")) == r"x\nggl-audit: A: no such file."
+    error = InputError("x\nggl-audit: A", REFUSED(reason="no such file"))
+    assert str(error) == r"x\nggl-audit: A: no such file."
 
 
 # Pictures

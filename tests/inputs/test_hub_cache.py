@@ -17,6 +17,7 @@ from ggl_audit.basics.files import sha256
 from ggl_audit.case.preparation import prepare
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.hub_cache import BACKBONES, find_backbone
+from ggl_audit.messages import Said
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 
@@ -61,17 +62,17 @@ def test_what_lacks_is_named_with_the_command_that_helps(cache: Path, net: str, 
     assert net in BACKBONES
     found = find_backbone(net, download=False)
     expected = f"{name} is not in PyTorch's cache: --set evidence.lpips.download=true fetches it"
-    assert found == expected
+    assert str(found) == expected
     shutil.rmtree(cache)
-    assert find_backbone(net, download=False) == expected
+    assert str(find_backbone(net, download=False)) == expected
 
 
 def test_a_file_counts_if_it_is_what_its_name_says(cache: Path, weights: Path) -> None:
     for stem in ("alexnet-owt-7be5be79", "alexnet-owt-", "alexnet-owt-7"):
         put(weights, cache, stem)
     found = find_backbone("alex", download=False)
-    assert isinstance(found, str)
-    assert "is not the file that its name says" in found
+    assert isinstance(found, Said)
+    assert "is not the file that its name says" in found.text
     good = put(weights, cache)
     put(weights, cache, "vgg16-{}")
     assert find_backbone("alex", download=False) == good
@@ -88,7 +89,7 @@ def test_it_is_fetched_only_where_that_is_allowed(
         shutil.copy(weights, path)
 
     monkeypatch.setattr("torch.hub.download_url_to_file", fetch)
-    assert isinstance(find_backbone("alex", download=False), str)
+    assert isinstance(find_backbone("alex", download=False), Said)
     assert asked == []
     assert find_backbone("alex", download=True) == cache / "alexnet-owt-7be5be79.pth"
     assert asked == [("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79")]

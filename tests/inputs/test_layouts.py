@@ -279,7 +279,7 @@ def test_what_shapes_do_not_tell_is_tried_or_told(
         plain = {"capture__layout": "channels_first", "capture__labels": [3]}
         plain["capture__gradient"] = str(tmp_path / f"{number}.pt")
         case = prepare(spec(**plain))
-        others = {why: other.audited.observed for why, other in other_layouts(case)}
+        others = {why.text: other.audited.observed for why, other in other_layouts(case)}
         assert all(torch.equal(others[cause][name], tensor) for name, tensor in own.items())
         told = [check.outcome for check in case.audited.checks if check.step == LAYOUT]
         assert told == (["contradicts"] if wrong is square else ["agrees"])

@@ -406,8 +406,8 @@ def test_the_sign_of_the_error_tells_the_ones(bias: bool, declare: Declare) -> N
     images, labels = torch.rand(8, 1, 16, 16), torch.arange(8)
     found = infer_ones(ClientGradients(model, Pipeline()).gradients(images, labels), model.head)
     assert torch.equal(found, model.targets.rows[labels].bool())
-    assert why_not_inferred(model, 1) == ""
-    assert "several images" in why_not_inferred(model, 2)
+    assert why_not_inferred(model, 1) is None
+    assert "several images" in str(why_not_inferred(model, 2))
 
 
 @pytest.mark.parametrize("loss", [{"weight": WEIGHT}, {"weight": WEIGHT, "reduction": "sum"}])
@@ -417,8 +417,8 @@ def test_class_weights_leave_a_single_label_to_be_inferred(loss: Any, declare: D
     labels = torch.arange(10)
     gradients = ClientGradients(model, Pipeline()).gradients(torch.rand(10, 1, 16, 16), labels)
     assert torch.equal(infer_labels(gradients, model.head), labels)
-    assert why_not_inferred(model, 1) == ""
-    assert "several images" in why_not_inferred(model, 2)
+    assert why_not_inferred(model, 1) is None
+    assert "several images" in str(why_not_inferred(model, 2))
 
 
 def test_label_smoothing_hides_the_label_of_a_confident_image(declare: Declare) -> None:
@@ -431,7 +431,7 @@ def test_label_smoothing_hides_the_label_of_a_confident_image(declare: Declare) 
         torch.rand(1, 1, 16, 16), torch.tensor([3])
     )
     assert infer_labels(gradients, model.head).tolist() != [3]
-    assert "does not tell the label" in why_not_inferred(model, 1)
+    assert "does not tell the label" in str(why_not_inferred(model, 1))
 
 
 @pytest.mark.parametrize("task", ["regression", "segmentation"])

@@ -305,7 +305,7 @@ def fitting(spec: Spec, images: torch.Tensor, observed: Gradient, labels: list[i
         matching = Matching(load_model(other, CPU), Pipeline())
         tried = torch.tensor(labels)
         check = check_truth(matching, Pipeline(), observed, images, others, tried)
-        causes += [cause] if check.outcome == "agrees" else []
+        causes += [cause.text] if check.outcome == "agrees" else []
     return causes
 
 
@@ -347,11 +347,11 @@ def test_the_mode_of_a_right_capture_is_found(
 
 def test_of_many_frozen_layers_the_largest_parts_are_named(user: Callable[..., Spec]) -> None:
     spec = user("frozen")
-    causes = [cause for cause, _ in other_declarations(spec, load_model(spec, CPU))]
+    causes = [cause.text for cause, _ in other_declarations(spec, load_model(spec, CPU))]
     assert "the model was in train mode, with eval_modules: [backbone]" in causes
     model = load_model(user("Net"), CPU)
     fixed = {n: t for n, t in model.parameters.items() if n.startswith("neck.1")}
     kept = {n: t for n, t in model.parameters.items() if n not in fixed}
     partly = replace(model, parameters=kept, constants={**model.constants, **fixed})
-    causes = [cause for cause, _ in other_declarations(spec, partly)]
+    causes = [cause.text for cause, _ in other_declarations(spec, partly)]
     assert "the model was in train mode, with eval_modules: [neck]" in causes

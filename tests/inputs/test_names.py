@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ggl_audit.errors import AuditError
 from ggl_audit.inputs.names import unwrap_names
 
 MODEL = ["0.weight", "0.bias", "bn.running_mean"]
@@ -51,5 +52,5 @@ def test_a_missing_name_is_no_match() -> None:
 
 def test_two_models_in_one_file_are_refused() -> None:
     found = [wrapper + name for wrapper in ("module.", "net.") for name in MODEL]
-    with pytest.raises(ValueError, match=r"'module.0.weight' and 'net.0.weight'"):
+    with pytest.raises(AuditError, match=r"'module.0.weight' and 'net.0.weight'"):
         unwrap_names(found, MODEL)

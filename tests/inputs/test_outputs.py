@@ -18,7 +18,7 @@ from ggl_audit.attack.matching import Matching
 from ggl_audit.basics.gradient import stack
 from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Pipeline
-from ggl_audit.errors import SpecError
+from ggl_audit.errors import ReasonError, SpecError
 from ggl_audit.inputs.model_loading import load_model
 from ggl_audit.inputs.outputs import candidates, choose, described, first_rows
 from ggl_audit.spec import Spec
@@ -318,5 +318,5 @@ def test_places_of_what_is_returned() -> None:
     cut = first_rows({"a": rows, "b": [other, 2.0, None]}, 2, 3)
     assert cut["a"].shape == (2, 10)
     assert cut["b"][0] is other
-    with pytest.raises(TypeError, match="cannot be cut"):
+    with pytest.raises(ReasonError, match="cannot be cut"):
         first_rows(nn.Identity(), 1, 2)

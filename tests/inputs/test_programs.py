@@ -542,7 +542,7 @@ def test_a_torchscript_file_is_told_what_it_is_wherever_it_is_named(
     for spec in specs:
         with pytest.raises(InputError, match="a TorchScript file, which PyTorch has") as error:
             prepare(spec)
-        assert "torch.export.save" in error.value.remedy
+        assert "torch.export.save" in error.value.said.remedy
         assert error.value.path == path
     result = CliRunner().invoke(app, ["check", str(DIGITS), "--model", str(path)])
     assert result.exit_code == 2

@@ -245,7 +245,7 @@ def test_what_mode_implies_and_the_file_lacks_is_asked_for(
     new = trained(before).state_dict()
     only = {name: new[name] for name, _ in before.named_parameters()}
     (doubt,) = prepare(declare(only, {})).doubts
-    assert "whether they were sent is not said" in doubt
+    assert "whether they were sent is not said" in doubt.text
     said = prepare(declare(only, {}, capture__unsent=["*running_*"]))
     assert not said.doubts
     with pytest.raises(InputError, match="says that it is never sent"):
@@ -306,8 +306,8 @@ def test_what_else_was_sent_is_a_doubt_unless_it_is_said_why_not(
 ) -> None:
     new = {**trained(own_model()).state_dict(), name: torch.full(shape, 0.5)}
     (doubt,) = prepare(declare(new, {})).doubts
-    assert kind in doubt
-    assert name in doubt
+    assert kind in doubt.text
+    assert name in doubt.text
     ignored = [{"name": name, "reason": "it is the server's own"}]
     case = prepare(declare(new, {}, capture__ignored=ignored))
     assert not case.doubts
@@ -346,7 +346,7 @@ def test_what_a_checkpoint_has_elsewhere_is_a_doubt(
     torch.save(around(trained(own_model()).state_dict()), path)
     spec = declare({"x": torch.ones(1)}, {}, capture__after=str(path))
     (doubt,) = prepare(spec).doubts
-    assert name in doubt
+    assert name in doubt.text
 
 
 def test_the_clients_own_code_sends_its_statistics(declare: Declare, tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_the_clients_own_code_sends_its_statistics(declare: Declare, tmp_path: P
     case = prepare(declare({"x": torch.ones(1)}, {}, **keys))
     assert outcome(case) == "agrees"
     (doubt,) = case.doubts
-    assert "the client's own code sends counts ('num_examples')" in doubt
+    assert "the client's own code sends counts ('num_examples')" in doubt.text
     assert case.model.statistics is not None
 
 
@@ -401,7 +401,9 @@ def test_ignored_is_for_what_is_there_and_no_parameter(declare: Declare, tmp_pat
 def test_statistics_that_change_in_eval_mode_are_a_doubt(declare: Declare, tmp_path: Path) -> None:
     new = trained(own_model()).state_dict()
     doubts = prepare(declare(new, {}, model__mode="eval", evidence__truth=[])).doubts
-    assert any("running statistics of layers that are in eval mode" in doubt for doubt in doubts)
+    assert any(
+        "running statistics of layers that are in eval mode" in doubt.text for doubt in doubts
+    )
     old = own_model().state_dict()
     kept = {name: old[name] if "running" in name or "num" in name else new[name] for name in new}
     assert not prepare(declare(kept, {}, model__mode="eval", evidence__truth=[])).doubts
@@ -411,7 +413,7 @@ def test_a_count_that_the_declaration_has_not_is_a_doubt(declare: Declare, tmp_p
     new = trained(own_model()).state_dict()
     new["0.num_batches_tracked"] += 4
     (doubt,) = prepare(declare(new, {})).doubts
-    assert "0.num_batches_tracked went up by 5, and by 1 as declared" in doubt
+    assert "0.num_batches_tracked went up by 5, and by 1 as declared" in doubt.text
 
 
 def test_a_buffer_of_ones_own_that_changed_is_a_doubt(declare: Declare, tmp_path: Path) -> None:
@@ -419,7 +421,7 @@ def test_a_buffer_of_ones_own_that_changed_is_a_doubt(declare: Declare, tmp_path
     new = trained(own_model(**kwargs)).state_dict()
     assert not prepare(declare(new, kwargs)).doubts
     (doubt,) = prepare(declare({**new, "usual": new["usual"] * 0.9}, kwargs)).doubts
-    assert "buffers that were changed ('usual')" in doubt
+    assert "buffers that were changed ('usual')" in doubt.text
 
 
 def test_statistics_whose_values_before_are_not_known_are_a_doubt(
@@ -429,7 +431,7 @@ def test_statistics_whose_values_before_are_not_known_are_a_doubt(
     spec = declare(trained(before).state_dict(), {}, evidence__truth=[])
     save_file(dict(before.named_parameters()), tmp_path / "before.safetensors")
     (doubt,) = prepare(spec).doubts
-    assert "whose values before are not in model.weights" in doubt
+    assert "whose values before are not in model.weights" in doubt.text
 
 
 def test_noise_over_everything_is_looked_for(declare: Declare, tmp_path: Path) -> None:

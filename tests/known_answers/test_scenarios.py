@@ -25,6 +25,7 @@ from ggl_audit.defenses import Context, build_pipeline
 from ggl_audit.experiments import cause
 from ggl_audit.inputs.images import digits, write_image
 from ggl_audit.inputs.model_loading import load_model
+from ggl_audit.messages import Said
 from ggl_audit.report.model import Report
 from ggl_audit.spec import AttackSpec, DefenseSpec, Spec
 from tests.conftest import Counter, plain_gradient
@@ -514,9 +515,9 @@ def test_a_declaration_that_is_the_same_in_effect_accuses_no_capture(
     """It is tried, as the capture is explained less well than most canaries are."""
     asked = []
 
-    def the_same(case: Case) -> Iterator[tuple[str, Case]]:
+    def the_same(case: Case) -> Iterator[tuple[Said, Case]]:
         asked.append(case)
-        yield "nothing else", case
+        yield Said("test/nothing", "nothing else"), case
 
     monkeypatch.setattr(cause, "other_models", the_same)
     scenario = next(one for one in TABLE if one.name == "sent as it is")

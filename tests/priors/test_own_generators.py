@@ -434,7 +434,7 @@ def test_a_range_that_may_be_wrong_is_a_doubt(
 ) -> None:
     prior = load(toy("Changed", kwargs={"how": how}, output_range=declared))
     assert len(prior.doubts) == doubts
-    assert all("uses little of output_range" in doubt for doubt in prior.doubts)
+    assert all("uses little of output_range" in doubt.text for doubt in prior.doubts)
 
 
 @pytest.mark.parametrize(

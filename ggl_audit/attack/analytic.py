@@ -17,6 +17,7 @@ import torch
 from torch.func import vjp
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.client.gradients import MEMORY
 from ggl_audit.client.local_training import rate_of_one_step
@@ -207,12 +208,12 @@ def _taken(model: ClientModel, layer: _Layer, observed: Gradient) -> torch.Tenso
     """What a layer took, (t, features), double, by total least squares."""
     local, rate = model.local, rate_of_one_step(model.local, 1)
     decay = 0.0 if local is None or rate is None else rate * local.weight_decay
-    own = [decay * model.parameters[name].double() for name in layer]
+    own = [decay * widened(model.parameters[name]) for name in layer]
     rows = []
     for weight, bias in zip(observed[layer.weight], observed[layer.bias], strict=True):
-        kept = ((weight != 0).flatten(1) & (bias != 0)[:, None]).double()
-        columns = kept * (weight.double() - own[0]).flatten(1)
-        offsets = (bias.double() - own[1])[:, None]
+        kept = widened((weight != 0).flatten(1) & (bias != 0)[:, None])
+        columns = kept * (widened(weight) - own[0]).flatten(1)
+        offsets = (widened(bias) - own[1])[:, None]
         whole = torch.cat([columns, offsets], dim=1)
         errors = torch.linalg.eigh(whole @ whole.T).eigenvectors[:, -1]
         above, below = errors @ columns, errors @ (kept * offsets)

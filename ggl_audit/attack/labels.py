@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import nnls
 
+from ggl_audit.basics.device import widened, widest_float
 from ggl_audit.basics.gradient import Gradient, unstack
 from ggl_audit.defenses import Pipeline
 from ggl_audit.inputs.images import ImageSet
@@ -119,7 +120,7 @@ def _head_errors(observed: Gradient, head: Head) -> torch.Tensor:
     columns = [observed[head.weight].flatten(2)]
     if head.bias is not None:
         columns.append(observed[head.bias][..., None])
-    errors, _, features = torch.linalg.svd(torch.cat(columns, dim=2).double(), full_matrices=False)
+    errors, _, features = torch.linalg.svd(widened(torch.cat(columns, dim=2)), full_matrices=False)
     error, feature = errors[:, :, 0], features[:, 0]
     orientation = feature[:, -1] if head.bias is not None else feature.sum(dim=1)
     oriented: torch.Tensor = error * torch.sign(orientation)[:, None]
@@ -151,13 +152,13 @@ def usual_head(model: ClientModel, public: ImageSet) -> UsualHead:
     chosen = spread.long().to(public.labels.device)
     images, labels = public.images[chosen], public.labels[chosen]
     with torch.no_grad():
-        predictions = model.logits(model.parameters, images).softmax(1).double()
+        predictions = widened(model.logits(model.parameters, images).softmax(1))
         representations = model.representation(images)
     assert representations is not None
-    members = F.one_hot(labels, model.classes).double().T
+    members = widened(F.one_hot(labels, model.classes)).T
     members[members.sum(1) == 0] = 1
     shares = members / members.sum(1, keepdim=True)
-    return UsualHead(shares @ predictions, shares @ representations.double())
+    return UsualHead(shares @ predictions, shares @ widened(representations))
 
 
 def scale_of_one(model: ClientModel, defense: Pipeline, images: int) -> float | None:
@@ -243,7 +244,7 @@ def unequal_weights(
             size = float(sent @ sent)
             gained.append((distance - _least_distance(rows, sent)) / max(size, 1e-300))
         found.append(min(gained))
-    return torch.tensor(found, dtype=torch.float64, device=model.device)
+    return torch.tensor(found, dtype=widest_float(model.device), device=model.device)
 
 
 def _tables(
@@ -255,12 +256,12 @@ def _tables(
     """
     head = model.head
     assert head is not None
-    weight = model.parameters[head.weight].double()
+    weight = widened(model.parameters[head.weight])
     one = torch.eye(model.classes, dtype=weight.dtype, device=weight.device)
-    sent, features = gradient[head.weight].double(), usual.representations
+    sent, features = widened(gradient[head.weight]), usual.representations
     predictions = [usual.predictions]
     if head.bias is not None:
-        bias, offset = gradient[head.bias].double(), model.parameters[head.bias].double()
+        bias, offset = widened(gradient[head.bias]), widened(model.parameters[head.bias])
         shown = torch.where((bias < 0)[:, None], sent / bias[:, None], features)
         predictions.append((shown @ weight.T + offset).softmax(1))
         sent = torch.cat([sent, bias[:, None]], dim=1)

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ggl_audit.attack.objective import LatentObjective
+from ggl_audit.basics.device import widened
 from ggl_audit.optimizers import EVALUATION_COST, Array, Evaluation, Start
 
 NO_MATCH = 1e30
@@ -119,7 +120,7 @@ def search(
     return SearchResult(
         latents=best.latents[rows, winner].flatten(1),
         losses=best.losses[rows, winner],
-        curves=torch.stack(curve, dim=1).double().cpu().numpy(),
+        curves=widened(torch.stack(curve, dim=1)).cpu().numpy(),
         spent=np.array(spent[1:]),
         evaluations=trials * spent[-1],
     )

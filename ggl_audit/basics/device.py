@@ -93,6 +93,11 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float64
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the :func:`widest_float` of its device, to take long sums in."""
+    return tensor.to(widest_float(tensor.device))
+
+
 def lacking_operator(error: BaseException) -> str:
     """What PyTorch says where a device lacks an operator; empty if an error is about another thing.
 
@@ -102,7 +107,9 @@ def lacking_operator(error: BaseException) -> str:
     found: BaseException | None = error
     while found is not None and not isinstance(found, NotImplementedError):
         found = found.__cause__ or found.__context__
-    return "" if found is None else str(found).strip().partition(". ")[0].splitlines()[0]
+    return (
+        "" if found is None else str(found).strip().splitlines()[0].partition(". ")[0].rstrip(".")
+    )
 
 
 def usual_memory(device: torch.device) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ggl_audit.basics.device import widened
+
 Gradient = dict[str, torch.Tensor]
 
 
@@ -69,7 +71,7 @@ def repeated(gradients: Gradient, times: int) -> Gradient:
 
 def shares(gradients: Gradient) -> torch.Tensor:
     """The share of each of k tensors in the squared norm of each of t gradients, (t, k)."""
-    squares = [t.reshape(len(t), -1).double().square().sum(1) for t in gradients.values()]
+    squares = [widened(t.reshape(len(t), -1)).square().sum(1) for t in gradients.values()]
     table = torch.stack(squares, dim=1)
     return table / table.sum(1, keepdim=True).clamp(min=1e-300)
 

@@ -71,7 +71,7 @@ def prepare(spec: Spec) -> Case:
         lacking = lacking_operator(error)
         if device.type == "cpu" or spec.device != "auto" or not lacking:
             raise
-    remark = f"The audit computes on the processor, as {device.type} lacks something: {lacking}"
+    remark = f"The audit computes on the processor, as {device.type} lacks something: {lacking}."
     return replace(_prepare(spec, CPU), remarks=[remark])
 
 

@@ -135,7 +135,7 @@ def _parameters(case: Case) -> Table:
             "=" if source == name else escape(printable(source)),
             "x".join(map(str, tensor.shape)),
             f"{tensor.norm():.4g}",
-            f"{float((tensor == 0).double().mean()):.1%}",
+            f"{float((tensor == 0).float().mean()):.1%}",
             str(values) if values < tensor.numel() // 2 else "many",
         )
     return table

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, DataDefense, Drawn
 from ggl_audit.errors import ReasonError
@@ -52,8 +53,8 @@ def _resampled(images: torch.Tensor, matrix: tuple[float, ...], fill: float) -> 
     # The matrix (a, b, c, d, e, f) takes the middle of a pixel to where its value comes from.
     a, b, c, d, e, f = matrix
     height, width = images.shape[-2:]
-    rows = torch.arange(height, dtype=torch.float64, device=images.device)[:, None] + 0.5
-    columns = torch.arange(width, dtype=torch.float64, device=images.device)[None] + 0.5
+    rows = widened(torch.arange(height, device=images.device))[:, None] + 0.5
+    columns = widened(torch.arange(width, device=images.device))[None] + 0.5
     from_x = (a * columns + b * rows + c).floor().long()
     from_y = (d * columns + e * rows + f).floor().long()
     inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, PrivateAttr
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.factors import Factors
 from ggl_audit.basics.gradient import Gradient, each, flat, norm
 from ggl_audit.defenses.base import (
@@ -154,7 +155,7 @@ class Clip(Defense):
         return torch.stack(parts).sum()
 
     def _direction(self, mean: torch.Tensor, observed: torch.Tensor, std: float) -> torch.Tensor:
-        mean, observed = mean.double(), observed.double()
+        mean, observed = widened(mean), widened(observed)
         length = observed.square().sum().sqrt().clamp(min=1e-300)
         dimensions = observed.numel() - 1
         along = (mean * observed).sum() / length

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, each, largest_magnitude
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.capabilities import ByValues
@@ -91,7 +92,7 @@ class FloatFormat(Defense):
         """
         parts = []
         for name, tensor in observed.items():
-            seen, mean = tensor.double(), before[name].double()
+            seen, mean = widened(tensor), widened(before[name])
             low, high = self._cell(seen)
             likelihood = noise.log_probability(low - mean, high - mean)
             if self.scale == "tensor":
@@ -117,7 +118,7 @@ class FloatFormat(Defense):
 
     def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
         # In double precision, where the scale of a format as wide as float32 does not underflow.
-        exact = tensor.double()
+        exact = widened(tensor)
         unit = self._unit(exact)
         cast = (exact / unit).clamp(-self._most, self._most).to(FORMATS[self.format])
         return (cast.to(exact.dtype) * unit).to(tensor.dtype)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from scipy.special import ndtr, ndtri
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.factors import Factors
 from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import (
@@ -91,21 +92,21 @@ class Noise(Defense):
         comparisons = len(parts) * len(THRESHOLDS)
         worst, where = -math.inf, "the gradient"
         for name, tensor in parts.items():
-            near = tensor.abs().double() / self.std
+            near = widened(tensor.abs()) / self.std
             slack = math.sqrt(math.log(comparisons / FALSE_ACCUSATION) / (2 * near.numel()))
             for threshold in THRESHOLDS:
-                share = float((near <= threshold).double().mean())
+                share = float(widened(near <= threshold).mean())
                 excess = share - self._share_within(threshold) - slack
                 if excess > worst and (excess > 0 or name == "the gradient"):
                     worst, where = excess, name
-        median, half = float(parts[where].abs().double().median()), self._half
+        median, half = float(widened(parts[where].abs()).median()), self._half
         limit = half * self.std
         said = MEDIAN_TOO_SMALL(name=where, median=median, std=self.std, limit=limit)
         return worst > 0, said
 
     def hint(self, observed: Gradient, factors: Factors) -> str:
         """The deviation that the median of the capture is that of, where the factor is known."""
-        factor = float(flat(observed).abs().double().median()) / (self._half * self.std)
+        factor = float(widened(flat(observed).abs()).median()) / (self._half * self.std)
         name = factors.name(factor, FACTOR_TOLERANCE)
         fits = f"{factor:.2g} of the declared noise{name}: std {factor * self.std:.2g} would fit"
         return f"; {fits}, or noise before the division" if name else ""

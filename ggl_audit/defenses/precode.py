@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 from typing_extensions import Self
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, Drawn, ModelDefense, NoiseBound, Trace
 from ggl_audit.errors import ReasonError
@@ -194,6 +195,6 @@ class Precode(ModelDefense):
             return False, BOTTLENECKS_NOISE()
         images = len(self._probe)
         name = f"{self._place}.encoder.weight"
-        values = torch.linalg.svdvals(observed[name].double())
+        values = torch.linalg.svdvals(widened(observed[name]))
         beyond = float(values[images:].norm() / values.norm().clamp(min=1e-300))
         return beyond > ROUNDING, BEYOND_SPAN(share=beyond, name=name, images=images)

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, each, flat, largest_magnitude
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
 from ggl_audit.messages import Message, Said
@@ -142,10 +143,10 @@ def log_probability(tensor: torch.Tensor, seen: torch.Tensor, unit: torch.Tensor
         seen: what became of them.
         unit: the distance between the levels that the values give, a scalar.
     """
-    unit = unit.double().clamp(min=SMALLEST_NORM)
-    level = seen.double() / unit
+    unit = widened(unit).clamp(min=SMALLEST_NORM)
+    level = widened(seen) / unit
     away = ((level - level.round()).abs() - ROUNDING).clamp(min=0)
-    share = 1 - (tensor.double() / unit - level).abs()
+    share = 1 - (widened(tensor) / unit - level).abs()
     # What rounding in the last bit makes impossible is not: one value would outweigh all others.
     logs: torch.Tensor = share.clamp(min=LEAST_PROBABILITY).log() - OFF_THE_GRID * away
     return logs
@@ -175,7 +176,7 @@ def off_grid(parts: Gradient, levels: int, reaches_the_highest: bool) -> tuple[b
 
 def _magnitudes(tensor: torch.Tensor) -> torch.Tensor:
     """Those of a tensor but zero, the smallest first, each once."""
-    values = tensor[tensor != 0].abs().double().unique()
+    values = widened(tensor[tensor != 0].abs()).unique()
     # Other implementations round the same level differently in its last bits.
     apart = values[1:] > values[:-1] * (1 + 1e-5)
     once: torch.Tensor = values[torch.cat([torch.ones_like(values[:1]).bool(), apart])]
@@ -186,7 +187,7 @@ def _on_a_grid(magnitudes: torch.Tensor, levels: int, reaches_the_highest: bool)
     if reaches_the_highest:
         units = magnitudes[-1:] / levels
     else:
-        least = torch.arange(1, levels + 1, dtype=torch.float64, device=magnitudes.device)
+        least = widened(torch.arange(1, levels + 1, device=magnitudes.device))
         units = magnitudes[0] / least
         units = units[magnitudes[-1] / units <= levels + 0.5]
     multiples = magnitudes / units[:, None]

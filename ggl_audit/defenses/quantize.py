@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, flat
 from ggl_audit.defenses.base import Context, Defense, NoiseBound, Trace
 from ggl_audit.defenses.noise_law import Distribution, NoiseLaw
@@ -94,7 +95,7 @@ class Quantize(Defense):
         """
         parts = []
         for name, (_, step) in self._grids(observed).items():
-            residual = (observed[name] - before[name]).double()
+            residual = widened(observed[name] - before[name])
             rounded = noise.log_probability(residual - step / 2, residual + step / 2)
             as_it_was = noise.log_densities(residual)
             parts.append(torch.where(step > SMALLEST_STEP, rounded, as_it_was).sum())
@@ -121,7 +122,7 @@ class Quantize(Defense):
 
 
 def _levels(tensor: torch.Tensor) -> int:
-    values = tensor.double()
+    values = widened(tensor)
     span = float(values.max() - values.min())
     # Other implementations round the same level differently in its last bits.
     return len(((values - values.min()) / max(span, 1e-300) * 2**20).round().unique())

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, each
 from ggl_audit.defenses.base import Context, Trace
 from ggl_audit.defenses.noise_law import NoiseLaw
@@ -46,6 +47,6 @@ class RandomK(Sparsify):
         """Kept values by their density; removed ones say nothing, as chance chose them."""
         parts = []
         for name, tensor in observed.items():
-            density = noise.log_densities((tensor - before[name]).double())
+            density = noise.log_densities(widened(tensor - before[name]))
             parts.append(torch.where(tensor != 0, density, torch.zeros_like(density)).sum())
         return torch.stack(parts).sum()

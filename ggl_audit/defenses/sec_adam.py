@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import Aggregation, NoiseBound, Trace
 from ggl_audit.messages import Message, Said
@@ -61,7 +62,7 @@ class SecAdam(Aggregation):
         """The corrected moments; what came before is zero to who does not know it."""
         # In double precision: the smallest gradients' squares vanish in single.
         before = earlier[len(earlier) - self.earlier_rounds :]
-        rounds = [each(lambda tensor: tensor.double(), g) for g in (*before, gradient)]
+        rounds = [each(lambda tensor: widened(tensor), g) for g in (*before, gradient)]
         first = second = each(torch.zeros_like, rounds[0])
         for g in rounds:
             first = {n: self.beta1 * first[n] + (1 - self.beta1) * g[n] for n in g}
@@ -115,7 +116,7 @@ def last_gradient(moment: Gradient, previous: Gradient, beta1: float) -> Gradien
     """
 
     def between(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        change = now.double() - beta1 * before.double()
+        change = widened(now) - beta1 * widened(before)
         rounding = 4 * torch.finfo(torch.float32).eps * (now.abs() + before.abs())
         return (torch.where(change.abs() > rounding, change, 0) / (1 - beta1)).to(now.dtype)
 

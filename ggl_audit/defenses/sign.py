@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, each, flat, largest_magnitude
 from ggl_audit.defenses.base import Context, NoiseBound, ReplicaKind, Trace
 from ggl_audit.defenses.capabilities import ByValues
@@ -110,7 +111,7 @@ class Sign(ErrorFeedback):
         parts = []
         for name, tensor in observed.items():
             agreement = before[name] * torch.sign(tensor)
-            said = noise.log_cdf(agreement.double())
+            said = noise.log_cdf(widened(agreement))
             parts.append(torch.where(tensor == 0, torch.zeros_like(said), said).sum())
         return torch.stack(parts).sum()
 

@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr
 from torch.func import vjp, vmap
 from typing_extensions import Self
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses.base import Context, Defense, Effect, NoiseBound, Trace
 from ggl_audit.errors import ReasonError
@@ -90,7 +91,7 @@ class Soteria(Defense):
     def contradiction(self, observed: Gradient, later_noise: NoiseBound) -> tuple[bool, Said]:
         """Finds fewer columns of zeros than were declared."""
         pruned = (observed[self._weight] == 0).all(0)
-        share = float(pruned.double().mean())
+        share = float(widened(pruned).mean())
         said = PRUNED_COLUMNS(share=share, name=self._weight, fraction=self.fraction)
         return int(pruned.sum()) < self._removed(len(pruned)), said
 

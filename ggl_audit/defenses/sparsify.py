@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import NoiseBound, Trace
 from ggl_audit.defenses.masking import Masking
@@ -57,9 +58,9 @@ class Sparsify(Masking):
         }
         if lacking:
             name = max(lacking, key=lambda n: lacking[n] / parts[n].numel())
-            share = float((parts[name] == 0).double().mean())
+            share = float(widened(parts[name] == 0).mean())
             return True, ZERO_SHARE(share=share, name=name, fraction=self.fraction)
-        share = float((flat(observed) == 0).double().mean())
+        share = float(widened(flat(observed) == 0).mean())
         return False, ZERO_SHARE(share=share, name="the gradient", fraction=self.fraction)
 
     def log_likelihood(self, before: Gradient, noise: NoiseLaw, observed: Gradient) -> torch.Tensor:
@@ -75,7 +76,7 @@ class Sparsify(Masking):
         return self.scope == "layer"
 
     def _censored(self, mean: torch.Tensor, seen: torch.Tensor, noise: NoiseLaw) -> torch.Tensor:
-        mean, seen = mean.double(), seen.double()
+        mean, seen = widened(mean), widened(seen)
         kept = seen != 0
         least = torch.where(kept, seen.abs(), torch.inf).min()
         removed = noise.log_probability(-least - mean, least - mean)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, each, flat
 from ggl_audit.defenses.base import NoiseBound, Trace
 from ggl_audit.defenses.masking import Masking
@@ -65,7 +66,7 @@ class Threshold(Masking):
         """Kept values by their density, removed ones by P(value plus noise is below)."""
         parts = []
         for name, tensor in observed.items():
-            mean, seen = before[name].double(), tensor.double()
+            mean, seen = widened(before[name]), widened(tensor)
             removed = noise.log_probability(-self.least - mean, self.least - mean)
             parts.append(torch.where(seen == 0, removed, noise.log_densities(seen - mean)).sum())
         return torch.stack(parts).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ggl_audit.attack.labels import UsualHead, infer_several
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, flat, stack, unstack
 from ggl_audit.client.local_training import rate_of_one_step
 from ggl_audit.evidence.last_layer import LastLayer
@@ -96,7 +97,7 @@ def _one_step_of_adam(whole: torch.Tensor) -> list[str]:
     magnitudes = whole[whole != 0].abs()
     usual = magnitudes.median()
     near = (magnitudes - usual).abs() <= NEAR_MAGNITUDE * usual
-    if float(near.double().mean()) < MOST_MAGNITUDES:
+    if float(widened(near).mean()) < MOST_MAGNITUDES:
         return []
     return [
         f"Nearly every value that is not zero is {float(usual):.3g} in size: like one step of Adam "
@@ -118,8 +119,8 @@ def _zeros(observed: Gradient, usual: Gradient) -> list[str]:
     # A tensor without any value is no sign of a sparsification.
     kept = [name for name in observed if name not in empty]
     observed, usual = ({name: of[name] for name in kept} for of in (observed, usual))
-    own = float((flat(observed) == 0).double().mean())
-    theirs = max(float((flat(one) == 0).double().mean()) for one in unstack(usual))
+    own = float(widened(flat(observed) == 0).mean())
+    theirs = max(float(widened(flat(one) == 0).mean()) for one in unstack(usual))
     if own <= theirs + MORE_ZEROS:
         return said
     return [
@@ -131,7 +132,7 @@ def _zeros(observed: Gradient, usual: Gradient) -> list[str]:
 
 def _noise(observed: Gradient, usual: Gradient) -> list[str]:
     own = bool((flat(observed) == 0).any())
-    theirs = float((flat(usual) == 0).double().mean())
+    theirs = float(widened(flat(usual) == 0).mean())
     if own or theirs < MORE_ZEROS:
         return []
     return [
@@ -175,9 +176,9 @@ def _scale_of_several(
     if model.head.bias is None:
         return None
     labels = infer_several(stack([observed]), model, usual_head, images)[0]
-    counts = torch.bincount(labels, minlength=model.classes).double()
+    counts = widened(torch.bincount(labels, minlength=model.classes))
     prediction = usual_head.predictions[labels].mean(0)
-    error, bias = prediction - counts / images, observed[model.head.bias].double()
+    error, bias = prediction - counts / images, widened(observed[model.head.bias])
     if bool(error @ bias < FITS * error.norm() * bias.norm()):
         return None
     return float(error @ bias / (error @ error))

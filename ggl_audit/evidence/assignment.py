@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.evidence.identification import Distances
 from ggl_audit.inputs.model import ClientModel
@@ -78,6 +79,6 @@ def _cheapest(costs: torch.Tensor) -> list[int]:
     """For each row of a square table its column."""
     from scipy.optimize import linear_sum_assignment
 
-    finite = np.nan_to_num(costs.double().cpu().numpy(), nan=FARTHEST, posinf=FARTHEST)
+    finite = np.nan_to_num(widened(costs).cpu().numpy(), nan=FARTHEST, posinf=FARTHEST)
     _, columns = linear_sum_assignment(finite)
     return [int(column) for column in columns]

@@ -6,6 +6,7 @@ import torch
 from scipy.special import chdtri
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, flat, norm, stack, take, unstack
 from ggl_audit.defenses import FALSE_ACCUSATION, Check, Pipeline, noise_norm
 from ggl_audit.evidence.signs import negated
@@ -129,7 +130,7 @@ def check_truth(
     for index, other in enumerate(others[:COMPARED]):
         exchanged[index, index % len(truths)] = other
     around = (remainders(exchanged, own_labels.expand(len(exchanged), -1)) / size) ** 2
-    near = SHARE_OF_OTHERS * float(around.quantile(NEAR_OTHERS))
+    near = SHARE_OF_OTHERS * float(around.cpu().quantile(NEAR_OTHERS))
     limit = max(SMALLEST_LIMIT, min(LARGEST_DISTANCE, near))
     whose = "its" if len(truths) == 1 else "their"
     agrees = distance <= limit
@@ -176,7 +177,7 @@ def check_remainder(
 
 def _times(defense: Pipeline, replica: Gradient, observed: Gradient) -> str:
     """How many times the replica the capture is, where it is that and nothing else."""
-    own, seen = flat(replica).double(), flat(observed).double()
+    own, seen = widened(flat(replica)), widened(flat(observed))
     factor = float(own @ seen / (own @ own).clamp(min=1e-300))
     if factor <= 0 or float((seen - factor * own).square().sum() / (seen @ seen)) > SMALLEST_LIMIT:
         return ""

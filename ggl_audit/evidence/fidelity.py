@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 
+from ggl_audit.basics.device import widened
 from ggl_audit.errors import InputError
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.inputs.tensors import read_tensors
@@ -74,7 +75,7 @@ def compare(
     reasons: dict[str, str] = {}
     mse = float((image - truth).square().mean())
     pixels, true_pixels = (
-        t.detach().cpu().double().permute(1, 2, 0).numpy() for t in (image, truth)
+        widened(t.detach().cpu()).permute(1, 2, 0).numpy() for t in (image, truth)
     )
     psnr = ssim = representation = None
     if mse > 0:

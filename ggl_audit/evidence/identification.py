@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ggl_audit.attack.matching import Matching
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.errors import SpecError
 from ggl_audit.inputs.images import ImageSet
@@ -225,7 +226,7 @@ def rank_of_truth(distances: torch.Tensor, lots: Lots) -> list[int]:
     Returns:
         t ranks from 1 to N.
     """
-    values = np.nan_to_num(distances.double().cpu().numpy(), nan=np.inf, posinf=np.inf)
+    values = np.nan_to_num(widened(distances).cpu().numpy(), nan=np.inf, posinf=np.inf)
     truth = values[:, :1]
     nearer = (values[:, 1:] < truth).sum(axis=1)
     level = (values[:, 1:] == truth).sum(axis=1)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ggl_audit.attack.labels import infer_labels
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, norm, stack
 from ggl_audit.client.local_training import rate_of_one_step
 from ggl_audit.defenses import Check, Pipeline
@@ -149,8 +150,8 @@ def look_at_last_layer(model: ClientModel, observed: Gradient, rounding: float) 
     if head is None or not bool(observed[head.bias or head.weight].any()):
         return None
     rounding = _rounding_of_head(model, observed, rounding)
-    weight = observed[head.weight].double()
-    columns = [weight] if head.bias is None else [weight, observed[head.bias].double()[:, None]]
+    weight = widened(observed[head.weight])
+    columns = [weight] if head.bias is None else [weight, widened(observed[head.bias])[:, None]]
     errors, sizes, _ = torch.linalg.svd(torch.cat(columns, dim=1), full_matrices=False)
     own, rounding = rounding, ROUNDINGS * rounding
     if rounding > MOST_ROUNDING:
@@ -161,10 +162,10 @@ def look_at_last_layer(model: ClientModel, observed: Gradient, rounding: float) 
     full = min(model.classes - 1, len(sizes))  # the rows of p - y sum to zero
     if rank > 1 or head.bias is None:
         return LastLayer(rank, fine_rank, full, rounding)
-    bias = observed[head.bias].double()
+    bias = widened(observed[head.bias])
     representation = (errors[:, 0] @ weight) / (errors[:, 0] @ bias)
-    logits = model.parameters[head.weight].double() @ representation
-    prediction = (logits + model.parameters[head.bias].double()).softmax(0)
+    logits = widened(model.parameters[head.weight]) @ representation
+    prediction = (logits + widened(model.parameters[head.bias])).softmax(0)
     label = int(infer_labels(stack([observed]), head))
     error, largest = prediction.clone(), float(logits.abs().max())
     error[label] -= 1

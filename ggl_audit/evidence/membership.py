@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import torch
 
+from ggl_audit.basics.device import widened
+
 LARGEST_POOL = 256
 RELATIVE_FLOOR = 1e-10
 
@@ -39,7 +41,7 @@ class UnknownMembers:
     """
 
     def __init__(self, public: torch.Tensor, members: int, divisor: int, noise: float) -> None:
-        public = public.double()
+        public = widened(public)
         self._weight = 1 / divisor
         others = self._weight * (members - 1)
         mean = public.mean(0)
@@ -67,7 +69,7 @@ class UnknownMembers:
         Returns:
             (n,).
         """
-        known = release.double() - self._others
+        known = widened(release) - self._others
         return torch.stack([self._of_rest(known - self._weight * one) for one in candidates])
 
     def _of_rest(self, rest: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from scipy.special import ndtri_exp
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, each
 from ggl_audit.defenses import Distribution, NoiseLaw
 from ggl_audit.messages import Said
@@ -221,10 +222,10 @@ def residuals_of(
     values, rounding, grains, taken = {}, {}, {}, {}
     observed, expected = kept_values(releases), None if shares is None else kept_values(shares)
     for name, sent in observed.items():
-        left = sent.double()
+        left = widened(sent)
         off = grain * float(left.abs().max()) + (floors or {}).get(name, 0.0)
         if expected is not None:
-            share = expected[name].double()
+            share = widened(expected[name])
             off += images * ROUNDING * float(share.abs().max())
             left, taken[name] = left - share, share / std
         steepest = LAPLACE_SLOPE if mapped else 1.0

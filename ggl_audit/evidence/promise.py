@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ggl_audit.basics.device import widened
+
 CANDIDATES = 8
 LARGEST_POOL = 640
 WARM_UP = 10
@@ -99,9 +101,9 @@ def scores_of(contributions: torch.Tensor, release: torch.Tensor) -> list[float]
     Returns:
         N scores.
     """
-    seen = release.double()
-    inner = torch.stack([row.double() @ seen for row in contributions])
-    expected = torch.stack([row.double().square().sum() / 2 for row in contributions])
+    seen = widened(release)
+    inner = torch.stack([widened(row) @ seen for row in contributions])
+    expected = torch.stack([widened(row).square().sum() / 2 for row in contributions])
     return [float(score) for score in inner - expected]
 
 

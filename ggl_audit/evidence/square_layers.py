@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient
 from ggl_audit.defenses import Check, Pipeline
 from ggl_audit.messages import Message
@@ -75,14 +76,14 @@ def check_square_layers(defense: Pipeline, observed: Gradient, rounding: float) 
 
 def _is_transposed(name: str, observed: Gradient, rounding: float) -> bool | None:
     bias = observed.get(f"{name.removesuffix('weight')}bias")
-    weight = observed[name].double()
+    weight = widened(observed[name])
     if bias is None or bias.shape != weight.shape[:1] or not bool(bias.any()):
         return None
     out, sizes, taken = torch.linalg.svd(weight)
     rank = int((sizes > max(LEAST_SIZE, ROUNDINGS * rounding) * sizes[0]).sum())
     if not 0 < rank <= len(sizes) // 2:
         return None
-    direction = bias.double() / bias.double().norm()
+    direction = widened(bias) / widened(bias).norm()
     columns, rows = out[:, :rank], taken[:rank].T
     from_columns, from_rows = (
         float((direction - space @ (space.T @ direction)).norm()) for space in (columns, rows)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ggl_audit.basics.device import widened
 from ggl_audit.optimizers.base import Evaluation, Optimizer, Wants
 from ggl_audit.optimizers.cma import DiagonalCma
 from ggl_audit.optimizers.family import Family, Task
@@ -166,8 +167,8 @@ class GaussNewton(Family):
         self._damping = torch.where(anew, 1.0, self._damping)
         self._idle = torch.where(anew, 0.0, self._idle)
         self._waiting = anew  # a search that starts anew knows no differences yet
-        slope = -products[:, 0, 1:, None].double() / STRIDE
-        values, axes = torch.linalg.eigh(products[:, 1:, 1:].double() / STRIDE**2)
+        slope = -widened(products[:, 0, 1:, None]) / STRIDE
+        values, axes = torch.linalg.eigh(widened(products[:, 1:, 1:]) / STRIDE**2)
         values = values.clamp(min=0)[:, None]
         dampings = self._tried()[:, :, None] * values.mean(2, keepdim=True).clamp(min=1e-30)
         steps = (axes.transpose(1, 2) @ slope).transpose(1, 2) / (values + dampings)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from ggl_audit.basics.device import widened
 from ggl_audit.optimizers.base import Array, Evaluation, Optimizer, Wants
 from ggl_audit.optimizers.family import Family, Task
 
@@ -64,7 +65,7 @@ class SideBySide:
 
     def tell(self, evaluation: Evaluation) -> None:
         """Takes the losses of the last candidates."""
-        losses = evaluation.losses.double().cpu().numpy()
+        losses = widened(evaluation.losses).cpu().numpy()
         with quiet():
             for search, told in zip(self._searches, losses, strict=True):
                 search.tell(told)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ggl_audit.basics.device import widened
 from ggl_audit.optimizers.base import Array, Principal
 from ggl_audit.spec import SubspaceSpec
 
@@ -49,6 +50,6 @@ def make_subspace(
     count = min(declared.dimension, dimension)
     if declared.directions == "principal":
         assert principal is not None
-        return Subspace(principal(count).double().cpu().numpy())
+        return Subspace(widened(principal(count)).cpu().numpy())
     drawn = np.random.default_rng(seed).standard_normal((dimension, count))
     return Subspace(np.linalg.qr(drawn).Q.T)

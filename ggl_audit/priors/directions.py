@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ggl_audit.basics.device import widened, widest_float
 from ggl_audit.priors.prior import Prior
 
 PLACES = 8
@@ -30,13 +31,13 @@ def principal_directions(prior: Prior, label: int, count: int) -> torch.Tensor:
     device = next(prior.generator.parameters(), torch.zeros(0)).device
     places = torch.randn(PLACES, prior.size, generator=random).to(device)
     places[0] = 0
-    products = torch.zeros(prior.size, prior.size, dtype=torch.float64, device=device)
+    products = torch.zeros(prior.size, prior.size, dtype=widest_float(device), device=device)
     with torch.no_grad():
         for place in places:
             moves = STEP * torch.eye(prior.size, device=device)
             latents = torch.cat([place + moves, place - moves])
             labels = torch.full((len(latents),), label, device=device)
-            ahead, behind = prior.decode(latents, labels).flatten(1).double().chunk(2)
+            ahead, behind = widened(prior.decode(latents, labels).flatten(1)).chunk(2)
             changes = (ahead - behind) / (2 * STEP)
             products += changes @ changes.T
     vectors: torch.Tensor = torch.linalg.eigh(products).eigenvectors

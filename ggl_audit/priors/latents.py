@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ggl_audit.basics.device import widened
 from ggl_audit.spec import LatentSpec
 
 LEAST_VARIANCE = 1e-6
@@ -36,7 +37,7 @@ class DeclaredLatents:
         if self.declared.distribution == "normal":
             return coordinates
         # 2 Phi(u) - 1; in double precision, as the tails of the quantiles are steep.
-        values = torch.erf(coordinates.double() / math.sqrt(2))
+        values = torch.erf(widened(coordinates) / math.sqrt(2))
         if self.declared.distribution == "truncated":
             # Phi^-1(Phi(-t) + Phi(u) (Phi(t) - Phi(-t))), written without the two small ends.
             within = math.erf(self.declared.truncation / math.sqrt(2))
@@ -85,7 +86,7 @@ def fit_gaussian(mapped: torch.Tensor) -> GaussianLatents:
         The mean, and the axes along which the variance is at least ``LEAST_VARIANCE`` of the
         largest; at most n - 1 of them, or none where there is no variance.
     """
-    values = mapped.flatten(1).double()
+    values = widened(mapped.flatten(1))
     mean = values.mean(dim=0)
     _, sizes, axes = torch.linalg.svd(
         (values - mean) / math.sqrt(len(values) - 1), full_matrices=False

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.randomness import stream
 from ggl_audit.errors import SpecError, raised
 from ggl_audit.inputs.images import Shape
@@ -241,14 +242,14 @@ def _check_shape(prior: Prior, declared: PriorSpec, output: torch.Tensor, shape:
 def _extent(output: torch.Tensor, prior: Prior) -> torch.Tensor:
     """Lowest and highest value, and the shares far below black and far above white, (4,)."""
     black, white = prior.conversion.output_range
-    values = output.double()
+    values = widened(output)
     slack = BEYOND * (white - black)
     return torch.stack(
         [
             values.min(),
             values.max(),
-            (values < black - slack).double().mean(),
-            (values > white + slack).double().mean(),
+            widened(values < black - slack).mean(),
+            widened(values > white + slack).mean(),
         ]
     )
 

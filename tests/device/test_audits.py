@@ -29,6 +29,8 @@ SAMPLES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+CLIENTS = Path(__file__).parent.parent / "known_answers" / "clients.py"
+
 FEW = {
     "attack__evaluations": 130,
     "attack__steps": 4,
@@ -59,6 +61,17 @@ def test_an_audit_says_the_same_as_on_the_processor(
         spread = 3 if is_random else 1
         assert abs(found.successes - expected.successes) <= spread
     assert there.captured.labels == here.captured.labels
+
+
+def test_a_clients_own_code_sends_from_the_device(
+    sample: Callable[..., Spec], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ggl_audit.experiments.noise.RELEASES", 60)
+    own = {"step": f"{CLIENTS}:step", "kwargs": {"bound": 1.0, "std": 1.0}}
+    spec = sample("dp", device=str(device), client=own, **FEW)
+    report = run_audit(spec, Counter())
+    assert report.evidence.noise is not None
+    assert not report.evidence.noise.violations
 
 
 def test_the_same_audit_gives_the_same_report_again(
@@ -109,7 +122,7 @@ def test_auto_takes_the_processor_where_an_operator_is_lacking(
     assert report.environment["device"] == "cpu"
     assert progress.said == [
         "The audit computes on the processor, as pretended lacks something: The operator "
-        "'aten::convolution' is not implemented for pretended"
+        "'aten::convolution' is not implemented for pretended."
     ]
     with pytest.raises(SpecError, match="convolution"):
         run_audit(sample("undefended", device="pretended", **FEW), Counter())

@@ -117,7 +117,12 @@ CASES: list[tuple[Callable[[], nn.Module], list[Defense], Distance]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "steps", "distance"), CASES, ids=str)
+def named(value: object) -> str:
+    """The same in every process, as a function's address is not."""
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(("make", "steps", "distance"), CASES, ids=named)
 def test_distances(
     device: torch.device,
     make: Callable[[], nn.Module],

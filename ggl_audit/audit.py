@@ -20,6 +20,7 @@ from ggl_audit.experiments.cause import OtherDeclaration, OtherLayout
 from ggl_audit.experiments.conduct import Progress, conduct
 from ggl_audit.experiments.experiment import Experiment, Result
 from ggl_audit.experiments.forecast import planned_evaluations
+from ggl_audit.experiments.label import Label
 from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.experiments.ledger_file import (
     Header,
@@ -45,6 +46,7 @@ from ggl_audit.spec import Spec
 EXPERIMENTS: tuple[type[Experiment[Result]], ...] = (
     CandidateMatching,
     UndefendedMatching,
+    Label,
     Membership,
     Noise,
     Promise,

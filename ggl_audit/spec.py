@@ -740,6 +740,9 @@ class EvidenceSpec(_Section):
         description="the private image, where it is held; of several all of them, in the order of "
         "capture.labels and client by client",
     )
+    public: list[Literal["label"]] = Field(
+        default=[], description="questions whose answers are no secret, which no verdict counts"
+    )
     lpips: LpipsSpec | None = Field(
         default=None,
         description="declared, it is measured for all canaries; else only between the private "

@@ -32,8 +32,8 @@ def test_an_addition_has_a_neighbour_and_a_place_where_it_is_named(row: list[str
 def test_the_page_lists_each_kind_of_addition() -> None:
     kinds = [row[0] for row in ROWS]
     assert kinds == [
-        "a defense", "an optimizer", "an attack", "an experiment", "a report format",
-        "a kind of finding",
+        "a defense", "an optimizer", "an attack", "an experiment",
+        "a value of each image that is asked for", "a report format", "a kind of finding",
     ]  # fmt: skip
 
 

@@ -367,7 +367,8 @@ def test_no_pass_rests_on_what_the_time_left_nothing_of(
     sample: Callable[..., Spec], candidates: int
 ) -> None:
     """The ceiling is low; its control, the noise, the promise, the capture or canaries lack."""
-    keys = {**FEW, "evidence__matching_trials": 100, **OWN_CODE, "evidence__truth": None}
+    few = {**FEW, "evidence__matching_trials": 100, "evidence__public": ["label"]}
+    keys = {**few, **OWN_CODE, "evidence__truth": None}
     spec = sample("dp", **{**keys, "client": {**OWN_CODE["client"], "batch_size": 1}})
     assert run_audit(spec, Counter()).verdict.grade in ("A", "B")
     counter = Counter()
@@ -385,6 +386,7 @@ def test_a_ledger_that_breaks_off_is_no_pass(
     """Also where trials may end early, but did not have to."""
     ledger = tmp_path / "audit.jsonl"
     keys = {**FEW, "evidence__stop_early": True, "evidence__control_trials": 0}
+    keys["evidence__public"] = ["label"]
     whole = run_audit(sample("dp", **keys), Counter(), ledger=ledger)
     assert judge_ledger(ledger).verdict == whole.verdict
     lines = ledger.read_text().splitlines(keepends=True)

@@ -41,6 +41,7 @@ evidence:
   matching_trials: 200                  # an A takes about 200
   reconstruction_trials: 20
   stop_early: false                     # true: end once the grade cannot change any more
+  # public: [label]                      # questions whose answers are no secret, left out
   # truth: private.png                  # only if you hold it; of a batch all: [a.png, b.png]
 gate: {fail_on: C}                      # exit 1 at this grade or a worse one
 seed: 0

@@ -57,6 +57,7 @@ def run(
     from ggl_audit.judgement.grade import in_words
     from ggl_audit.report.console import render_console
     from ggl_audit.report.formats import check_outputs, write_report
+    from ggl_audit.report.wording import answers
 
     declared = options.load_spec(
         spec,
@@ -89,8 +90,8 @@ def run(
         typer.echo(f"wrote {path}", err=True)
     if quiet:
         verdict = report.verdict
-        words = in_words(verdict.grade, report.evidence.ceiling)
-        typer.echo(" ".join([f"{verdict.grade}: {words}.", verdict.reason, *verdict.left_open]))
+        words = in_words(verdict.grade, report.evidence.ceiling, verdict.question)
+        typer.echo(" ".join([f"{verdict.grade}: {words}.", verdict.reason, *answers(report)]))
     else:
         render_console(report, Console())
     code = report.verdict.exit_code

@@ -67,6 +67,23 @@ class Likelihood:
         assert isinstance(last, HasLikelihood)
         return -last.log_likelihood(before, noise, observed)
 
+    def weight(self, observed: Gradient) -> torch.Tensor | None:
+        """What a mismatch is multiplied by to be a negative log-likelihood, up to a constant.
+
+        Args:
+            observed: the capture.
+
+        Returns:
+            A scalar; None where nothing is random, or its distribution is not known, so that a
+            mismatch is a distance and no likelihood.
+        """
+        noise = self._randomness.total_noise()
+        if not self._known:
+            return None
+        if self._compared is None or (self._chain.clear.names and noise is not None):
+            return torch.ones(())
+        return None if noise is None else norm(observed).square() / (2 * noise.std**2)
+
     def value_wise(self) -> ValueWise | None:
         """The replica that is compared by l2, by single values; None where there is none."""
         count = self._compared

@@ -252,9 +252,26 @@ def match(matching: Matching, trials: Trials, observed: Gradient, lots: Lots) ->
         t ranks.
     """
     labels = trials.labels[:, None].expand_as(trials.candidates)
+    return rank_of_truth(distances_of(matching, trials, labels, observed), lots)
+
+
+def distances_of(
+    matching: Matching, trials: Trials, labels: torch.Tensor, observed: Gradient
+) -> torch.Tensor:
+    """The matching distance of each candidate, all other images of the release being known.
+
+    Args:
+        matching: with the declared defense.
+        trials: t trials of N candidates.
+        labels: (t, N), of the candidates.
+        observed: what the attacker sees of each, tensors with a leading dimension t.
+
+    Returns:
+        (t, N).
+    """
     companions = trials.companions.shape[1]
     if companions == 0:
-        return rank_of_truth(matching.distances(trials.images, labels, observed), lots)
+        return matching.distances(trials.images, labels, observed)
     own = matching.model.batch_size - 1
     images, all_labels = trials.members
     beside = images[:, None, 1 : own + 1].expand(-1, labels.shape[1], *images[0, 1 : own + 1].shape)
@@ -262,7 +279,7 @@ def match(matching: Matching, trials: Trials, observed: Gradient, lots: Lots) ->
     sets = torch.cat([trials.images[:, :, None], beside], dim=2)
     set_labels = torch.cat([labels[..., None], beside_labels], dim=2)
     others = (images[:, own + 1 :], all_labels[:, own + 1 :])
-    return rank_of_truth(matching.distances(sets, set_labels, observed, others), lots)
+    return matching.distances(sets, set_labels, observed, others)
 
 
 def reconstruction_ranks(

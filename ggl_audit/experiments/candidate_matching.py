@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 
-from ggl_audit.attack.labels import why_not_inferred
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.case.case import Case
-from ggl_audit.case.labels import infer
 from ggl_audit.client.clients import Client, DeclaredClient
 from ggl_audit.defenses import Pipeline, SecureAggregation
 from ggl_audit.evidence.identification import match
@@ -31,20 +29,13 @@ NO_TRIALS = "evidence.matching_trials is 0"
 
 
 class Matched(Result):
-    """What matching made of a canary.
-
-    Attributes:
-        hit: whether it was identified among the candidates.
-        label: whether its label, or all labels of its release, were inferred; None where labels
-            cannot be.
-    """
+    """Whether a canary was identified among the candidates."""
 
     hit: bool
-    label: bool | None = None
 
 
 class CandidateMatching(Experiment[Matched]):
-    """The ceiling: how often a canary is identified, and its label inferred."""
+    """The ceiling: how often a canary is identified."""
 
     name = "matching"
     stage = "candidate matching"
@@ -141,13 +132,9 @@ def match_canaries(
     observed = client.send(*canaries.members, case.contexts(f"{purpose} clients", trials))
     lots = case.lots(f"{purpose} ties", trials)
     ranks = match(case.matching(defense), canaries, observed, lots)
-    labels: list[bool | None] = [None] * len(trials)
-    if not why_not_inferred(case.model, case.members):
-        inferred = infer(case, observed).sort(dim=1).values
-        labels = (inferred == canaries.members[1].sort(dim=1).values).all(1).tolist()
     advance(canaries.candidates.numel() + len(trials))
-    for rank, label in zip(ranks, labels, strict=True):
-        yield Matched(hit=rank == 1, label=label)
+    for rank in ranks:
+        yield Matched(hit=rank == 1)
 
 
 def _plan(case: Case, trials: int, *, at_most: bool = False) -> Plan:

@@ -50,6 +50,7 @@ class Plan(BaseModel):
         optional: whether what comes out of other experiments decides if there is any trial at all.
         together: the trials of a group, which share their batches. Groups are by number alone:
             trials 0 to ``together`` - 1 are the first, whoever runs them and when.
+        chance: how often a guess is right, where it is not one of ``evidence.candidates``.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,6 +63,7 @@ class Plan(BaseModel):
     each_counts: bool = False
     optional: bool = False
     together: int = 1
+    chance: float | None = None
 
     @property
     def evaluations(self) -> int:

@@ -11,12 +11,27 @@ import torch
 
 from ggl_audit.attacks.attack import Advance
 from ggl_audit.basics.gradient import Gradient, flat, rows, take
+from ggl_audit.case.case import Case
 from ggl_audit.evidence.identification import rank_of_truth
 from ggl_audit.evidence.membership import UnknownMembers, public_images
 from ggl_audit.experiments.candidate_matching import MATCHING_SHARE, NO_TRIALS
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
 
 MEMBERSHIP_TRIALS = 100
+
+
+def shares_add_up(case: Case) -> bool:
+    """Whether a release is a sum of what single images add to it, and of noise."""
+    model = case.model
+    alone = model.batch_size == 1
+    by_itself = alone or (model.local is None and model.criterion.adds_up is True)
+    return case.defense.replica.adds_up() and by_itself and (alone or not model.mixes)
+
+
+def divisor(case: Case) -> int:
+    """What the sum over the images of a release is divided by."""
+    # A sum over each client's images is a mean over clients of sums.
+    return case.defense.aggregation.clients if case.model.loss_sum else case.members
 
 
 class Identified(Result):
@@ -49,12 +64,9 @@ class Membership(Experiment[Identified]):
         return Plan(trials=trials, matched=trials * (case.spec.evidence.candidates + 1))
 
     def _can_be_told(self) -> bool:
-        case, model = self.case, self.case.model
-        alone = model.batch_size == 1
-        by_itself = alone or (model.local is None and model.criterion.adds_up is True)
+        case = self.case
         enough = len(case.reference) // 2 >= case.members + case.spec.evidence.candidates
-        mixed = model.mixes and not alone
-        return case.defense.replica.adds_up() and by_itself and enough and not mixed
+        return shares_add_up(case) and enough
 
     @functools.cached_property
     def _public(self) -> np.ndarray:
@@ -71,11 +83,10 @@ class Membership(Experiment[Identified]):
         """The share of all images but one, as public images have it."""
         case = self.case
         noise = case.defense.randomness.total_noise()
-        # A sum over each client's images is a mean over clients of sums.
-        whole = case.members if not case.model.loss_sum else case.defense.aggregation.clients
         public = torch.as_tensor(self._public, device=case.model.device)
         contributions = rows(self._contributed(public), len(public))
-        return UnknownMembers(contributions, case.members, whole, noise.std if noise else 0.0)
+        std = noise.std if noise else 0.0
+        return UnknownMembers(contributions, case.members, divisor(case), std)
 
     def _contributed(self, chosen: torch.Tensor) -> Iterator[Gradient]:
         reference = self.case.reference

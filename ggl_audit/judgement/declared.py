@@ -24,10 +24,12 @@ from ggl_audit.defenses import Check
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.guarantee import Guarantee, largest_advantage
 from ggl_audit.evidence.identification import blind_labels
+from ggl_audit.evidence.public_labels import public_label_doubts
 from ggl_audit.experiments import likeness
 from ggl_audit.experiments.candidate_matching import has_likelihood
 from ggl_audit.experiments.capture import captured_trials
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
+from ggl_audit.experiments.label import Label
 from ggl_audit.inputs.png_uri import PngUri, png_uri
 from ggl_audit.judgement.assumptions import Assumptions, assumptions
 from ggl_audit.messages import Said
@@ -101,6 +103,7 @@ class Declared(BaseModel):
         captures: those of the round; the first is the one that is audited.
         checks: of the captures against the declared steps.
         doubts: why canaries may not stand for the capture.
+        public_labels: what is wrong with the labels of the public images; none or one.
         guarantee: of the declared defense.
         bound_for_any_model: the largest advantage that a clip and noise leave to anybody.
         in_the_clear: running statistics that are sent and no step is over.
@@ -108,7 +111,12 @@ class Declared(BaseModel):
         is_exact_moments: whether the gradient follows from what was captured, by arithmetic.
         has_likelihood: whether matching is by the likelihood under the declared noise.
         members: images of a release.
-        blind_label: how often a blind guess of the labels is right; None where they are not asked.
+        classes: of the model.
+        blind_label: how often a blind guess of all labels of a release is right; None where they
+            are not asked for.
+        bound_for_label: the largest advantage that a clip and noise leave to anybody who tells the
+            label.
+        no_label_inference: why labels are not inferred from the last layer; empty where they are.
         attacks: those that are made, and those that are not.
         plans: of the experiments, by name.
         stages: what each does, in words.
@@ -129,6 +137,7 @@ class Declared(BaseModel):
     captures: list[DeclaredCapture]
     checks: list[Check]
     doubts: list[Said]
+    public_labels: list[Said]
     guarantee: Guarantee | None
     bound_for_any_model: float
     in_the_clear: list[str]
@@ -136,7 +145,10 @@ class Declared(BaseModel):
     is_exact_moments: bool
     has_likelihood: bool
     members: int
+    classes: int
     blind_label: float | None
+    bound_for_label: float
+    no_label_inference: str
     attacks: list[DeclaredAttack]
     plans: dict[str, Plan | NotMeasured]
     stages: dict[str, str]
@@ -149,10 +161,10 @@ def declare(case: Case, suite: Suite, experiments: Sequence[Experiment[Result]])
     """Puts down what is known of a case before its first trial."""
     spec = case.spec
     bound = largest_advantage(case.defense.sensitivity.guarantee(), 1 / spec.evidence.candidates)
+    plans = {one.name: one.plan() for one in experiments}
+    told = plans[Label.name]
     hidden = why_not_inferred(case.model, case.members)
-    no_label = "" if hidden is None else hidden.text
-    if not no_label and case.model.classes == 1:
-        no_label = "there is one label only"
+    chance = told.chance if isinstance(told, Plan) else None
     made = [DeclaredAttack(name=one.name, source=one.source) for one in suite.attacks]
     not_made = [
         DeclaredAttack(name=kind.name, source=kind.source, not_made=reason)
@@ -161,7 +173,6 @@ def declare(case: Case, suite: Suite, experiments: Sequence[Experiment[Result]])
     applied = "the tool applied the defense itself (capture.stage is raw)"
     raw = spec.capture.stage == "raw" and case.defense.steps
     reasons = {
-        "label": no_label,
         "guarantee": "" if case.guarantee else _no_guarantee(case),
         "checks": applied if raw else "",
     }
@@ -184,6 +195,7 @@ def declare(case: Case, suite: Suite, experiments: Sequence[Experiment[Result]])
             ),
         ],
         doubts=case.doubts,
+        public_labels=_public_labels(case),
         guarantee=case.guarantee,
         # No clip and no noise is on what is sent in the clear.
         bound_for_any_model=1.0 if case.defense.clear.names else bound,
@@ -192,14 +204,31 @@ def declare(case: Case, suite: Suite, experiments: Sequence[Experiment[Result]])
         is_exact_moments=spec.capture.kind == "moments",
         has_likelihood=has_likelihood(case),
         members=case.members,
-        blind_label=None if no_label else blind_labels(case.model.classes, case.members),
+        classes=case.model.classes,
+        blind_label=None if chance is None else blind_labels(round(1 / chance), case.members),
+        bound_for_label=_bound_for_label(case, chance),
+        no_label_inference="" if hidden is None else hidden.text,
         attacks=[*made, *not_made],
-        plans={one.name: one.plan() for one in experiments},
+        plans=plans,
         stages={one.name: one.stage for one in experiments},
         explaining=[one.name for one in experiments if one.explains],
         assumptions=assumptions(case, suite),
         not_measured={name: reason for name, reason in reasons.items() if reason},
     )
+
+
+def _public_labels(case: Case) -> list[Said]:
+    # Samples of a prior may have labels that it takes no notice of.
+    if case.spec.evidence.reference is None:
+        return []
+    return public_label_doubts(case.model, case.reference, case.random("public labels"))
+
+
+def _bound_for_label(case: Case, chance: float | None) -> float:
+    # The client's own code may break what is declared, and nothing is on what is in the clear.
+    if chance is None or case.spec.client is not None or case.defense.clear.names:
+        return 1.0
+    return largest_advantage(case.defense.sensitivity.guarantee(), chance)
 
 
 def _capture(case: Case, capture: Capture) -> DeclaredCapture:

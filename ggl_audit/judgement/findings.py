@@ -21,17 +21,19 @@ from ggl_audit.evidence.standing import (
     LITTLE_LEAKAGE,
     NO_LEAKAGE,
     PARTLY_RECONSTRUCTED,
+    RECONSTRUCTED,
     reconstructed,
 )
 from ggl_audit.judgement import rules
 from ggl_audit.judgement.rules import Question, Rule, Severity
+from ggl_audit.messages import Said
 
 
 class Finding(BaseModel):
     """One thing that was found.
 
     Attributes:
-        id: GGL001 to GGL008, stable over versions.
+        id: GGL001 to GGL009, stable over versions.
         severity: critical, high, medium or low.
         question: what it is an answer to: image, label, membership, capture, promise or strength.
         title: what it is.
@@ -76,13 +78,16 @@ def find(
     members: int = 1,
     exact: bool = False,
     in_the_clear: Sequence[str] = (),
+    label_ceiling: Rate | None = None,
+    label_classifier: str = "",
+    public_labels: Sequence[Said] = (),
 ) -> list[Finding]:
     """Collects the findings, the gravest first.
 
     Args:
         floor: canaries reconstructed beyond the null control.
         ceiling: canaries identified by candidate matching.
-        label: canaries whose label was inferred from their defended gradient.
+        label: canaries whose label was inferred from the last layer of their defended gradient.
         undefended: canaries reconstructed without the defense.
         checks: the capture against each declared step.
         likeness: of the capture to the canaries' gradients.
@@ -94,12 +99,15 @@ def find(
         members: images that a release is made of.
         exact: the image was read off the captured gradient.
         in_the_clear: running statistics that are sent and no declared step is over.
+        label_ceiling: canaries whose label the best classifier told.
+        label_classifier: which that is.
+        public_labels: what is wrong with the labels of the public images.
     """
     findings = [
         *_capture(checks),
         *_likeness(likeness),
         *_noise(noise, guarantee),
-        *_promise(ceiling, promise, guarantee),
+        *_promise(ceiling, promise, guarantee, label_ceiling),
         *_claim(guarantee),
         *_uncovered(guarantee, in_the_clear),
         *_recovered(recovered),
@@ -107,11 +115,15 @@ def find(
         *_floor(floor),
         *_ceiling(ceiling, members),
         *_membership(membership),
-        *_label(label),
+        *_label(label, label_ceiling, label_classifier),
+        *_public_labels(public_labels),
         *_attack(undefended),
     ]
     gravity = {"critical": 0, "high": 1, "medium": 2, "low": 3}
-    return sorted(findings, key=lambda finding: (gravity[finding.severity], finding.id))
+    # First what says that canaries do not speak for the capture.
+    return sorted(
+        findings, key=lambda one: (gravity[one.severity], one.question != "capture", one.id)
+    )
 
 
 def _capture(checks: Sequence[Check]) -> list[Finding]:
@@ -149,26 +161,34 @@ def _noise(noise: NoiseTest | None, guarantee: Guarantee | None) -> list[Finding
 
 
 def promise_is_broken(
-    ceiling: Rate | None, promise: Rate | None, guarantee: Guarantee | None
+    ceiling: Rate | None,
+    promise: Rate | None,
+    guarantee: Guarantee | None,
+    label_ceiling: Rate | None = None,
 ) -> bool:
-    """Whether more is identified than the guarantee allows, or a smaller epsilon is claimed."""
-    return bool(_promise(ceiling, promise, guarantee) or _claim(guarantee))
+    """Whether more is told apart than the guarantee allows, or a smaller epsilon is claimed."""
+    return bool(_promise(ceiling, promise, guarantee, label_ceiling) or _claim(guarantee))
 
 
 def _promise(
-    ceiling: Rate | None, promise: Rate | None, guarantee: Guarantee | None
+    ceiling: Rate | None,
+    promise: Rate | None,
+    guarantee: Guarantee | None,
+    label_ceiling: Rate | None,
 ) -> list[Finding]:
-    rates = [rate for rate in (promise, ceiling) if rate is not None]
+    rates = [rate for rate in (promise, ceiling, label_ceiling) if rate is not None]
     if guarantee is None or not rates:
         return []
     rate = max(rates, key=empirical_mu)
     if empirical_mu(rate) <= guarantee.mu:
         return []
-    how = "Worst-case images are" if rate is promise else "Canaries are"
+    how = "Worst-case images are identified" if rate is promise else "Canaries are identified"
+    among = f"{round(1 / rate.chance)} candidates"
+    if rate is label_ceiling:
+        how, among = "The label is told", f"{round(1 / rate.chance)} classes"
     detail = (
-        f"{how} identified {rate.successes} of {rate.trials} times among "
-        f"{round(1 / rate.chance)} candidates, so mu is at least {empirical_mu(rate):.2f}; the "
-        f"declared defense promises {guarantee.mu:.2f}."
+        f"{how} {rate.successes} of {rate.trials} times among {among}, so mu is at least "
+        f"{empirical_mu(rate):.2f}; the declared defense promises {guarantee.mu:.2f}."
     )
     return [Finding.of(rules.BROKEN_PROMISE, detail)]
 
@@ -265,20 +285,30 @@ def _ceiling(ceiling: Rate | None, members: int) -> list[Finding]:
     return [Finding.of(rules.FEW_TRIALS, detail)]
 
 
-def _label(label: Rate | None) -> list[Finding]:
-    if label is None or label.advantage_lower <= NO_LEAKAGE:
-        return []
-    detail = (
-        f"The label is read off the last layer's gradient for {label.successes} of "
-        f"{label.trials} canaries (95 % interval {label.lower:.0%} to {label.upper:.0%}, chance "
-        f"{label.chance:.0%}){_more_often(label)}."
-    )
-    return [Finding.of(rules.LABEL, detail)]
+def _label(label: Rate | None, ceiling: Rate | None, classifier: str) -> list[Finding]:
+    found = []
+    if label is not None and label.advantage_lower > PARTLY_RECONSTRUCTED:
+        detail = (
+            f"The label is read off the last layer's gradient for {label.successes} of "
+            f"{label.trials} canaries (95 % interval {label.lower:.0%} to {label.upper:.0%}, "
+            f"chance {label.chance:.0%})."
+        )
+        severity: Severity = "critical" if label.advantage_lower > RECONSTRUCTED else "high"
+        found.append(Finding.of(rules.LABEL, detail, severity))
+    elif ceiling is not None and ceiling.advantage_lower > NO_LEAKAGE:
+        detail = (
+            f"A classifier learned from public images ({classifier}) tells the label of "
+            f"{ceiling.successes} of {ceiling.trials} canaries (95 % interval "
+            f"{ceiling.lower:.0%} to {ceiling.upper:.0%}, chance {ceiling.chance:.0%})."
+        )
+        found.append(Finding.of(rules.LABEL_TOLD, detail))
+    return found
 
 
-def _more_often(label: Rate) -> str:
-    more = "; a classifier of whole gradients may tell it more often"
-    return more if label.successes < label.trials else ""
+def _public_labels(wrong: Sequence[Said]) -> list[Finding]:
+    return [
+        Finding.of(rules.PUBLIC_LABELS, f"{one.text[:1].upper()}{one.text[1:]}.") for one in wrong
+    ]
 
 
 def _attack(undefended: Rate | None) -> list[Finding]:

@@ -14,12 +14,16 @@ from ggl_audit.evidence.noise_tests import NoiseTest
 from ggl_audit.evidence.standing import (
     LITTLE_LEAKAGE,
     NO_LEAKAGE,
+    PARTLY_RECONSTRUCTED,
+    RECONSTRUCTED,
     bounded,
     reconstructed,
 )
 from ggl_audit.messages import Message, Said
 
 Grade = Literal["A", "B", "C", "D", "F", "inconclusive"]
+
+AskedFor = Literal["image", "label"]
 
 MATCHING_WORKS = 0.5
 
@@ -34,11 +38,45 @@ IN_WORDS: dict[Grade, str] = {
     "inconclusive": "nothing can be said",
 }
 
+LABEL_IN_WORDS: dict[Grade, str] = {
+    "A": "the label cannot be told measurably better than by guessing",
+    "B": "the label can be told little better than by guessing",
+    "C": "a classifier learned from public images tells the label; the last layer alone does not "
+    "give it away",
+    "D": "labels are partly read off the last layer",
+    "F": "labels are read off the last layer",
+    "inconclusive": "nothing can be said of the label",
+}
 
-ONE_QUESTION = (
-    "That is the one question which this grade is about: the label, attributes and other rounds "
-    "are others."
-)
+
+class Answer(BaseModel):
+    """What can be said of one question.
+
+    Attributes:
+        question: image or label.
+        grade: A to F, or inconclusive; None where it was not asked.
+        reason: the figures that decided, in a sentence or two.
+        floor: what was demonstrably taken.
+        ceiling: what is still in there.
+        chance: how often a guess is right.
+        bound: how often anybody is right at most, under the declared clip and noise; None where
+            these are no bound.
+        findings: ids of what was found.
+        public: whether the answer is declared to be no secret, so that no verdict counts it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: AskedFor
+    grade: Grade | None
+    reason: str
+    floor: ReconstructionRate | Rate | None = None
+    ceiling: Rate | None = None
+    chance: float | None = None
+    bound: float | None = None
+    findings: list[str] = []
+    public: bool = False
+
 
 STAGE_LACKS = Message(
     "doubt/stage-lacks",
@@ -138,6 +176,24 @@ TOO_FEW_TRIALS = Message(
     advice="Raise `evidence.matching_trials` to the number for the grade, with as many reference "
     "images.",
 )
+LABEL_NOT_MEASURED = Message(
+    "inconclusive/label-not-measured",
+    "Whether the label can be told was not measured: {reason}",
+    advice="Give two classes with 8 public images each or more, or whatever the reason says; where "
+    "the label is no secret, say so: `evidence.public: [label]`.",
+)
+TOO_FEW_OF_EACH_CLASS = Message(
+    "inconclusive/too-few-of-each-class",
+    "Too few trials. {rate}, which fits guessing and much more; a B takes about {trials} canaries, "
+    "as many of each class",
+    advice="Raise `evidence.matching_trials`, and give twice as many images of each class, of "
+    "which half are canaries.",
+)
+LABEL_IS_PUBLIC = Message(
+    "inconclusive/label-is-public",
+    "It is no secret, as evidence.public says, and was not asked for",
+    advice="Nothing is to be done, if that is so.",
+)
 NO_RECONSTRUCTION_TRIALS = Message(
     "inconclusive/no-reconstruction-trials",
     "{rate}, but no reconstruction trials were run",
@@ -149,10 +205,11 @@ class Verdict(BaseModel):
     """The grade, why, and what the program exits with.
 
     Attributes:
-        grade: A to F, or inconclusive.
+        grade: the worst of the questions that are not public: A to F, or inconclusive.
         reason: the figures that decided, in a sentence or two.
         exit_code: 0 passed the gate, 1 did not, 3 inconclusive or cut short.
-        left_open: what the grade does not count, a sentence each.
+        question: the one that decided.
+        answers: to each question.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -160,32 +217,18 @@ class Verdict(BaseModel):
     grade: Grade
     reason: str
     exit_code: Literal[0, 1, 3]
-    left_open: list[str] = []
+    question: AskedFor = "image"
+    answers: list[Answer] = []
 
-    def beside(self, label: Rate | None, why_no_label: str) -> Verdict:
-        """The verdict, beside what is known of the label and does not count in the grade.
-
-        Args:
-            label: canaries whose label the last layer gives away; None if not measured.
-            why_no_label: why it was not.
-        """
-        said = [ONE_QUESTION] if self.grade in ("A", "B") else []
-        if label is None:
-            said.append(f"Whether the gradient tells the label was not measured: {why_no_label}.")
-        else:
-            beyond = "" if label.advantage_lower > 0 else "not shown to be "
-            more = "; a classifier of whole gradients may tell it more often"
-            said.append(
-                f"The label is told by the last layer alone for {label.successes} of "
-                f"{label.trials} canaries (95 % interval {label.lower:.0%} to {label.upper:.0%}, "
-                f"chance {label.chance:.0%}), {beyond}beyond guessing"
-                f"{more if label.successes < label.trials else ''}."
-            )
-        return self.model_copy(update={"left_open": said})
+    def of(self, question: AskedFor) -> Answer:
+        """The answer to one question."""
+        return next(one for one in self.answers if one.question == question)
 
 
-def in_words(grade: Grade, ceiling: Rate | None) -> str:
+def in_words(grade: Grade, ceiling: Rate | None, question: AskedFor = "image") -> str:
     """The meaning of a grade, with the number of candidates that the ceiling was measured with."""
+    if question == "label":
+        return LABEL_IN_WORDS[grade]
     words = IN_WORDS[grade]
     return words if ceiling is None else words.replace(" N ", f" {round(1 / ceiling.chance)} ")
 
@@ -242,18 +285,54 @@ def doubts_about_ceiling(
     return doubts
 
 
-def decide(
+def decide(answers: Sequence[Answer], cut_short: str | None, fail_on: Grade) -> Verdict:
+    """Adds answers up: the worst that is not public decides.
+
+    A question that nothing can be said of leaves a verdict inconclusive, unless another one fails
+    the gate.
+
+    Args:
+        answers: to each question.
+        cut_short: what was running when the audit was cut short, or None. Then there is no pass.
+        fail_on: the best grade that fails the gate.
+    """
+    counted = [one for one in answers if not one.public]
+    graded = [one for one in counted if one.grade in ORDER]
+    open_ones = [one for one in counted if one.grade not in ORDER]
+    worst = max(graded, key=_order, default=None)
+    fails = worst is not None and _order(worst) >= ORDER.index(fail_on)
+    decisive = worst if worst is not None and (fails or not open_ones) else open_ones[0]
+    grade, reason = decisive.grade or "inconclusive", decisive.reason
+    if cut_short is not None:
+        grade = "inconclusive" if grade in ("A", "B") else grade
+        reason = CUT_SHORT(stage=cut_short, reason=reason).text
+    code: Literal[0, 1, 3] = 1 if fails else 0
+    if grade == "inconclusive" or cut_short is not None:
+        code = 3
+    return Verdict(
+        grade=grade,
+        reason=reason,
+        exit_code=code,
+        question=decisive.question,
+        answers=list(answers),
+    )
+
+
+def _order(answer: Answer) -> int:
+    assert answer.grade is not None
+    return ORDER.index(answer.grade)
+
+
+def answer_image(
     floor: ReconstructionRate | None,
     ceiling: Rate | None,
     checks: Sequence[Check],
     likeness: Likeness | None,
     doubts: Sequence[Said],
-    cut_short: str | None,
-    fail_on: Grade,
     bound_for_any_model: float = 0.0,
     exact: bool = False,
-) -> Verdict:
-    """Grades an audit.
+) -> Answer:
+    """Grades what is known of the image.
 
     Args:
         floor: canaries that were reconstructed, beyond the null control; None if not measured.
@@ -261,43 +340,147 @@ def decide(
         checks: the capture against each declared step.
         likeness: of the capture to the canaries' gradients, unless its fit is proven otherwise.
         doubts: about the ceiling; with any of them there is no A and no B.
-        cut_short: what was running when the audit was cut short, or None. Then there is no pass.
-        fail_on: the best grade that fails the gate.
         bound_for_any_model: where nothing shows that the capture belongs to the declared model,
             the largest advantage that a clip and noise leave to anybody; it bounds an A.
         exact: whether the image was read off the capture exactly, which settles the matter.
     """
     if exact:
-        return Verdict(grade="F", reason=f"{READ_OFF()}.", exit_code=1)
-    grade, reason = _grade(floor, ceiling, checks, likeness)
+        grade: Grade = "F"
+        reason = f"{READ_OFF()}."
+    else:
+        misfit = _misfit(checks, likeness)
+        grade, reason = ("inconclusive", misfit) if misfit else _grade(floor, ceiling)
+        grade, reason = _beyond_doubt(grade, reason, doubts, bound_for_any_model)
+    return Answer(question="image", grade=grade, reason=reason, floor=floor, ceiling=ceiling)
+
+
+def answer_label(
+    floor: Rate | None,
+    ceiling: Rate | None,
+    checks: Sequence[Check],
+    likeness: Likeness | None,
+    doubts: Sequence[Said],
+    bound_for_any_model: float = 0.0,
+    *,
+    bound: float = 1.0,
+    classes: int = 0,
+    classifier: str = "",
+    not_measured: str = "",
+    no_floor: str = "",
+    public: bool = False,
+) -> Answer:
+    """Grades what is known of the label.
+
+    The classifier that the ceiling is measured with needs no generator, but it is learned from
+    public images; what anybody reads off the last layer without any is the floor.
+
+    Args:
+        floor: canaries whose labels were inferred from the last layer; None if not measured.
+        ceiling: canaries whose label the best classifier told; None if not measured.
+        checks: the capture against each declared step.
+        likeness: of the capture to the canaries' gradients, unless its fit is proven otherwise.
+        doubts: about the ceiling; with any of them there is no A and no B.
+        bound_for_any_model: as for the image.
+        bound: the largest advantage that the declared clip and noise leave to anybody.
+        classes: of the model.
+        classifier: the best one.
+        not_measured: why there is no ceiling.
+        no_floor: why there is no floor.
+        public: whether it is declared to be no secret.
+    """
+    if public:
+        reason = f"{LABEL_IS_PUBLIC()}."
+        return Answer(question="label", grade=None, reason=reason, public=True)
+    misfit = _misfit(checks, likeness)
+    grade: Grade = "inconclusive"
+    reason = misfit
+    if not misfit:
+        measured = floor, ceiling, bound, classes, classifier
+        grade, reason = _grade_of_label(*measured, not_measured, no_floor)
+    grade, reason = _beyond_doubt(grade, reason, doubts, bound_for_any_model)
+    return Answer(question="label", grade=grade, reason=reason, floor=floor, ceiling=ceiling)
+
+
+def _beyond_doubt(
+    grade: Grade, reason: str, doubts: Sequence[Said], bound_for_any_model: float
+) -> tuple[Grade, str]:
+    """No A without a fit that is shown, and no pass in doubt."""
     if grade == "A" and bound_for_any_model > NO_LEAKAGE:
         grade = "B"
         no_a = NO_A(reason=reason.removesuffix("."), advantage=bound_for_any_model)
         reason = f"{no_a}."
     if grade in ("A", "B") and doubts:
         grade, reason = "inconclusive", f"{reason.removesuffix('.')}, but {doubts[0]}."
-    if cut_short is not None:
-        grade = "inconclusive" if grade in ("A", "B") else grade
-        reason = CUT_SHORT(stage=cut_short, reason=reason).text
-    if grade == "inconclusive" or cut_short is not None:
-        return Verdict(grade=grade, reason=reason, exit_code=3)
-    failed = ORDER.index(grade) >= ORDER.index(fail_on)
-    return Verdict(grade=grade, reason=reason, exit_code=1 if failed else 0)
+    return grade, reason
 
 
-def _grade(
-    floor: ReconstructionRate | None,
-    ceiling: Rate | None,
-    checks: Sequence[Check],
-    likeness: Likeness | None,
-) -> tuple[Grade, str]:
+def _misfit(checks: Sequence[Check], likeness: Likeness | None) -> str:
+    """Why canaries do not speak for the capture; empty where nothing is said against it."""
     contradicted = [check for check in checks if check.outcome == "contradicts"]
     if contradicted:
         check = contradicted[0]
-        return "inconclusive", f"{CONTRADICTED(step=check.step, detail=check.detail)}."
+        return f"{CONTRADICTED(step=check.step, detail=check.detail)}."
     if likeness is not None and likeness.outcome == "unlike":
-        unlike = IS_UNLIKE(detail=likeness.detail, cause=likeness.cause)
-        return "inconclusive", f"{unlike}."
+        return f"{IS_UNLIKE(detail=likeness.detail, cause=likeness.cause)}."
+    return ""
+
+
+def _grade_of_label(
+    floor: Rate | None,
+    ceiling: Rate | None,
+    bound: float,
+    classes: int,
+    classifier: str,
+    not_measured: str,
+    no_floor: str,
+) -> tuple[Grade, str]:
+    if floor is not None and floor.advantage_lower > PARTLY_RECONSTRUCTED:
+        grade: Grade = "F" if floor.advantage_lower > RECONSTRUCTED else "D"
+        return grade, f"{_inferred(floor)}."
+    told = "" if ceiling is None else _told(ceiling, classes, classifier)
+    standing = None if ceiling is None else bounded(ceiling)
+    if standing == "A":
+        return "A", f"{told}, about as often as by guessing."
+    if bound <= NO_LEAKAGE:
+        return "A", _limited(told, bound)
+    if bound <= LITTLE_LEAKAGE:
+        return "B", _limited(told, bound)
+    if standing == "B":
+        return "B", f"{told}."
+    if ceiling is None:
+        return "inconclusive", f"{LABEL_NOT_MEASURED(reason=not_measured)}."
+    if standing == "unclear":
+        needed = trials_needed(LITTLE_LEAKAGE, ceiling.chance)
+        return "inconclusive", f"{TOO_FEW_OF_EACH_CLASS(rate=told, trials=needed)}."
+    if floor is None:
+        return "C", f"{told}. Label inference from the last layer was not measured: {no_floor}."
+    return "C", f"{told}. {_inferred(floor)}."
+
+
+def _limited(told: str, bound: float) -> str:
+    limit = f"he declared clip and noise leave anybody an advantage of {bound:.2f} at most."
+    return f"{told}; t{limit}" if told else f"T{limit}"
+
+
+def _told(ceiling: Rate, classes: int, classifier: str) -> str:
+    asked = round(1 / ceiling.chance)
+    among = f"{asked} classes" if asked == classes else f"{asked} of the {classes} classes"
+    return (
+        f"The best classifier ({classifier}) tells the label of {ceiling.successes} of "
+        f"{ceiling.trials} canaries among {among} (95 % interval {ceiling.lower:.1%} to "
+        f"{ceiling.upper:.1%}, chance {ceiling.chance:.1%})"
+    )
+
+
+def _inferred(floor: Rate) -> str:
+    return (
+        f"The last layer alone gives the label away for {floor.successes} of {floor.trials} "
+        f"canaries (95 % interval {floor.lower:.1%} to {floor.upper:.1%}, chance "
+        f"{floor.chance:.1%})"
+    )
+
+
+def _grade(floor: ReconstructionRate | None, ceiling: Rate | None) -> tuple[Grade, str]:
     taken = reconstructed(floor)
     if floor is not None and taken is not None:
         return taken, f"{_floor(floor)}."

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ggl_audit.evidence.bounds import ReconstructionRate
+from ggl_audit.evidence.bounds import Rate, ReconstructionRate
 from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.judgement.declared import Declared
 from ggl_audit.judgement.findings import Finding, find, promise_is_broken
-from ggl_audit.judgement.grade import Verdict, decide, doubts_about_ceiling
+from ggl_audit.judgement.grade import (
+    Answer,
+    Verdict,
+    answer_image,
+    answer_label,
+    decide,
+    doubts_about_ceiling,
+)
 from ggl_audit.judgement.measured import Measured, measure
 from ggl_audit.judgement.unmeasured import lacking, why_unmeasured
+from ggl_audit.messages import Said
 
 
 @dataclass(frozen=True)
@@ -55,30 +64,48 @@ def judge(declared: Declared, ledger: Ledger, cut_short: str | None = None) -> J
     likeness = min(unproven, key=_confidence, default=None)
     proven = all(capture.proven for capture in declared.captures)
     fits = proven or (likeness is not None and likeness.rules_out_larger)
-    broken = promise_is_broken(measured.ceiling, measured.promise, declared.guarantee)
-    doubts = doubts_about_ceiling(
-        measured.undefended_matching,
-        declared.checks,
-        likeness,
-        has_likelihood=declared.has_likelihood,
-        bound_for_any_model=declared.bound_for_any_model,
-        fit_is_proven=proven,
-        real_images=declared.evidence.reference is not None,
-        promise_is_broken=broken,
-        about_the_client=declared.doubts,
-        noise=measured.noise,
-        lacking=lacking(declared, ledger),
-    )
-    verdict = decide(
+    reasons = why_unmeasured(declared, ledger, measured, cut_short)
+
+    def doubts(matching_control: Rate | None, bound_for_any_model: float) -> list[Said]:
+        return doubts_about_ceiling(
+            matching_control,
+            declared.checks,
+            likeness,
+            has_likelihood=declared.has_likelihood,
+            bound_for_any_model=bound_for_any_model,
+            fit_is_proven=proven,
+            real_images=declared.evidence.reference is not None,
+            promise_is_broken=promise_is_broken(
+                measured.ceiling, measured.promise, declared.guarantee, measured.label_ceiling
+            ),
+            about_the_client=[*declared.doubts, *declared.public_labels],
+            noise=measured.noise,
+            lacking=lacking(declared, ledger),
+        )
+
+    image = answer_image(
         floor,
         measured.ceiling,
         declared.checks,
         likeness,
-        doubts,
-        cut_short,
-        declared.gate.fail_on,
+        doubts(measured.undefended_matching, declared.bound_for_any_model),
         0.0 if fits else declared.bound_for_any_model,
         measured.is_exact,
+    )
+    is_public = "label" in declared.evidence.public
+    label = answer_label(
+        measured.label,
+        measured.label_ceiling,
+        declared.checks,
+        likeness,
+        doubts(None, declared.bound_for_label),
+        0.0 if fits else declared.bound_for_label,
+        bound=declared.bound_for_label,
+        classes=declared.classes,
+        classifier=measured.label_classifier,
+        not_measured=reasons.get("label_ceiling", ""),
+        no_floor=reasons.get("label", ""),
+        public=is_public,
     )
     findings = find(
         floor,
@@ -95,10 +122,25 @@ def judge(declared: Declared, ledger: Ledger, cut_short: str | None = None) -> J
         members=declared.members,
         in_the_clear=declared.in_the_clear,
         exact=measured.is_exact,
+        label_ceiling=measured.label_ceiling,
+        label_classifier=measured.label_classifier,
+        public_labels=declared.public_labels,
     )
-    reasons = why_unmeasured(declared, ledger, measured, cut_short)
-    verdict = verdict.beside(measured.label, reasons.get("label", ""))
+    answers = [
+        _completed(image, declared.bound_for_any_model, findings),
+        _completed(label, declared.bound_for_label, findings),
+    ]
+    # What was read off exactly is so, whatever was left undone.
+    verdict = decide(answers, None if measured.is_exact else cut_short, declared.gate.fail_on)
     return Judgement(measured, verdict, findings, reasons)
+
+
+def _completed(answer: Answer, largest: float, findings: Sequence[Finding]) -> Answer:
+    """An answer with chance, the bound that the largest advantage stands for, and findings."""
+    chance = None if answer.ceiling is None else answer.ceiling.chance
+    bound = None if chance is None or largest >= 1 else chance + largest * (1 - chance)
+    found = [one.id for one in findings if one.question == answer.question]
+    return answer.model_copy(update={"chance": chance, "bound": bound, "findings": found})
 
 
 def _confidence(likeness: Likeness | None) -> int:

@@ -18,6 +18,7 @@ from ggl_audit.experiments.candidate_matching import CandidateMatching, Undefend
 from ggl_audit.experiments.capture import Attacked, CaptureAttack
 from ggl_audit.experiments.cause import OtherDeclaration, OtherLayout
 from ggl_audit.experiments.experiment import Plan
+from ggl_audit.experiments.label import INFERENCE, Label
 from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.experiments.likeness import place
 from ggl_audit.experiments.membership import Membership
@@ -71,7 +72,9 @@ class Measured:
 
     Attributes:
         ceiling: canaries identified by candidate matching.
-        label: canaries whose label was inferred.
+        label: canaries whose label was inferred from the last layer.
+        label_ceiling: canaries whose label the best classifier told.
+        label_classifier: the one that was chosen; empty where none was.
         undefended_matching: canaries identified by matching without the defense.
         membership: canaries identified in releases whose other images are unknown.
         promise: worst-case images identified in what the client's own code sends.
@@ -85,6 +88,8 @@ class Measured:
 
     ceiling: Rate | None
     label: Rate | None
+    label_ceiling: Rate | None
+    label_classifier: str
     undefended_matching: Rate | None
     membership: Rate | None
     promise: Rate | None
@@ -108,7 +113,8 @@ def measure(declared: Declared, ledger: Ledger) -> Measured:
     where they ended for another reason, the rate is that of the trials that there are.
     """
     chance = 1 / declared.evidence.candidates
-    ceiling, label = _ceiling(declared, ledger, chance)
+    ceiling = _ceiling(declared, ledger, chance)
+    label_ceiling, label_classifier = _label_ceiling(declared, ledger)
     control = [one.hit for one in ledger.results(UndefendedMatching)]
     members = [one.hit for one in ledger.results(Membership)]
     noise = [one.test for one in ledger.results(Noise)]
@@ -119,7 +125,9 @@ def measure(declared: Declared, ledger: Ledger) -> Measured:
     nearest = GenerativeGradientLeakage.name if first is None else first.nearest
     return Measured(
         ceiling=ceiling,
-        label=label,
+        label=_label(declared, ledger),
+        label_ceiling=label_ceiling,
+        label_classifier=label_classifier,
         undefended_matching=_rate(control, chance) if declared.is_defended else ceiling,
         membership=_rate(members, chance),
         promise=_promise(ledger),
@@ -136,16 +144,36 @@ def _rate(hits: Sequence[bool], chance: float, planned: int | None = None) -> Ra
     return measure_rate(sum(hits), len(hits), chance, planned) if hits else None
 
 
-def _ceiling(declared: Declared, ledger: Ledger, chance: float) -> tuple[Rate | None, Rate | None]:
-    done = ledger.results(CandidateMatching)
-    hits, labels = [one.hit for one in done], [bool(one.label) for one in done]
+def _ceiling(declared: Declared, ledger: Ledger, chance: float) -> Rate | None:
+    hits = [one.hit for one in ledger.results(CandidateMatching)]
     plan = declared.plans[CandidateMatching.name]
     settled = candidate_matching.is_settled(hits, plan, declared.evidence)
     planned = plan.trials if settled and isinstance(plan, Plan) else None
-    blind = declared.blind_label
-    asked = blind is not None and blind < 1
-    label = _rate(labels, blind, planned) if asked and blind is not None else None
-    return _rate(hits, chance, planned), label
+    return _rate(hits, chance, planned)
+
+
+def _label(declared: Declared, ledger: Ledger) -> Rate | None:
+    """Of the last layer alone, by all labels of a release."""
+    inferred = [one.inferred for one in ledger.results(Label)]
+    hits = [one for one in inferred if one is not None]
+    return None if declared.blind_label is None else _rate(hits, declared.blind_label)
+
+
+def _label_ceiling(declared: Declared, ledger: Ledger) -> tuple[Rate | None, str]:
+    """Of the classifier that was chosen, or of label inference where that is right more often.
+
+    The choice was made on other images and costs nothing; the larger of the two is paid for.
+    """
+    done, plan = ledger.results(Label), declared.plans[Label.name]
+    if not done or not isinstance(plan, Plan) or plan.chance is None:
+        return None, ""
+    chosen = done[0].chosen
+    successes = {chosen: sum(one.hits[one.chosen] for one in done)}
+    if INFERENCE in done[0].hits:
+        successes[INFERENCE] = sum(one.hits[INFERENCE] for one in done)
+    best = max(successes, key=lambda name: successes[name])
+    rate = measure_rate(successes[best], len(done), plan.chance, attacks=len(successes))
+    return rate, best
 
 
 def _promise(ledger: Ledger) -> Rate | None:

@@ -25,7 +25,7 @@ class Rule:
     """A kind of finding. Kinds that are acted on alike share an id.
 
     Attributes:
-        id: GGL001 to GGL008, stable over versions.
+        id: GGL001 to GGL009, stable over versions.
         title: what it is; no two kinds have the same.
         severity: of the gravest case.
         question: what the finding is an answer to.
@@ -82,11 +82,24 @@ MEMBERSHIP = Rule(
 
 LABEL = Rule(
     id="GGL003",
-    title="The label is recovered",
-    severity="medium",
+    title="The label is read off the last layer",
+    severity="critical",
     question="label",
-    meaning="The gradient of the last layer gives the class away. The grade does not count it.",
-    remedy="If the label is itself sensitive (a diagnosis, say), treat it as disclosed.",
+    meaning="The gradient of the last layer gives the class away, without any public image. It is "
+    "critical with grade F, high with D.",
+    remedy="Treat the label as disclosed. Where it is a secret (a diagnosis, say), clip each "
+    "sample and add noise in proportion to the clip; where it is none, say so in evidence.public.",
+)
+
+LABEL_TOLD = Rule(
+    id="GGL003",
+    title="The label is told by a classifier",
+    severity="high",
+    question="label",
+    meaning="Whoever has public images of each class computes their gradients, and compares what "
+    "was sent with those of each class. That tells the class of images that it never saw.",
+    remedy="Where the label is a secret, it takes more noise than hides which image of a class it "
+    "was; where it is none, say so in evidence.public.",
 )
 
 MOMENTS = Rule(
@@ -220,11 +233,24 @@ FEW_TRIALS = Rule(
     remedy="A better grade takes more evidence.matching_trials, if there is nothing to find.",
 )
 
+PUBLIC_LABELS = Rule(
+    id="GGL009",
+    title="The public images have other labels than theirs",
+    severity="high",
+    question="strength",
+    meaning="Canaries are public images under their labels. Labels that are shuffled, or that "
+    "number the classes otherwise than the model does, make canaries that no client has: there is "
+    "no A or B.",
+    remedy="Look at the order of images and labels in evidence.reference, and at the order of the "
+    "classes that the model was trained with.",
+)
+
 RULES = (
     RECONSTRUCTED,
     IDENTIFIABLE,
     MEMBERSHIP,
     LABEL,
+    LABEL_TOLD,
     MOMENTS,
     READ_OFF,
     CONTRADICTS,
@@ -237,4 +263,5 @@ RULES = (
     UNCOVERED,
     WEAK_ATTACK,
     FEW_TRIALS,
+    PUBLIC_LABELS,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ggl_audit.experiments import candidate_matching, reconstruction
 from ggl_audit.experiments.candidate_matching import CandidateMatching, UndefendedMatching
 from ggl_audit.experiments.experiment import Experiment, NotMeasured, Plan, Result
+from ggl_audit.experiments.label import Label
 from ggl_audit.experiments.ledger import Ledger
 from ggl_audit.experiments.membership import Membership
 from ggl_audit.experiments.noise import Noise
@@ -39,6 +40,7 @@ def why_unmeasured(
     wanted: dict[str, tuple[object, type[Experiment[Result]]]] = {
         "ceiling": (measured.ceiling, CandidateMatching),
         "floor": (measured.floors, Reconstruction),
+        "label_ceiling": (measured.label_ceiling, Label),
         "membership": (measured.membership, Membership),
         "promise": (measured.promise, Promise),
         "noise": (measured.noise, Noise),
@@ -55,7 +57,9 @@ def why_unmeasured(
     if "controls.undefended" in reasons and no_control:
         reasons["controls.undefended"] = "evidence.control_trials is 0"
     if measured.label is None:
-        reasons["label"] = declared.not_measured.get("label") or reason(CandidateMatching)
+        planned = isinstance(declared.plans[Label.name], Plan)
+        no_inference = declared.no_label_inference if planned else ""
+        reasons["label"] = no_inference or reason(Label)
     return {**declared.not_measured, **reasons}
 
 

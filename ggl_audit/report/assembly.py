@@ -76,7 +76,8 @@ def assemble(
 
 def _evidence(declared: Declared, judgement: Judgement) -> EvidenceReport:
     measured = judgement.measured
-    rates = [rate for rate in (measured.ceiling, measured.promise) if rate is not None]
+    tried = (measured.ceiling, measured.promise, measured.label_ceiling)
+    rates = [rate for rate in tried if rate is not None]
     return EvidenceReport(
         floor=judgement.floor.get(declared.evidence.distance),
         floor_distance=declared.evidence.distance,
@@ -85,6 +86,8 @@ def _evidence(declared: Declared, judgement: Judgement) -> EvidenceReport:
         attacks=_attacks(declared, measured),
         ceiling=measured.ceiling,
         label=measured.label,
+        label_ceiling=measured.label_ceiling,
+        label_classifier=measured.label_classifier,
         controls=Controls(
             null=measured.nulls.get(measured.attack),
             undefended=measured.undefended,

@@ -42,8 +42,9 @@ def render_console(report: Report, console: Console) -> None:
     grade = report.verdict.grade
     badge = Text(f" {grade} ", style=GRADE_STYLE[grade])
     console.print()
-    console.print(Text.assemble(badge, f"  {in_words(grade, report.evidence.ceiling)}"))
-    for sentence in (report.verdict.reason, *report.verdict.left_open):
+    words = in_words(grade, report.evidence.ceiling, report.verdict.question)
+    console.print(Text.assemble(badge, f"  {words}"))
+    for sentence in (report.verdict.reason, *wording.answers(report)):
         console.print(Text(sentence))
     console.print()
     _print_pictures(report.captured, console)

@@ -26,7 +26,8 @@ def render_html(report: Report) -> str:
     )
     return environment.get_template("report.html.j2").render(
         report=report,
-        in_words=in_words(report.verdict.grade, report.evidence.ceiling),
+        in_words=in_words(report.verdict.grade, report.evidence.ceiling, report.verdict.question),
+        answers=wording.answers(report),
         rates=wording.rate_rows(report),
         fidelity=wording.fidelity_rows(report),
         sentences=wording.captured,

@@ -171,14 +171,17 @@ class EvidenceReport(_Part):
         floor_by_distance: the floor by every distance that can be computed; only the declared one
             counts.
         ceiling: canaries identified by candidate matching.
-        label: canaries whose label was inferred.
+        label: canaries whose label was inferred from the last layer; of several images all of them.
+        label_ceiling: canaries whose label the best classifier told, all other images of the
+            release being known.
+        label_classifier: which that is; empty where there is none.
         controls: null and undefended.
         membership: canaries identified in releases of several images, the others being unknown.
         promise: worst-case images identified in what the client's own code sends.
         noise: what the noise in releases of the client's own code is like.
         guarantee: of the declared defense, or None.
-        empirical_mu: the least Gaussian-DP parameter that the rates of ceiling and promise allow,
-            each with 97.5 % confidence.
+        empirical_mu: the least Gaussian-DP parameter that the rates of ceiling, label and promise
+            allow, each with 97.5 % confidence.
         checks: the capture against each declared step.
         not_measured: the reason for each part that is null.
     """
@@ -190,6 +193,8 @@ class EvidenceReport(_Part):
     floor_by_distance: dict[str, ReconstructionRate] = {}
     ceiling: Rate | None = None
     label: Rate | None = None
+    label_ceiling: Rate | None = None
+    label_classifier: str = ""
     controls: Controls = Controls()
     membership: Rate | None = None
     promise: Rate | None = None

@@ -55,7 +55,13 @@ def rate_rows(report: Report) -> list[RateRow]:
             "identified by candidate matching, no defense",
             controls.undefended_matching,
         ),
-        row("label", "label inference", "label read off the last layer", evidence.label),
+        row(
+            "label_ceiling",
+            "label (classifiers)",
+            f"label told by the best: {evidence.label_classifier}",
+            evidence.label_ceiling,
+        ),
+        row("label", "label (last layer)", "label read off the last layer", evidence.label),
     ]
     if evidence.membership is not None:
         meaning = "identified in the release, all others unknown"
@@ -64,6 +70,28 @@ def rate_rows(report: Report) -> list[RateRow]:
         among = f"worst-case images, among {round(1 / evidence.promise.chance)}"
         rows.append(row("promise", "promise (client's code)", among, evidence.promise))
     return rows
+
+
+NOT_ASKED = "Not asked: attributes of the image, and what several rounds tell together."
+
+
+def answers(report: Report) -> list[str]:
+    """What is known of each question, a sentence or two each."""
+    verdict, said = report.verdict, []
+    for answer in verdict.answers:
+        name = answer.question.capitalize()
+        if answer.grade is None:
+            said.append(f"{name}: not counted. {answer.reason}")
+            continue
+        decides = answer.question == verdict.question
+        why = ", which decides." if decides else f". {answer.reason}"
+        bound = "" if answer.bound is None else _bound(answer.bound)
+        said.append(f"{name}: {answer.grade}{why}{bound}")
+    return [*said, NOT_ASKED]
+
+
+def _bound(bound: float) -> str:
+    return f" Under the declared clip and noise nobody is right more often than {bound:.1%}."
 
 
 def _by_attack(evidence: EvidenceReport) -> list[RateRow]:

@@ -19,12 +19,16 @@ from ggl_audit.evidence.standing import ceiling_is_settled, floor_is_settled
 from ggl_audit.judgement.findings import find
 from ggl_audit.judgement.grade import (
     IN_WORDS,
-    ONE_QUESTION,
+    LABEL_IN_WORDS,
+    Answer,
     Grade,
-    decide,
+    Verdict,
+    answer_image,
+    answer_label,
     doubts_about_ceiling,
     in_words,
 )
+from ggl_audit.judgement.grade import decide as decide_all
 from ggl_audit.messages import Said
 
 CHANCE = 1 / 32
@@ -36,6 +40,21 @@ def rate(successes: int, trials: int, null: int = 0) -> ReconstructionRate:
     p_value = paired_p_value(successes, null)
     measured = dict(measure_rate(successes, trials, CHANCE))
     return ReconstructionRate(**measured, psnr_db=20, null_p_value=p_value)
+
+
+def decide(
+    floor: ReconstructionRate | None,
+    ceiling: Rate | None,
+    checks: list[Check],
+    likeness: Likeness | None,
+    doubts: list[Said],
+    cut_short: str | None,
+    fail_on: Grade,
+    bound: float = 0.0,
+) -> Verdict:
+    """Of an audit that asks for the image alone."""
+    image = answer_image(floor, ceiling, checks, likeness, doubts, bound)
+    return decide_all([image], cut_short, fail_on)
 
 
 @pytest.mark.parametrize(
@@ -216,26 +235,102 @@ def test_a_wrong_grade_is_rarer_than_one_in_twenty_whether_ended_early_or_not() 
     assert share({"F"}, 1.0, at(0.5)) <= 0.05 + slack
 
 
+ODD = Said("test/odd", "it is odd")
+
+
+def told(successes: int, trials: int = 400, chance: float = 0.5) -> Rate:
+    return measure_rate(successes, trials, chance, attacks=2)
+
+
+def label_answer(floor: Rate | None, ceiling: Rate | None, **given: Any) -> Answer:
+    named: dict[str, Any] = {"classes": 2, "classifier": "likelihood", "not_measured": "no images"}
+    answer = answer_label(floor, ceiling, [], None, given.pop("doubts", []), **{**named, **given})
+    assert answer.reason.endswith(".")
+    return answer
+
+
 @pytest.mark.parametrize(
-    ("label", "said"),
+    ("floor", "ceiling", "bound", "grade"),
     [
-        (measure_rate(223, 400, 0.5), "for 223 of 400 canaries"),
-        (measure_rate(214, 400, 0.5), "not shown to be beyond guessing"),
-        (None, "was not measured: the last layer is not sent."),
+        (told(400), told(400), 1.0, "F"),
+        (told(300), told(400), 1.0, "D"),
+        (told(207), told(333), 0.68, "C"),
+        (None, told(333), 1.0, "C"),
+        (told(207), told(210), 1.0, "B"),
+        (told(20, 2000, 0.01), told(20, 2000, 0.01), 1.0, "A"),
+        (told(207), told(210), 0.04, "A"),
+        (None, None, 0.04, "A"),
+        (None, None, 0.2, "B"),
+        (None, None, 1.0, "inconclusive"),
+        (told(5, 10), told(6, 10), 1.0, "inconclusive"),
+        (told(5, 10), told(6, 10), 0.2, "B"),
+        (told(400), told(400), 0.04, "F"),
     ],
 )
-@pytest.mark.parametrize(("matched", "grade"), [(6, "A"), (12, "B"), (150, "C")])
-def test_a_grade_says_which_question_it_answers_and_what_of_the_label_is_known(
-    label: Rate | None, said: str, matched: int, grade: Grade
+def test_the_label_is_graded_by_the_same_table(
+    floor: Rate | None, ceiling: Rate | None, bound: float, grade: Grade
 ) -> None:
-    verdict = decide(rate(0, 20), rate(matched, 200), [], None, [], None, "C")
-    beside = verdict.beside(label, "the last layer is not sent").left_open
-    assert verdict.grade == grade
-    assert said in beside[-1]
-    assert (label is None) != ("a classifier of whole gradients may tell it more" in beside[-1])
-    assert (ONE_QUESTION in beside) == (grade in ("A", "B"))
-    if label is not None and label.advantage_lower > 0:
-        assert "not shown" not in beside[-1]
+    answer = label_answer(floor, ceiling, bound=bound)
+    assert (answer.grade, answer.question) == (grade, "label")
+
+
+def test_no_pass_of_the_label_is_in_doubt_or_of_a_capture_that_does_not_fit() -> None:
+    low = told(207), told(210)
+    assert label_answer(*low, doubts=[ODD]).grade == "inconclusive"
+    assert label_answer(told(400), told(400), doubts=[ODD]).grade == "F"
+    assert answer_label(*low, [CONTRADICTION], None, []).grade == "inconclusive"
+    assert answer_label(told(400), told(400), [], UNLIKE, []).grade == "inconclusive"
+    sure = told(20, 2000, 0.01), told(20, 2000, 0.01)
+    assert answer_label(*sure, [], None, [], 0.2).grade == "B"
+
+
+def of(question: Any, grade: Grade | None, public: bool = False) -> Answer:
+    return Answer(question=question, grade=grade, reason=f"{question} is so.", public=public)
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "fail_on", "grade", "code", "decides"),
+    [
+        ("A", "B", "C", "B", 0, "label"),
+        ("B", "A", "C", "B", 0, "image"),
+        ("B", "B", "C", "B", 0, "image"),
+        ("B", "C", "C", "C", 1, "label"),
+        ("F", "C", "C", "F", 1, "image"),
+        ("B", "inconclusive", "C", "inconclusive", 3, "label"),
+        ("inconclusive", "B", "C", "inconclusive", 3, "image"),
+        ("inconclusive", "F", "C", "F", 1, "label"),
+        ("inconclusive", "C", "D", "inconclusive", 3, "image"),
+        ("C", "inconclusive", "D", "inconclusive", 3, "label"),
+        ("C", "C", "D", "C", 0, "image"),
+    ],
+)
+def test_the_worst_question_decides_and_none_that_is_open_passes(
+    image: Grade, label: Grade, fail_on: Grade, grade: Grade, code: int, decides: str
+) -> None:
+    verdict = decide_all([of("image", image), of("label", label)], None, fail_on)
+    assert (verdict.grade, verdict.exit_code, verdict.question) == (grade, code, decides)
+    assert verdict.reason == f"{decides} is so."
+    cut = decide_all([of("image", image), of("label", label)], "matching", fail_on)
+    assert cut.exit_code == 3
+    assert cut.grade not in ("A", "B")
+
+
+def test_a_public_question_is_not_counted() -> None:
+    for grade in ("A", "B", "C", "F"):
+        verdict = decide_all([of("image", grade), of("label", None, public=True)], None, "C")
+        assert (verdict.grade, verdict.question) == (grade, "image")
+    answer = answer_label(told(400), told(400), [], None, [], public=True)
+    assert (answer.grade, answer.public) == (None, True)
+    assert "evidence.public" in answer.reason
+
+
+def test_the_label_is_said_in_words_of_its_own() -> None:
+    assert set(LABEL_IN_WORDS) == set(IN_WORDS)
+    for grade, words in LABEL_IN_WORDS.items():
+        assert "label" in words
+        assert in_words(grade, rate(6, 200), "label") == words
+    some = label_answer(told(3, 20, 0.25), told(9, 20, 0.25), classes=7)
+    assert "among 4 of the 7 classes" in some.reason
 
 
 def test_the_words_of_a_pass_are_about_images_of_one_class() -> None:
@@ -274,6 +369,12 @@ def test_every_finding_is_found_when_it_is_there_and_only_then() -> None:
     assert ids(ceiling=rate(6, 200)) == []
     assert ids(label=measure_rate(200, 200, 0.1)) == ["GGL003"]
     assert ids(label=measure_rate(20, 200, 0.1)) == []
+    assert ids(label_ceiling=measure_rate(150, 200, 0.1)) == ["GGL003"]
+    assert ids(label_ceiling=measure_rate(20, 200, 0.1)) == []
+    both = {"label": measure_rate(200, 200, 0.1), "label_ceiling": measure_rate(200, 200, 0.1)}
+    assert ids(**both) == ["GGL003"]
+    assert "GGL006" in ids(label_ceiling=measure_rate(190, 200, 0.5), guarantee=guarantee(1))
+    assert "GGL006" not in ids(label_ceiling=measure_rate(160, 200, 0.5), guarantee=guarantee(1))
     assert ids(checks=[CONTRADICTION]) == ["GGL005"]
     assert ids(likeness=UNLIKE) == ["GGL005"]
     assert ids(likeness=LIKE) == ids(likeness=CANNOT_TELL) == []

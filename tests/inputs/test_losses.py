@@ -343,10 +343,10 @@ def test_a_report_on_more_than_a_class(task: str, declare: Declare, tmp_path: Pa
     report = run_audit(_task(task, declare), Counter())
     assert report.evidence.ceiling is not None
     assert report.evidence.ceiling.successes == 12
-    assert (report.evidence.label is None) == (task == "regression")
-    assert ("cannot be inferred" in report.evidence.not_measured.get("label", "")) == (
-        task == "regression"
-    )
+    assert report.evidence.label is report.evidence.label_ceiling is None
+    for part in ("label", "label_ceiling"):
+        assert "more than a class" in report.evidence.not_measured[part]
+    assert report.verdict.of("label").grade == "inconclusive"
     assert report.captured.label_method == "declared; a number stands for a row of targets"
     loss = "binary cross-entropy" if task == "several labels" else "torch.nn:MSELoss"
     assert any(f"mode, {loss} times 1" in said for said in report.assumptions)

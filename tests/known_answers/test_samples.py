@@ -140,7 +140,7 @@ def test_matching_sees_noise_through_the_sign(sample: Callable[..., Spec]) -> No
     """Where the distance of replicas would find next to nothing."""
     steps = [{"name": "noise", "std": 0.1}, {"name": "sign"}]
     report = audit(sample("raw", **QUICK, defense=steps))
-    assert report.verdict.grade == "C"
+    assert report.verdict.of("image").grade == "C"
     assert report.evidence.ceiling is not None
     assert report.evidence.ceiling.successes > 20
 
@@ -202,7 +202,7 @@ def test_a_weak_prior_cannot_make_a_pass(sample: Callable[..., Spec], tmp_path: 
             prior={"factory": f"{tmp_path / 'noise.py'}:Blank", "latent": {"shape": [4]}},
         )
     )
-    assert report.verdict.grade == "C"
+    assert report.verdict.of("image").grade == "C"
     assert "GGL007" in [finding.id for finding in report.findings]
 
 

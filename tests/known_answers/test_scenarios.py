@@ -1,6 +1,7 @@
 """What must come out where the answer is known, for every scenario at several seeds.
 
-One table. `grades` are those that a scenario may get; `found` are ids that its findings must hold,
+One table. `grades` are those that the image may get in a scenario, and the label too where nothing
+else is said of it; `found` are ids that its findings must hold,
 and `named` are words that the verdict's reason or a finding must hold. Where the private image is
 not `held`, the audit has only what an auditor of somebody else's capture has.
 """
@@ -58,7 +59,12 @@ MATCHED = {
     "attack.evaluations": 13,
     "evidence.matching_trials": 200,
 }
-CHECKED = {**MATCHED, "evidence.matching_trials": 20, "evidence.reconstruction_trials": 0}
+CHECKED = {
+    **MATCHED,
+    "evidence.matching_trials": 20,
+    "evidence.reconstruction_trials": 0,
+    "evidence.public": ["label"],
+}
 
 Steps = list[dict[str, Any]]
 Change = Callable[[Gradient], Gradient]
@@ -119,7 +125,8 @@ class Scenario:
     Attributes:
         name: what it is.
         defense: declared.
-        grades: one of these must come out.
+        grades: one of these must come out for the image.
+        label: one of these must come out for the label; the same unless given.
         found: ids of findings that there must be.
         named: words in the reason or the findings.
         weights: declared.
@@ -147,6 +154,7 @@ class Scenario:
     truth: int = 0
     budget: dict[str, Any] = field(default_factory=lambda: SEARCHED)
     spec: dict[str, Any] = field(default_factory=dict)
+    label: tuple[str, ...] = ()
 
 
 TABLE = [
@@ -165,7 +173,15 @@ TABLE = [
     Scenario("batch norm in train mode", [], LEAKS, ("GGL002",), weights="bn_train"),
     Scenario("batch norm in eval mode", [], LEAKS, ("GGL002",), weights="bn_eval"),
     Scenario("prior of another domain", [], LEAKS, ("GGL002",), spec={"prior": OTHER_DOMAIN}),
-    Scenario("broken prior", [], ("C",), ("GGL002", "GGL007"), spec={"prior": BROKEN}, held=True),
+    Scenario(
+        "broken prior",
+        [],
+        ("C",),
+        ("GGL002", "GGL003", "GGL007"),
+        spec={"prior": BROKEN},
+        held=True,
+        label=TAKEN,
+    ),
     Scenario(
         "no reference",
         [],
@@ -180,6 +196,7 @@ TABLE = [
         ("inconclusive", "C"),
         budget=MATCHED,
         spec={"model.loss": {"scale": 0.01}},
+        label=("inconclusive", *LEAKS),
     ),
     Scenario(
         "own code that sends a hundredth",
@@ -189,6 +206,7 @@ TABLE = [
         held=True,
         budget={**MATCHED, "evidence.reconstruction_trials": 0},
         spec={"client": {"step": f"{HERE / 'clients.py'}:hundredth"}},
+        label=TAKEN,
     ),
     # What holds nothing, or next to it.
     Scenario("strong DP", STRONG_DP, SAFE, budget=MATCHED),
@@ -214,6 +232,7 @@ TABLE = [
         NOTHING_SAID,
         named=("belongs to the declared model",),
         budget={**MATCHED, "attack.evaluations": 200},
+        label=("inconclusive", "C"),
     ),
     Scenario(
         "noise in place of a gradient",
@@ -380,6 +399,8 @@ TABLE = [
             grades,
             budget={**MATCHED, "evidence.reconstruction_trials": 0},
             spec={"client": own_code("none", batch_size), "guarantee": PROMISE},
+            # At a noise multiplier of 1 a classifier tells the label.
+            label=("C",),
         )
         for batch_size, grades in ((1, SAFE), (4, NOTHING_SAID))
     ),
@@ -391,6 +412,7 @@ TABLE = [
         ("claimed",),
         budget={**MATCHED, "evidence.reconstruction_trials": 0},
         spec={"guarantee": {**PROMISE, "epsilon": 1.0}},
+        label=("C",),
     ),
 ]
 
@@ -482,8 +504,15 @@ def test_the_known_answer_comes_out(
 ) -> None:
     report = run(scenario, seed, sample, weights, tmp_path)
     ids = [finding.id for finding in report.findings]
-    said = [report.verdict.reason, *(f"{f.title}. {f.detail}" for f in report.findings)]
-    assert report.verdict.grade in scenario.grades, (report.verdict, ids)
+    image, label = report.verdict.of("image"), report.verdict.of("label")
+    said = [image.reason, *(f"{f.title}. {f.detail}" for f in report.findings)]
+    assert image.grade in scenario.grades, (report.verdict, ids)
+    if label.public:
+        assert label.grade is None
+    else:
+        assert label.grade in (scenario.label or scenario.grades), (report.verdict, ids)
+    passes = image.grade in SAFE and label.grade in (None, *SAFE)
+    assert (report.verdict.exit_code == 0) == passes
     assert set(scenario.found) <= set(ids), said
     for words in scenario.named:
         assert any(words in text for text in said), said
@@ -543,7 +572,7 @@ def test_a_broken_prior_does_not_hide_a_leak(
         "evidence.reconstruction_trials": 20,
     }
     report = run(dataclasses.replace(scenario, budget=budget), 0, sample, weights, tmp_path)
-    assert report.verdict.grade in TAKEN
+    assert report.verdict.of("image").grade in TAKEN
     assert report.evidence.attack == "pixels"
     assert "GGL001" in [finding.id for finding in report.findings]
 

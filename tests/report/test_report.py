@@ -26,6 +26,7 @@ from ggl_audit.report.console import render_console
 from ggl_audit.report.formats import check_outputs, read_report, render_json, write_report
 from ggl_audit.report.html import render_html
 from ggl_audit.report.model import Reconstruction, Report
+from ggl_audit.report.wording import answers
 from ggl_audit.spec import Spec
 from tests.conftest import Counter
 
@@ -91,6 +92,7 @@ def test_nothing_that_was_not_measured_is_a_number(sample: Callable[..., Spec]) 
     assert evidence.controls.null is evidence.controls.undefended is evidence.guarantee is None
     assert set(evidence.not_measured) == {
         "ceiling", "floor", "controls.null", "controls.undefended", "label", "guarantee",
+        "label_ceiling",
         "controls.undefended_matching", "promise", "membership", "noise",
     }  # fmt: skip
     assert all(evidence.not_measured.values())
@@ -179,7 +181,7 @@ def shown(report: Report, *, colour: bool = False, width: int = 100) -> str:
 
 def test_the_terminal_shows_grade_reason_pictures_rates_and_findings(report: Report) -> None:
     text = " ".join(shown(report).split())
-    for sentence in (report.verdict.reason, *report.verdict.left_open):
+    for sentence in (report.verdict.reason, *answers(report)):
         assert sentence in text
     for word in ("the private image", "out of the gradient", "null control", "ceiling", "Remedy"):
         assert word in text
@@ -227,7 +229,7 @@ def test_the_page_is_self_contained_and_complete(report: Report) -> None:
     assert any(a.get("name") == "viewport" for _, a in page.tags)
     text = " ".join(page.text.split())
     assert report.verdict.reason in text
-    for sentence in (*report.verdict.left_open, *report.assumptions):
+    for sentence in (*answers(report), *report.assumptions):
         assert sentence in text
     assert "prefers-color-scheme: dark" in page.text
 
@@ -240,7 +242,13 @@ def test_what_comes_from_outside_is_escaped(report: Report) -> None:
             "assumptions": [HOSTILE, "\x1b[2Jgone [bold]markup[/bold]"],
             "inputs": [report.inputs[0].model_copy(update={"path": HOSTILE})],
             "verdict": report.verdict.model_copy(
-                update={"reason": HOSTILE, "left_open": [HOSTILE, "\x1b[2Jgone"]}
+                update={
+                    "reason": HOSTILE,
+                    "answers": [
+                        one.model_copy(update={"reason": f"{HOSTILE} \x1b[2Jgone"})
+                        for one in report.verdict.answers
+                    ],
+                }
             ),
         }
     )
@@ -294,7 +302,7 @@ def test_two_reports_side_by_side(report: Report) -> None:
     render_comparison(report, report, Console(file=stream, width=100))
     text = stream.getvalue()
     assert text.count(report.verdict.grade) >= 2
-    assert "GGL002 GGL003" in text
+    assert "GGL003 GGL002" in text
 
 
 def test_a_picture_of_another_shape_is_drawn(report: Report) -> None:

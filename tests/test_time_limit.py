@@ -65,7 +65,7 @@ def test_matching_leaves_time_for_the_rest(sample: Callable[..., Spec]) -> None:
 
 def test_too_little_time_is_inconclusive_and_says_so(sample: Callable[..., Spec]) -> None:
     report, seconds = audit(sample("sparsified", **PLENTY), 2.0)
-    assert report.verdict.grade == "inconclusive"
+    assert report.verdict.of("image").grade == "inconclusive"
     assert report.verdict.exit_code == 3
     assert "cut short" in report.verdict.reason
     assert seconds < 4.0

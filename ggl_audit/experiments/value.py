@@ -122,10 +122,15 @@ class ValueExperiment(Experiment[Told]):
         trials, room = len(self.parts.canaries), case.clients.room(self._copies)
         return Plan(
             trials=trials,
-            matched=trials * (len(self._averaged) + 1),
+            matched=trials * self._evaluations,
             together=max(1, min(CANARIES_TOGETHER, room)),
             chance=self.parts.chance,
         )
+
+    @functools.cached_property
+    def _evaluations(self) -> int:
+        """Gradients that a trial takes: the canary's, and those that it is matched with."""
+        return 1 if self._likelihood_is_of_features else len(self._averaged) + 1
 
     @property
     def _copies(self) -> int:
@@ -137,7 +142,7 @@ class ValueExperiment(Experiment[Told]):
         releases = self._send(parts.canaries[trials.start : trials.stop], "clients", trials)
         guesses = self._guesses({**self._classifiers, **self.attacks()}, releases, "ties", trials)
         truths = self._numbers(releases.trials.candidates[:, 0]).tolist()
-        advance(len(trials) * (len(self._averaged) + 1))
+        advance(len(trials) * self._evaluations)
         for place, (truth, inferred) in enumerate(
             zip(truths, self.inferred(releases), strict=True)
         ):

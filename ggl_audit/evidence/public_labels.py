@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
+from ggl_audit.basics.device import widened
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.messages import Message, Said
@@ -87,7 +88,7 @@ def shuffled_p_value(
         From 1 in 500 to 1.
     """
     height, width = (min(SIDE, size) for size in images.shape[2:])
-    rows = F.adaptive_avg_pool2d(images, (height, width)).flatten(1).double().cpu()
+    rows = F.adaptive_avg_pool2d(images, (height, width)).flatten(1).cpu().double()
     rows = rows - rows.mean(0)
     _, numbers = labels.cpu().unique(return_inverse=True)
     members = F.one_hot(numbers).double()
@@ -111,7 +112,7 @@ def other_order(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, floa
     Returns:
         None where the labels fit better than a guess, or no order does so clearly.
     """
-    losses = -logits.double().log_softmax(1)
+    losses = -widened(logits).log_softmax(1)
     members = F.one_hot(labels, logits.shape[1]).to(losses)
     table = (members.T @ losses / len(labels)).cpu().numpy()
     rows, columns = linear_sum_assignment(table)

@@ -6,7 +6,7 @@ update of local training, as files that an audit can read.
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = ["__version__", "capture", "capture_update"]
 
 if TYPE_CHECKING:

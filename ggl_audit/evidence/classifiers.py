@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ggl_audit.basics.device import widened
+
 FEWEST_IMAGES = 8
 """Of a value, which are divided into three parts."""
 
@@ -115,20 +117,20 @@ class Projection:
         self._signs = 2 * signs - 1
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """The features of n gradients, (n, features), of type double.
+        """The features of n gradients, (n, features), in the widest floating point of their device.
 
         Args:
             values: (n, size).
         """
-        last = values[:, self._sketched :].double()
+        last = widened(values[:, self._sketched :])
         if self._sketched == 0:
             return last
         width = self.size - self._whole
         signed = values[:, : self._sketched] * self._signs.to(values.device)
         count = -(-self._sketched // width)
         padded = torch.nn.functional.pad(signed, (0, count * width - self._sketched))
-        sums = padded.unflatten(1, (count, width)).sum(1, dtype=torch.float64)
-        added = torch.full((width,), float(count), dtype=torch.float64, device=values.device)
+        sums = padded.unflatten(1, (count, width)).sum(1, dtype=last.dtype)
+        added = torch.full((width,), float(count), dtype=last.dtype, device=values.device)
         added[self._sketched - (count - 1) * width :] -= 1
         return torch.cat([sums / added.sqrt(), last], dim=1)
 
@@ -140,7 +142,7 @@ class LinearClassifier:
     noise, which is known and need not be learned, and a ridge.
 
     Args:
-        features: (n, d), of type double, of gradients before the noise on them; or with it.
+        features: (n, d), as :class:`Projection` gives them, of gradients before the noise on them; or with it.
         numbers: (n,), of their values, from 0.
         noise: the standard deviation of the noise that is not in the features.
         ridge: in the mean variance of a gradient's length within a value.
@@ -165,7 +167,7 @@ class LinearClassifier:
         """How well each value explains each of t gradients, (t, values).
 
         Args:
-            features: (t, d), of type double.
+            features: (t, d).
         """
         scores: torch.Tensor = features @ self._weights.T - self._offsets
         return scores
@@ -206,7 +208,7 @@ def guess(scores: torch.Tensor, lots: Sequence[float]) -> list[int]:
         scores: (t, values); what is not a number counts least.
         lots: (t,), drawn evenly from [0, 1), which break ties.
     """
-    table = np.nan_to_num(scores.double().cpu().numpy(), nan=-np.inf, neginf=-np.inf)
+    table = np.nan_to_num(scores.cpu().double().numpy(), nan=-np.inf, neginf=-np.inf)
     best = [np.flatnonzero(row == row.max()) for row in table]
     return [int(own[int(lot * len(own))]) for own, lot in zip(best, lots, strict=True)]
 

@@ -87,7 +87,7 @@ def shuffled_p_value(
         From 1 in 500 to 1.
     """
     height, width = (min(SIDE, size) for size in images.shape[2:])
-    rows = F.adaptive_avg_pool2d(images, (height, width)).flatten(1).double().cpu()
+    rows = F.adaptive_avg_pool2d(images, (height, width)).flatten(1).cpu().double()
     rows = rows - rows.mean(0)
     _, numbers = labels.cpu().unique(return_inverse=True)
     members = F.one_hot(numbers).double()
@@ -111,9 +111,9 @@ def other_order(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, floa
     Returns:
         None where the labels fit better than a guess, or no order does so clearly.
     """
-    losses = -logits.double().log_softmax(1)
-    members = F.one_hot(labels, logits.shape[1]).to(losses)
-    table = (members.T @ losses / len(labels)).cpu().numpy()
+    losses = -logits.cpu().double().log_softmax(1)
+    members = F.one_hot(labels.cpu(), logits.shape[1]).to(losses)
+    table = (members.T @ losses / len(labels)).numpy()
     rows, columns = linear_sum_assignment(table)
     declared, fitting = float(np.trace(table)), float(table[rows, columns].sum())
     guess = math.log(logits.shape[1])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ggl_audit.attacks.attack import Advance
+from ggl_audit.basics.device import widened
 from ggl_audit.basics.gradient import Gradient, flat, rows, unstack
 from ggl_audit.client.gradients import BYTES_OF_A_VALUE
 from ggl_audit.evidence.classifiers import (
@@ -229,7 +230,7 @@ class ValueExperiment(Experiment[Told]):
         count = len(releases.trials)
         trials = replace(releases.trials, candidates=averaged.expand(count, -1))
         labels = case.reference.labels[trials.candidates]
-        distances = distances_of(case.matching(), trials, labels, releases.observed).double()
+        distances = widened(distances_of(case.matching(), trials, labels, releases.observed))
         numbers = self._numbers(averaged)
         weights = [case.defense.likelihood.weight(one) for one in unstack(releases.observed)]
         known = [weight for weight in weights if weight is not None]

@@ -142,7 +142,7 @@ class LinearClassifier:
     noise, which is known and need not be learned, and a ridge.
 
     Args:
-        features: (n, d), as :class:`Projection` gives them, of gradients before the noise on them; or with it.
+        features: (n, d), as :class:`Projection` gives them, of gradients before noise or with it.
         numbers: (n,), of their values, from 0.
         noise: the standard deviation of the noise that is not in the features.
         ridge: in the mean variance of a gradient's length within a value.

@@ -117,7 +117,7 @@ class Projection:
         self._signs = 2 * signs - 1
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """The features of n gradients, (n, features), in the widest floating point there is.
+        """The features of n gradients, (n, features), in the widest floating point of their device.
 
         Args:
             values: (n, size).
@@ -142,7 +142,7 @@ class LinearClassifier:
     noise, which is known and need not be learned, and a ridge.
 
     Args:
-        features: (n, d), widened, of gradients before the noise on them; or with it.
+        features: (n, d), as :class:`Projection` gives them, of gradients before noise or with it.
         numbers: (n,), of their values, from 0.
         noise: the standard deviation of the noise that is not in the features.
         ridge: in the mean variance of a gradient's length within a value.
@@ -167,7 +167,7 @@ class LinearClassifier:
         """How well each value explains each of t gradients, (t, values).
 
         Args:
-            features: (t, d), widened.
+            features: (t, d).
         """
         scores: torch.Tensor = features @ self._weights.T - self._offsets
         return scores

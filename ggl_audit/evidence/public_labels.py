@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-from ggl_audit.basics.device import widened
 from ggl_audit.inputs.images import ImageSet
 from ggl_audit.inputs.model import ClientModel
 from ggl_audit.messages import Message, Said
@@ -112,9 +111,9 @@ def other_order(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, floa
     Returns:
         None where the labels fit better than a guess, or no order does so clearly.
     """
-    losses = -widened(logits).log_softmax(1)
-    members = F.one_hot(labels, logits.shape[1]).to(losses)
-    table = (members.T @ losses / len(labels)).cpu().numpy()
+    losses = -logits.cpu().double().log_softmax(1)
+    members = F.one_hot(labels.cpu(), logits.shape[1]).to(losses)
+    table = (members.T @ losses / len(labels)).numpy()
     rows, columns = linear_sum_assignment(table)
     declared, fitting = float(np.trace(table)), float(table[rows, columns].sum())
     guess = math.log(logits.shape[1])

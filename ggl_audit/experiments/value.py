@@ -230,8 +230,7 @@ class ValueExperiment(Experiment[Told]):
         count = len(releases.trials)
         trials = replace(releases.trials, candidates=averaged.expand(count, -1))
         labels = case.reference.labels[trials.candidates]
-        found = distances_of(case.matching(), trials, labels, releases.observed)
-        distances = widened(found)
+        distances = widened(distances_of(case.matching(), trials, labels, releases.observed))
         numbers = self._numbers(averaged)
         weights = [case.defense.likelihood.weight(one) for one in unstack(releases.observed)]
         known = [weight for weight in weights if weight is not None]

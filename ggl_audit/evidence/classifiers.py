@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ggl_audit.basics.device import widened
+from ggl_audit.basics.gradient import Gradient
 
 FEWEST_IMAGES = 8
 """Of a value, which are divided into three parts."""
@@ -133,6 +134,28 @@ class Projection:
         added = torch.full((width,), float(count), dtype=last.dtype, device=values.device)
         added[self._sketched - (count - 1) * width :] -= 1
         return torch.cat([sums / added.sqrt(), last], dim=1)
+
+
+def spreads(observed: Gradient) -> torch.Tensor:
+    """How large the values of t releases are, which linear functions of them do not tell.
+
+    Args:
+        observed: k tensors with a leading dimension t.
+
+    Returns:
+        (t, 2k + 2), the logarithms of the root mean square and of the mean magnitude, of each
+        tensor and of the whole.
+    """
+    parts = [widened(tensor.flatten(1)) for tensor in observed.values()]
+    sums = [(part.square().sum(1), part.abs().sum(1), part.shape[1]) for part in parts]
+    squares, magnitudes, counts = zip(*sums, strict=True)
+    whole = sum(squares), sum(magnitudes), sum(counts)
+    columns = [
+        column
+        for square, magnitude, count in [*sums, whole]
+        for column in ((square / count).sqrt(), magnitude / count)
+    ]
+    return torch.stack(columns, dim=1).clamp(min=1e-30).log()
 
 
 class LinearClassifier:

@@ -7,7 +7,6 @@ probability of exactly 1/N, however typical an image the prior draws.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -163,18 +162,6 @@ def draw_trials(
 
     indices = table(rows, candidates)
     return Trials(indices, reference.labels[indices[:, 0]], reference, table(others_of, companions))
-
-
-def blind_labels(classes: int, images: int) -> float:
-    """The probability that the best blind guess of the labels of so many images is right.
-
-    With equal classes that is the multinomial probability of counts as even as they can be.
-    """
-    each, more = divmod(images, classes)
-    ways = math.factorial(images) // (
-        math.factorial(each) ** (classes - more) * math.factorial(each + 1) ** more
-    )
-    return float(ways / classes**images)
 
 
 def captured_trial(

@@ -20,7 +20,6 @@ class Label(ValueExperiment):
 
     name = "label"
     stage = "the label"
-    _last: tuple[Releases, torch.Tensor] | None = None
 
     @property
     def values(self) -> torch.Tensor:
@@ -39,27 +38,13 @@ class Label(ValueExperiment):
         """The inference from the last layer, where labels can be inferred."""
         return {} if self._why_not_inferred else {INFERENCE: self._by_inference}
 
-    def inferred(self, releases: Releases) -> list[bool | None]:
-        """Whether all labels of each release were inferred."""
-        if self._why_not_inferred:
-            return [None] * len(releases.trials)
-        found = self._infer(releases).sort(dim=1).values
-        true = releases.trials.members[1].sort(dim=1).values
-        return [bool(right) for right in (found == true).all(1)]
-
     @functools.cached_property
     def _why_not_inferred(self) -> Said | None:
         return why_not_inferred(self.case.model, self.case.members)
 
-    def _infer(self, releases: Releases) -> torch.Tensor:
-        # Asked twice of the same releases, of several images it takes a while.
-        if self._last is None or self._last[0] is not releases:
-            self._last = releases, infer(self.case, releases.observed)
-        return self._last[1]
-
     def _by_inference(self, releases: Releases) -> torch.Tensor:
         """How many more images of each label were inferred than the known ones of the release."""
         labels, classes = releases.trials.members[1][:, 1:], self.case.model.classes
-        inferred = F.one_hot(self._infer(releases), classes).sum(1)
+        inferred = F.one_hot(infer(self.case, releases.observed), classes).sum(1)
         left = inferred - F.one_hot(labels, classes).sum(1)
         return left[:, self._divided.values]

@@ -23,6 +23,7 @@ from ggl_audit.evidence.classifiers import (
     guess,
     mixture_scores,
     nearest_scores,
+    spreads,
 )
 from ggl_audit.evidence.identification import Trials, distances_of
 from ggl_audit.experiments.candidate_matching import (
@@ -54,13 +55,10 @@ class Told(Result):
     Attributes:
         hits: whether each of them told its value, by name, and each further attack.
         chosen: the classifier that was right most often on other public images.
-        inferred: whether the attack of the floor took the value of every image of the release; None
-            where there is no such attack.
     """
 
     hits: dict[str, bool]
     chosen: str
-    inferred: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +96,6 @@ class ValueExperiment(Experiment[Told]):
     def attacks(self) -> dict[str, Scores]:
         """Further ways to tell the value, by name, which need no choice."""
         return {}
-
-    def inferred(self, releases: Releases) -> list[bool | None]:
-        """What the attack of the floor takes of each release; see :class:`Told`."""
-        return [None] * len(releases.trials)
 
     @functools.cached_property
     def parts(self) -> Parts | None:
@@ -144,11 +138,9 @@ class ValueExperiment(Experiment[Told]):
         guesses = self._guesses({**self._classifiers, **self.attacks()}, releases, "ties", trials)
         truths = self._numbers(releases.trials.candidates[:, 0]).tolist()
         advance(len(trials) * self._evaluations)
-        for place, (truth, inferred) in enumerate(
-            zip(truths, self.inferred(releases), strict=True)
-        ):
+        for place, truth in enumerate(truths):
             hits = {name: guessed[place] == truth for name, guessed in guesses.items()}
-            yield Told(hits=hits, chosen=self._chosen, inferred=inferred)
+            yield Told(hits=hits, chosen=self._chosen)
 
     @property
     def _divided(self) -> Parts:
@@ -285,12 +277,22 @@ class ValueExperiment(Experiment[Told]):
         if self._adds_up and not own_code and not beside:
             return found
         images = self._divided.learned.repeat(RELEASES_LEARNED if self._is_random else 1)
-        features = torch.cat([self._features(one) for one in self._sent(images, "learning")])
+        seen = [
+            (self._features(one), spreads(one.observed)) for one in self._sent(images, "learning")
+        ]
+        features, sizes = (torch.cat(column) for column in zip(*seen, strict=True))
         sent = self._numbers(images)
         found |= self._learned("linear, of releases", features, sent, 0.0)
+        found["linear, of spreads"] = self._by_spreads(sizes, sent)
         if noise is not None and case.members == 1:
             found["linear, in two steps"] = self._in_two_steps(features, sent, std)
         return found
+
+    def _by_spreads(self, sizes: torch.Tensor, sent: torch.Tensor) -> Scores:
+        """By how large the values are, as code of the client's own may draw its noise by images."""
+        mean, std = sizes.mean(0), sizes.std(0).clamp(min=1e-12)
+        classifier = LinearClassifier((sizes - mean) / std, sent, 0.0, RIDGES[0])
+        return lambda releases: classifier.scores((spreads(releases.observed) - mean) / std)
 
     def _in_two_steps(self, features: torch.Tensor, sent: torch.Tensor, std: float) -> Scores:
         """The directions by gradients before the noise; the rest by releases along these."""

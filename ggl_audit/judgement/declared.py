@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from ggl_audit import __version__
@@ -21,9 +22,9 @@ from ggl_audit.case.appearance import appearance_of
 from ggl_audit.case.capture import Capture
 from ggl_audit.case.case import Case
 from ggl_audit.defenses import Check
+from ggl_audit.evidence.classifiers import FEWEST_IMAGES
 from ggl_audit.evidence.consistency import PRIVATE_IMAGE
 from ggl_audit.evidence.guarantee import Guarantee, largest_advantage
-from ggl_audit.evidence.identification import blind_labels
 from ggl_audit.evidence.public_labels import public_label_doubts
 from ggl_audit.experiments import likeness
 from ggl_audit.experiments.candidate_matching import has_likelihood
@@ -112,8 +113,7 @@ class Declared(BaseModel):
         has_likelihood: whether matching is by the likelihood under the declared noise.
         members: images of a release.
         classes: of the model.
-        blind_label: how often a blind guess of all labels of a release is right; None where they
-            are not asked for.
+        classes_left_out: how many of these have too few public images to be told apart.
         bound_for_label: the largest advantage that a clip and noise leave to anybody who tells the
             label.
         no_label_inference: why labels are not inferred from the last layer; empty where they are.
@@ -146,7 +146,7 @@ class Declared(BaseModel):
     has_likelihood: bool
     members: int
     classes: int
-    blind_label: float | None
+    classes_left_out: int
     bound_for_label: float
     no_label_inference: str
     attacks: list[DeclaredAttack]
@@ -205,7 +205,7 @@ def declare(case: Case, suite: Suite, experiments: Sequence[Experiment[Result]])
         has_likelihood=has_likelihood(case),
         members=case.members,
         classes=case.model.classes,
-        blind_label=None if chance is None else blind_labels(round(1 / chance), case.members),
+        classes_left_out=_classes_left_out(case),
         bound_for_label=_bound_for_label(case, chance),
         no_label_inference="" if hidden is None else hidden.text,
         attacks=[*made, *not_made],
@@ -222,6 +222,14 @@ def _public_labels(case: Case) -> list[Said]:
     if case.spec.evidence.reference is None:
         return []
     return public_label_doubts(case.model, case.reference, case.random("public labels"))
+
+
+def _classes_left_out(case: Case) -> int:
+    labels, classes = case.reference.labels, case.model.classes
+    if case.model.targets is not None or labels.ndim != 1:
+        return 0
+    counts = torch.bincount(labels, minlength=classes)[:classes]
+    return int((counts < FEWEST_IMAGES).sum())
 
 
 def _bound_for_label(case: Case, chance: float | None) -> float:

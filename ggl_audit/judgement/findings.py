@@ -24,6 +24,7 @@ from ggl_audit.evidence.standing import (
     RECONSTRUCTED,
     reconstructed,
 )
+from ggl_audit.experiments.label import INFERENCE
 from ggl_audit.judgement import rules
 from ggl_audit.judgement.rules import Question, Rule, Severity
 from ggl_audit.messages import Said
@@ -296,8 +297,10 @@ def _label(label: Rate | None, ceiling: Rate | None, classifier: str) -> list[Fi
         severity: Severity = "critical" if label.advantage_lower > RECONSTRUCTED else "high"
         found.append(Finding.of(rules.LABEL, detail, severity))
     elif ceiling is not None and ceiling.advantage_lower > NO_LEAKAGE:
+        learned = f"A classifier learned from public images ({classifier})"
+        who = "Label inference" if classifier == INFERENCE else learned
         detail = (
-            f"A classifier learned from public images ({classifier}) tells the label of "
+            f"{who} tells the label of "
             f"{ceiling.successes} of {ceiling.trials} canaries (95 % interval "
             f"{ceiling.lower:.0%} to {ceiling.upper:.0%}, chance {ceiling.chance:.0%})."
         )

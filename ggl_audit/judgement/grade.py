@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ggl_audit.defenses import Check
 from ggl_audit.evidence.bounds import Rate, ReconstructionRate, trials_needed
+from ggl_audit.evidence.classifiers import FEWEST_IMAGES
 from ggl_audit.evidence.likeness import Likeness
 from ggl_audit.evidence.noise_tests import NoiseTest
 from ggl_audit.evidence.standing import (
@@ -41,8 +42,7 @@ IN_WORDS: dict[Grade, str] = {
 LABEL_IN_WORDS: dict[Grade, str] = {
     "A": "the label cannot be told measurably better than by guessing",
     "B": "the label can be told little better than by guessing",
-    "C": "a classifier learned from public images tells the label; the last layer alone does not "
-    "give it away",
+    "C": "the label is told; that the last layer alone gives it away was not shown",
     "D": "labels are partly read off the last layer",
     "F": "labels are read off the last layer",
     "inconclusive": "nothing can be said of the label",
@@ -188,6 +188,13 @@ TOO_FEW_OF_EACH_CLASS = Message(
     "as many of each class",
     advice="Raise `evidence.matching_trials`, and give twice as many images of each class, of "
     "which half are canaries.",
+)
+CLASSES_LEFT_OUT = Message(
+    "inconclusive/classes-left-out",
+    "{rate}, but {count} of the classes were left out, as there are fewer than {fewest} public "
+    "images of each",
+    advice="Give 8 public images of each class or more, as rare ones may be told best; where the "
+    "label is no secret, say so: `evidence.public: [label]`.",
 )
 LABEL_IS_PUBLIC = Message(
     "inconclusive/label-is-public",
@@ -364,6 +371,7 @@ def answer_label(
     *,
     bound: float = 1.0,
     classes: int = 0,
+    left_out: int = 0,
     classifier: str = "",
     not_measured: str = "",
     no_floor: str = "",
@@ -383,6 +391,7 @@ def answer_label(
         bound_for_any_model: as for the image.
         bound: the largest advantage that the declared clip and noise leave to anybody.
         classes: of the model.
+        left_out: how many of these have too few public images.
         classifier: the best one.
         not_measured: why there is no ceiling.
         no_floor: why there is no floor.
@@ -395,7 +404,7 @@ def answer_label(
     grade: Grade = "inconclusive"
     reason = misfit
     if not misfit:
-        measured = floor, ceiling, bound, classes, classifier
+        measured = floor, ceiling, bound, classes, left_out, classifier
         grade, reason = _grade_of_label(*measured, not_measured, no_floor)
     grade, reason = _beyond_doubt(grade, reason, doubts, bound_for_any_model)
     return Answer(question="label", grade=grade, reason=reason, floor=floor, ceiling=ceiling)
@@ -430,6 +439,7 @@ def _grade_of_label(
     ceiling: Rate | None,
     bound: float,
     classes: int,
+    left_out: int,
     classifier: str,
     not_measured: str,
     no_floor: str,
@@ -439,12 +449,16 @@ def _grade_of_label(
         return grade, f"{_inferred(floor)}."
     told = "" if ceiling is None else _told(ceiling, classes, classifier)
     standing = None if ceiling is None else bounded(ceiling)
-    if standing == "A":
+    if standing == "A" and not left_out:
         return "A", f"{told}, about as often as by guessing."
+    # The bound is one for any class.
     if bound <= NO_LEAKAGE:
         return "A", _limited(told, bound)
     if bound <= LITTLE_LEAKAGE:
         return "B", _limited(told, bound)
+    if standing in ("A", "B") and left_out:
+        missing = CLASSES_LEFT_OUT(rate=told, count=left_out, fewest=FEWEST_IMAGES)
+        return "inconclusive", f"{missing}."
     if standing == "B":
         return "B", f"{told}."
     if ceiling is None:

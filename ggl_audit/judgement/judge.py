@@ -102,6 +102,7 @@ def judge(declared: Declared, ledger: Ledger, cut_short: str | None = None) -> J
         0.0 if fits else declared.bound_for_label,
         bound=declared.bound_for_label,
         classes=declared.classes,
+        left_out=declared.classes_left_out,
         classifier=measured.label_classifier,
         not_measured=reasons.get("label_ceiling", ""),
         no_floor=reasons.get("label", ""),

@@ -153,10 +153,12 @@ def _ceiling(declared: Declared, ledger: Ledger, chance: float) -> Rate | None:
 
 
 def _label(declared: Declared, ledger: Ledger) -> Rate | None:
-    """Of the last layer alone, by all labels of a release."""
-    inferred = [one.inferred for one in ledger.results(Label)]
-    hits = [one for one in inferred if one is not None]
-    return None if declared.blind_label is None else _rate(hits, declared.blind_label)
+    """The rate of the last layer alone, all other images of the release being known."""
+    done, plan = ledger.results(Label), declared.plans[Label.name]
+    if not done or not isinstance(plan, Plan) or plan.chance is None:
+        return None
+    hits = [one.hits[INFERENCE] for one in done if INFERENCE in one.hits]
+    return _rate(hits, plan.chance)
 
 
 def _label_ceiling(declared: Declared, ledger: Ledger) -> tuple[Rate | None, str]:

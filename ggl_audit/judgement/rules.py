@@ -235,12 +235,12 @@ FEW_TRIALS = Rule(
 
 PUBLIC_LABELS = Rule(
     id="GGL009",
-    title="The public images have other labels than theirs",
+    title="The labels of the public images are in doubt",
     severity="high",
     question="strength",
     meaning="Canaries are public images under their labels. Labels that are shuffled, or that "
-    "number the classes otherwise than the model does, make canaries that no client has: there is "
-    "no A or B.",
+    "number the classes otherwise than the model does, make canaries that no client has. Where "
+    "nothing sets the classes apart there is no A or B.",
     remedy="Look at the order of images and labels in evidence.reference, and at the order of the "
     "classes that the model was trained with.",
 )

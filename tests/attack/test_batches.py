@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,7 @@ from ggl_audit.client.gradients import ClientGradients
 from ggl_audit.defenses import Clip, Context, Defense, Pipeline, Sign, Sparsify
 from ggl_audit.evidence.assignment import assign
 from ggl_audit.evidence.fidelity import candidate_distances, mean_psnr
-from ggl_audit.evidence.identification import blind_labels, draw_trials, match, rank_of_truth
+from ggl_audit.evidence.identification import draw_trials, match, rank_of_truth
 from ggl_audit.evidence.membership import UnknownMembers
 from ggl_audit.inputs.images import ImageSet, digits, fingerprints
 from ggl_audit.inputs.model import ClientModel, Head
@@ -505,20 +504,6 @@ def test_the_labels_of_a_cohort_are_those_of_one_large_batch(
     usual = usual_head(model, digits("reference"))
     found = infer_several(observed, model, usual, 6, scale_of_one(model, defense, 6))
     assert found.tolist() == data.labels[chosen].sort(1).values.tolist()
-
-
-@pytest.mark.parametrize(("classes", "images"), [(2, 1), (2, 5), (3, 4), (4, 3), (5, 6), (10, 4)])
-def test_the_best_blind_guess_of_the_labels_by_enumeration(classes: int, images: int) -> None:
-    counts = Counter(
-        tuple(sorted(labels)) for labels in itertools.product(range(classes), repeat=images)
-    )
-    assert sum(counts.values()) == classes**images
-    assert blind_labels(classes, images) == pytest.approx(max(counts.values()) / classes**images)
-
-
-def test_one_image_has_the_blind_guess_of_one_label() -> None:
-    assert blind_labels(10, 1) == pytest.approx(0.1)
-    assert 0 < blind_labels(1000, 256) < 1
 
 
 def correlated(count: int, size: int, seed: int) -> torch.Tensor:

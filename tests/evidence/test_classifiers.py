@@ -20,6 +20,7 @@ from ggl_audit.evidence.classifiers import (
     guess,
     mixture_scores,
     nearest_scores,
+    spreads,
 )
 
 
@@ -177,3 +178,20 @@ def test_the_interval_of_the_larger_of_two_holds_what_both_can_do(
     most = binom.ppf(1 - 1e-4, runs, 0.025)
     assert above <= most
     assert below <= most
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_spreads_tell_noise_that_is_a_little_larger_for_one_value(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    numbers = torch.arange(400) % 2
+    std = torch.where(numbers == 1, 1.015, 0.985)[:, None]
+    noise = torch.randn(400, 5000, generator=draw) * std
+    sizes = spreads({"weight": noise[:, :4990].unflatten(1, (10, -1)), "bias": noise[:, 4990:]})
+    assert sizes.shape == (400, 6)
+    torch.testing.assert_close(sizes[:, 4], noise.double().square().mean(1).sqrt().log())
+    scaled = (sizes - sizes.mean(0)) / sizes.std(0)
+    classifier = LinearClassifier(scaled[:200], numbers[:200], 0.0, 1e-3)
+    right = classifier.scores(scaled[200:]).argmax(1) == numbers[200:]
+    assert int(right.sum()) > 160
+    straight = LinearClassifier(noise[:200].double(), numbers[:200], 0.0, 0.1)
+    assert int((straight.scores(noise[200:].double()).argmax(1) == numbers[200:]).sum()) < 130

@@ -57,12 +57,16 @@ def test_an_audit_writes_its_reports_and_exits_by_the_gate(spec: Path, tmp_path:
     assert "candidate matching" in result.stderr
 
 
+PUBLIC_LABEL = "--set=evidence.public=[label]"
+
+
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
         (["--set=evidence.matching_trials=80"], 1),
         (["--set=evidence.matching_trials=80", "--exit-zero"], 0),
-        (["--set=evidence.matching_trials=80", "--fail-on=F"], 0),
+        (["--set=evidence.matching_trials=80", "--fail-on=F", PUBLIC_LABEL], 0),
+        (["--set=evidence.matching_trials=80", "--fail-on=F"], 1),
         (["--set=evidence.matching_trials=0"], 3),
         (["--set=evidence.matching_trials=0", "--exit-zero"], 3),
     ],
@@ -395,7 +399,8 @@ def test_an_interrupt_ends_with_a_partial_report(
     assert "Traceback" not in stderr
     assert "cut short during the attack on the capture" in " ".join(stdout.split())
     report = json.loads(out.read_text())
-    assert report["verdict"]["grade"] == "inconclusive"
+    # The label was asked before, and is told; of the image nothing can be said.
+    assert [one["grade"] for one in report["verdict"]["answers"]] == ["inconclusive", "F"]
     assert report["evidence"]["ceiling"]["trials"] == 20
     assert report["evidence"]["floor"] is None
     assert "cut short" in report["evidence"]["not_measured"]["floor"]

@@ -23,7 +23,6 @@ from tests.test_ledger import content
 pytestmark = pytest.mark.device
 
 SAMPLES: list[tuple[str, dict[str, Any]]] = [
-    ("sign", {}),
     ("dp", {"attack__optimizer": "cma"}),
     ("undefended", {"attack__optimizer": "adam", "evidence__distance": "representation"}),
 ]

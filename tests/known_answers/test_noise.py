@@ -149,7 +149,8 @@ def test_wrong_noise_earns_no_pass(sample: Callable[..., Spec]) -> None:
     """Without a declared guarantee too; the report holds it as JSON."""
     for guarantee, finding in (({}, "GGL006"), ({"guarantee": None}, "GGL005")):
         progress = Counter()
-        spec = sample("dp", **FEW, **guarantee, client=own("tensors alike"))
+        public = {"evidence__public": ["label"]}
+        spec = sample("dp", **FEW, **guarantee, **public, client=own("tensors alike"))
         report = run_audit(spec, progress)
         assert progress.planned == progress.done
         assert planned_releases(prepare(spec)) == FEWER

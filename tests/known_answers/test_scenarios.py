@@ -398,11 +398,14 @@ TABLE = [
             [clip(0.2), noise(0.2 / batch_size)],
             grades,
             budget={**MATCHED, "evidence.reconstruction_trials": 0},
-            spec={"client": own_code("none", batch_size), "guarantee": PROMISE},
-            # At a noise multiplier of 1 a classifier tells the label.
-            label=("C",),
+            spec={"client": own_code("none", batch_size), "guarantee": PROMISE, **public},
+            # At a noise multiplier of 1 a classifier tells the label, and the last layer a little.
+            label=("C", "D"),
         )
-        for batch_size, grades in ((1, SAFE), (4, NOTHING_SAID))
+        for batch_size, grades, public in (
+            (1, SAFE, {}),
+            (4, NOTHING_SAID, {"evidence.public": ["label"]}),
+        )
     ),
     Scenario(
         "an epsilon that the noise does not give",

@@ -141,11 +141,13 @@ SEARCHED = {
     "evidence__matching_trials": 200,
     "evidence__reconstruction_trials": 5,
     "evidence__control_trials": 1,
+    "evidence__public": ["label"],  # what follows is about the images
 }
 WELL_SEARCHED = {
     "attack__evaluations": 400,
     "evidence__matching_trials": 30,
     "evidence__reconstruction_trials": 8,
+    "evidence__public": ["label"],
 }
 
 

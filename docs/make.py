@@ -59,7 +59,7 @@ GPU = """# On a GPU
 
 What one run of [benchmarks/gpu.py](../benchmarks/gpu.py) measured; this page is made of
 [gpu.json](gpu.json) by `python docs/make.py`. A part that was not measured again is older than the
-rest, and says with what it was measured.
+rest, and says with what it was measured. Of accelerators only those named here were tried.
 """
 
 PARTS = {

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from pathlib import Path
-
 from ggl_audit.attacks.attack import Attack
-from ggl_audit.basics.plugins import with_packages
+from ggl_audit.basics.plugins import kinds_beside, with_packages
 
 
 def known_attacks() -> dict[str, type[Attack]]:
@@ -16,19 +12,5 @@ def known_attacks() -> dict[str, type[Attack]]:
     Raises:
         AuditError: a package's cannot be imported, or gives a name that there is already.
     """
-    package = __name__.rpartition(".")[0]
-    modules = [
-        importlib.import_module(f"{package}.{file.name}")
-        for file in pkgutil.iter_modules([str(Path(__file__).parent)])
-    ]
-    ours = [
-        kind
-        for module in modules
-        for kind in vars(module).values()
-        if isinstance(kind, type)
-        and issubclass(kind, Attack)
-        and kind.__module__ == module.__name__
-        and "name" in vars(kind)
-    ]
-    ours.sort(key=lambda kind: kind.turn)
+    ours = sorted(kinds_beside(__name__, Attack), key=lambda kind: kind.turn)
     return with_packages("attacks", {kind.name: kind for kind in ours})

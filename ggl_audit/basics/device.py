@@ -107,9 +107,8 @@ def lacking_operator(error: BaseException) -> str:
     found: BaseException | None = error
     while found is not None and not isinstance(found, NotImplementedError):
         found = found.__cause__ or found.__context__
-    return (
-        "" if found is None else str(found).strip().splitlines()[0].partition(". ")[0].rstrip(".")
-    )
+    words = "" if found is None else str(found).strip().partition("\n")[0]
+    return words.partition(". ")[0].rstrip(".")
 
 
 def usual_memory(device: torch.device) -> int:

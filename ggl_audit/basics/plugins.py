@@ -1,9 +1,12 @@
-"""What other packages add to the program: they name it as an entry point, and it is found here."""
+"""What there is of a kind: in a folder of this program, and by entry points of other packages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, Literal, TypeVar
 
 from ggl_audit.errors import AuditError, raised
@@ -32,6 +35,27 @@ OTHER_NAME = Message(
     advice="Mend or uninstall the package: its entry point has to have the name that its class "
     "has.",
 )
+
+
+def kinds_beside(module: str, base: type[Kind]) -> list[type[Kind]]:
+    """The classes with a ``name`` that the files of a folder define, by the files' names.
+
+    Args:
+        module: the name of one of its modules.
+        base: what they derive from.
+    """
+    package = module.rpartition(".")[0]
+    folder = Path(str(import_module(package).__file__)).parent
+    files = [import_module(f"{package}.{file.name}") for file in iter_modules([str(folder)])]
+    return [
+        kind
+        for file in files
+        for kind in vars(file).values()
+        if isinstance(kind, type)
+        and issubclass(kind, base)
+        and kind.__module__ == file.__name__
+        and "name" in vars(kind)
+    ]
 
 
 def added_by_packages(group: Group) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 ALONE = 2
 """Calls for inputs of a shape before one is recorded: libraries choose their ways in these."""
 
-Returned = TypeVar("Returned")
 Shapes = tuple[Any, ...]
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Iterable
-from pathlib import Path
 
-from ggl_audit.basics.plugins import added_by_packages
+from ggl_audit.basics.plugins import added_by_packages, kinds_beside
 from ggl_audit.defenses.base import Declared, Step
 from ggl_audit.errors import AuditError
 from ggl_audit.messages import Message
@@ -32,20 +29,7 @@ DEFENSES_NAMED_ALIKE = Message(
 @functools.cache
 def shipped() -> dict[str, type[Declared]]:
     """The steps and recipes in the files of this folder, by name."""
-    package = __name__.rpartition(".")[0]
-    modules = [
-        importlib.import_module(f"{package}.{file.name}")
-        for file in pkgutil.iter_modules([str(Path(__file__).parent)])
-    ]
-    return _by_name(
-        kind
-        for module in modules
-        for kind in vars(module).values()
-        if isinstance(kind, type)
-        and issubclass(kind, Declared)
-        and kind.__module__ == module.__name__
-        and "name" in vars(kind)
-    )
+    return _by_name(kinds_beside(__name__, Declared))
 
 
 def known() -> dict[str, type[Declared]]:

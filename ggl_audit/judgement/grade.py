@@ -191,8 +191,8 @@ TOO_FEW_OF_EACH_CLASS = Message(
 )
 CLASSES_LEFT_OUT = Message(
     "inconclusive/classes-left-out",
-    "{rate}, but {count} of the classes were left out, as there are fewer than {fewest} public "
-    "images of each",
+    "{rate}, but classes were left out ({count}), as there are fewer than {fewest} public images "
+    "of each",
     advice="Give 8 public images of each class or more, as rare ones may be told best; where the "
     "label is no secret, say so: `evidence.public: [label]`.",
 )

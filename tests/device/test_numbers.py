@@ -156,6 +156,20 @@ def computed(
     return results
 
 
+def test_a_step_that_is_repeated_takes_what_it_is_given(device: torch.device) -> None:
+    """From the third on, CUDA repeats a recording; each has pictures of its own."""
+    here, there = (Derivatives(client(plain, one), Pipeline([]), "l2") for one in (CPU, device))
+    observed = observations(client(plain, CPU), [])
+    images, labels = material(CPU)
+    for number in range(CANDIDATES):
+        given = images[:, number], labels[:, number]
+        seen = each(lambda tensor: tensor.to(device), observed)
+        found = there(*(tensor.to(device) for tensor in given), seen)
+        for own, expected in zip(found, here(*given, observed), strict=True):
+            torch.testing.assert_close(own.cpu(), expected, **CLOSE)
+    assert device.type != "cuda" or any(there._sloped._recorded.values())
+
+
 @pytest.mark.parametrize("members", [2])
 def test_batches_by_turns(device: torch.device, members: int) -> None:
     def turned(where: torch.device) -> torch.Tensor:
